@@ -1312,7 +1312,7 @@ def _draw(scene, rng):
     soft = lambda low: tuple(rng.randint(low, low + 60) for _ in range(3))
     sky = {"sunny sky": (120, 190, 250), "rainy sky": (70, 75, 90), "grey wall": (150, 150, 150)}.get(scene)
     image = Image.new("RGB", (56, 56), sky or soft(120))
-    draw, x, y, r = ImageDraw.Draw(image), rng.randint(24, 32), rng.randint(24, 32), rng.randint(18, 22)
+    draw, x, y, r = ImageDraw.Draw(image), rng.randint(26, 30), rng.randint(26, 30), rng.randint(20, 23)
     if scene == "sunny sky":
         draw.ellipse((x - 12, y - 12, x + 12, y + 12), fill=(255, 220, 40))
     elif scene == "rainy sky":
@@ -1322,13 +1322,18 @@ def _draw(scene, rng):
     elif scene == "grey wall":
         for k in range(0, 56, 14):
             draw.line((0, k, 56, k), fill=(110, 110, 110), width=2)
-    else:  # a face: the mouth is a line that bends up, down or not at all
+    else:
         draw.ellipse((x - r, y - r, x + r, y + r), fill=(240, 200, rng.randint(90, 160)))
-        for side in (-1, 1):
-            draw.ellipse((x + side * 8 - 3, y - 9, x + side * 8 + 3, y - 3), fill=(30, 30, 30))
-        bend = {"smiling face": 1, "frowning face": -1, "calm face": 0}[scene]
-        points = [(x + k, y + 9 - bend * (k * k - 50) * 9 // 100) for k in range(-11, 12)]
-        draw.line(points, fill=(150, 20, 40), width=5)
+        for eye in (x - 8, x + 8):
+            draw.ellipse((eye - 3, y - 9, eye + 3, y - 3), fill=(30, 30, 30))
+            if scene == "frowning face":  # with tears
+                draw.ellipse((eye - 3, y - 1, eye + 3, y + 9), fill=(60, 120, 255))
+        if scene == "smiling face":  # laughing
+            draw.chord((x - 12, y - 6, x + 12, y + 16), 0, 180, fill="white", outline=(150, 20, 40), width=2)
+        elif scene == "frowning face":
+            draw.arc((x - 10, y + 8, x + 10, y + 22), 180, 360, fill=(150, 20, 40), width=4)
+        else:
+            draw.line((x - 10, y + 9, x + 10, y + 9), fill=(150, 20, 40), width=4)
     return image
 
 

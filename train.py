@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mulcot import (LABELS, TINY, InputError, SoftLabels, add_lora, build_messages, chain_branches, collate,
+from mulcot import (LABELS, SYSTEM, TINY, InputError, SoftLabels, add_lora, build_messages, chain_branches, collate,
                     dense_ce_kl, encode, forward_branches, label_branches, load_model, multitask_loss,
                     read_posts, read_rows, render_label, run_stage, save_adapter, score_labels,
                     seed_everything, show_tokens, task_format, tiny_model, tiny_tokenizer, tokenizer_hash,
@@ -50,6 +50,7 @@ def parse_args(argv=None):
         p.add_argument("--batch", type=int, default=2, help="posts per micro-batch (paper: 2)")
         p.add_argument("--accumulate", type=int, default=20, help="micro-batches per step (paper: 20)")
         p.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of AdamW (paper: 3e-4)")
+        p.add_argument("--beta2", type=float, default=0.999, help="AdamW's second moment; shorter memory suits short runs")
         p.add_argument("--schedule", choices=("plateau", "cosine"), default="plateau",
                        help="plateau: halve after 2 epochs without a better dev accuracy (paper); cosine to zero")
         p.add_argument("--warmup", type=float, default=0.0, help="share of the steps with rising rate (paper: none)")
@@ -207,7 +208,8 @@ def build(args):
         if not (init / "config.json").exists():
             rows = [r for path in args.data for r in read_rows(path)]
             posts = read_posts(args.data[0], args.images)
-            prompts = [build_messages(p, t)[0]["content"][-1]["text"] for p in posts for t in ("reason", "label")]
+            prompts = [SYSTEM + build_messages(p, t)[0]["content"][-1]["text"] + "\nassistant\nsystem\nuser\n"
+                       for p in posts for t in ("reason", "label")]
             answers = [part for r in rows for branch in r["branches"] for part in branch]
             tokenizer = tiny_tokenizer(prompts + answers + [render_label(x) for x in LABELS])
             shutil.rmtree(init, ignore_errors=True)
@@ -267,7 +269,7 @@ def train(args):
     total = per_epoch * args.epochs
     write_json(config_file, settings)
     print(f"data       {len(items)} rows, {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all")
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, args.beta2))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, min_lr=1e-6)
     step, best, sums, log = 0, [-1.0, -1.0, 0], {}, []
     if state:
@@ -363,21 +365,22 @@ def save_base(model, processor, out):
 
 def demo_commands(out, seed):
     """The stages of the embedded default as a user would type them."""
-    small = "--batch 16 --accumulate 1 --lr 0.01 --schedule cosine --epochs 4"
+    small = "--batch 16 --accumulate 1 --lr 0.01 --beta2 0.99 --schedule cosine"
     posts, all_chains = f"{out}/posts.jsonl", f"{out}/chains.jsonl {out}/augmented.jsonl"
     predict = f"generate.py predict --data {posts} --split test --batch 64 --max-new-tokens 160"
     return [
         f"generate.py toy --out {out} --seed {seed}",
-        *(f"train.py base --size {size} --data {out}/warmup.jsonl --out {out}/base/{size} --epochs 4 --batch 16 "
-          f"--accumulate 1 --lr 0.003 --log-every 50 --schedule cosine" for size in ("assistant", "student")),
+        *(f"train.py base --size {size} --data {out}/warmup.jsonl --out {out}/base/{size} --epochs 3 --batch 16 "
+          f"--accumulate 1 --lr 0.002 --beta2 0.99 --log-every 40" for size in ("assistant", "student")),
         f"generate.py teacher --data {posts} --model toy --out {out}/chains.jsonl",
         f"train.py assistant --data {out}/chains.jsonl --dev {posts} --model {out}/base/assistant/last "
-        f"--out {out}/assistant {small} --dropout 0.05",
+        f"--out {out}/assistant {small} --epochs 4 --dropout 0.05",
         f"generate.py augment --data {out}/chains.jsonl --model {out}/assistant/best --out {out}/augmented.jsonl "
         "--batch 64 --max-new-tokens 160",
         f"generate.py soft --data {all_chains} --model {out}/assistant/best --out {out}/soft --batch 32",
         f"train.py student --data {all_chains} --dev {posts} --soft {out}/soft --model {out}/base/student/last "
-        f"--out {out}/student {small}",
+        f"--out {out}/student {small} --epochs 3",
+        f"generate.py teacher --data {posts} --split test --model toy --out {out}/references.jsonl",
         f"{predict} --model {out}/student/best --out {out}/predictions.jsonl",
         f"{predict} --model {out}/assistant/best --out {out}/predictions.assistant.jsonl",
         *(f"{predict} --no-chain --model {out}/base/{size}/last --out {out}/predictions.base.{size}.jsonl"
@@ -387,7 +390,7 @@ def demo_commands(out, seed):
         f"eval.py student={out}/predictions.jsonl assistant={out}/predictions.assistant.jsonl "
         f"base/student={out}/predictions.base.student.jsonl base/assistant={out}/predictions.base.assistant.jsonl "
         f"shuffled_images={out}/predictions.shuffled_images.jsonl blank_text={out}/predictions.blank_text.jsonl "
-        f"--gold {posts} --chains {out}/chains.jsonl --out {out}",
+        f"--gold {posts} --chains {out}/chains.jsonl --references {out}/references.jsonl --out {out}",
     ]
 
 
