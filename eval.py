@@ -20,29 +20,39 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from mulcot import (FIELDS, LABELS, InputError, load_image, parse_reasoning, read_posts, read_rows, run_stage,
+from mulcot import (FIELDS, LABELS, InputError, load_image, parse_reasoning, read_posts, read_rows,
+                    run_stage,
                     write_atomic, write_json)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("predictions", nargs="+", metavar="[NAME=]FILE", help="rows of generate.py predict; the first is shown in the report; GROUP/NAME nests")
-    p.add_argument("--gold", required=True, help="labelled posts: .jsonl, .json, .tsv or an MVSA folder")
-    p.add_argument("--images", help="folder of the images (default: images/ beside the posts, else their folder)")
-    p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot to compare chains with (default: the gold rows' cot)")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("predictions", nargs="+", metavar="[NAME=]FILE",
+                   help="rows of generate.py predict; the first is shown in the report; "
+                        "GROUP/NAME nests")
+    p.add_argument("--gold", required=True,
+                   help="labelled posts: .jsonl, .json, .tsv or an MVSA folder")
+    p.add_argument("--images",
+                   help="folder of the images (default: images/ beside the posts, else their "
+                        "folder)")
+    p.add_argument("--references", nargs="*", default=[], metavar="ROWS",
+                   help="rows with cot to compare chains with (default: the gold rows' cot)")
     p.add_argument("--chains", help="the teacher's rows, for their statistics")
-    p.add_argument("--cards", type=int, default=200, help="posts shown in the report, wrong ones first")
+    p.add_argument("--cards", type=int, default=200,
+                   help="posts shown in the report, wrong ones first")
     p.add_argument("--out", required=True, help="folder for metrics.json and report.html")
     return p.parse_args(argv)
 
 
-# ---- classification ------------------------------------------------------------------------------------
+# ---- classification
+# ------------------------------------------------------------------------------------
 
 
 def classification_metrics(gold, predicted):
-    """Accuracy, macro and weighted F1, per class precision / recall / F1 / support, confusion (rows gold, columns
-    LABELS + unparsed), unparsed. A None prediction is wrong for every class. Equal to scikit-learn's with
-    labels=LABELS and zero_division=0."""
+    """Accuracy, macro and weighted F1, per class precision / recall / F1 / support, confusion
+    (rows gold, columns LABELS + unparsed), unparsed. A None prediction is wrong for every class.
+    Equal to scikit-learn's with labels=LABELS and zero_division=0."""
     assert len(gold) == len(predicted) and gold, (len(gold), len(predicted))
     pairs, columns = Counter(zip(gold, predicted)), (*LABELS, None)
     per_class = {}
@@ -66,9 +76,11 @@ def majority_metrics(gold):
     return dict(label=label) | classification_metrics(gold, [label] * len(gold))
 
 
-# ---- chains --------------------------------------------------------------------------------------------
+# ---- chains
+# --------------------------------------------------------------------------------------------
 
-_13A = [(re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])"), r" \1 "), (re.compile(r"([^0-9])([\.,])"), r"\1 \2 "),
+_13A = [(re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])"), r" \1 "),
+        (re.compile(r"([^0-9])([\.,])"), r"\1 \2 "),
         (re.compile(r"([\.,])([^0-9])"), r" \1 \2"), (re.compile(r"([0-9])(-)"), r"\1 \2 ")]
 
 
@@ -85,8 +97,9 @@ def tokens_13a(text):
 
 
 def bleu4(prediction, reference):
-    """Sentence BLEU-4 in [0, 1]: 13a tokens, no smoothing, no effective order (the authors' way: a pair without a
-    common 4-gram scores 0). Equal to sacrebleu's sentence BLEU with smooth_method="none"."""
+    """Sentence BLEU-4 in [0, 1]: 13a tokens, no smoothing, no effective order (the authors' way: a
+    pair without a common 4-gram scores 0). Equal to sacrebleu's sentence BLEU with
+    smooth_method="none"."""
     p, r = tokens_13a(prediction.rstrip()), tokens_13a(reference.rstrip())
     if not p or not r:
         return 0.0
@@ -121,9 +134,10 @@ def _lcs_words(x, y):
 
 
 def rouge_l(prediction, reference):
-    """ROUGE-L F in [0, 1] as the `rouge` 1.0.1 package has it (the authors' way): sentences split at full stops,
-    union of sentence LCS, counted over distinct words."""
-    ours, theirs = ([" ".join(s.split()).split(" ") for s in text.split(".") if s] for text in (prediction, reference))
+    """ROUGE-L F in [0, 1] as the `rouge` 1.0.1 package has it (the authors' way): sentences split
+    at full stops, union of sentence LCS, counted over distinct words."""
+    ours, theirs = ([" ".join(s.split()).split(" ") for s in text.split(".") if s]
+                    for text in (prediction, reference))
     if not ours or not theirs:
         return 0.0
     union = set().union(*(_lcs_words(r, p) for r in theirs for p in ours))
@@ -132,8 +146,8 @@ def rouge_l(prediction, reference):
 
 
 def distinct_n(texts, n):
-    """Mean over texts of distinct / all n-grams of lower-cased words; a text shorter than n words scores 0.
-    Of the *predictions*: the authors' script measures the references."""
+    """Mean over texts of distinct / all n-grams of lower-cased words; a text shorter than n words
+    scores 0. Of the *predictions*: the authors' script measures the references."""
     shares = []
     for text in texts:
         grams = list(zip(*(text.lower().split()[i:] for i in range(n))))
@@ -141,39 +155,48 @@ def distinct_n(texts, n):
     return sum(shares) / len(shares) if shares else 0.0
 
 
-SIGNATURES = {"bleu4": "BLEU-4, 13a tokens, per post, unsmoothed, mean over posts (= sacrebleu smooth_method none)",
-              "rouge_l": "ROUGE-L F, sentences at full stops, union LCS of distinct words (= rouge 1.0.1)",
+SIGNATURES = {"bleu4": "BLEU-4, 13a tokens, per post, unsmoothed, mean over posts (= sacrebleu "
+                       "smooth_method none)",
+              "rouge_l": "ROUGE-L F, sentences at full stops, union LCS of distinct words (= "
+                         "rouge 1.0.1)",
               "distinct_1": "distinct / all words of the predictions, mean over posts",
               "distinct_2": "distinct / all word pairs of the predictions, mean over posts"}
 
 
 def chain_metrics(rows, references):
-    """What the chains of prediction rows are worth; an unparsed chain scores 0 against its reference."""
+    """What the chains of prediction rows are worth; an unparsed chain scores 0 against its
+    reference."""
     parsed = {i: parse_reasoning(row["raw"]) for i, row in rows.items()}
     out = dict(chains=len(rows), parse_rate=sum(r.complete for r in parsed.values()) / len(rows),
-               agreement=sum(r.prediction is not None and r.prediction == rows[i].get("prediction") for i, r in parsed.items()) / len(rows))
+               agreement=sum(r.prediction is not None and r.prediction == rows[i].get("prediction")
+                             for i, r in parsed.items()) / len(rows))
     texts = [" ".join(r.fields.values()) for r in parsed.values() if r.complete]
     out |= dict(distinct_1=distinct_n(texts, 1), distinct_2=distinct_n(texts, 2))
     pairs = []
     for i, r in parsed.items():
         if i in references:
             told = parse_reasoning(references[i])
-            pairs.append((" ".join(r.fields.values()) if r.complete else "", " ".join(told.fields.values())))
+            pairs.append((" ".join(r.fields.values()) if r.complete else "",
+                          " ".join(told.fields.values())))
     if pairs:
         out |= dict(referenced=len(pairs), bleu4=sum(bleu4(*p) for p in pairs) / len(pairs),
                     rouge_l=sum(rouge_l(*p) for p in pairs) / len(pairs))
     return out
 
 
-# ---- all of it -----------------------------------------------------------------------------------------
+# ---- all of it
+# -----------------------------------------------------------------------------------------
 
 
 def run_metrics(path, gold, references):
-    """(metrics, rows by id) of one prediction file against the gold posts of the splits it covers."""
+    """(metrics, rows by id) of one prediction file against the gold posts of the splits it
+    covers."""
     rows = {}
     for n, row in enumerate(read_rows(path), 1):
-        if not isinstance(row, dict) or "id" not in row or row.get("prediction") not in (*LABELS, None):
-            raise InputError(f"{path}:{n}: needs id and a prediction among {', '.join(LABELS)} or null")
+        if not isinstance(row, dict) or "id" not in row or row.get("prediction") not in (*LABELS,
+                                                                                         None):
+            raise InputError(f"{path}:{n}: needs id and a prediction among {', '.join(LABELS)} or "
+                             "null")
         rows[str(row["id"])] = row
     hit = [gold[i] for i in rows if i in gold]
     if not hit:
@@ -182,9 +205,11 @@ def run_metrics(path, gold, references):
     wanted = [p for p in gold.values() if p.split in splits]
     missing = [p.id for p in wanted if p.id not in rows]
     if missing:
-        print(f"warning: {path} lacks {len(missing)} of {len(wanted)} gold posts, first {missing[0]}: counted as unparsed")
+        print(f"warning: {path} lacks {len(missing)} of {len(wanted)} gold posts, first "
+              f"{missing[0]}: counted as unparsed")
     predicted = [rows.get(p.id, {}).get("prediction") for p in wanted]
-    metrics = classification_metrics([p.label for p in wanted], predicted) | dict(missing=len(missing))
+    metrics = classification_metrics([p.label for p in wanted],
+                                     predicted) | dict(missing=len(missing))
     chained = {i: row for i, row in rows.items() if i in gold and isinstance(row.get("raw"), str)}
     if chained:
         metrics |= chain_metrics(chained, references)
@@ -195,7 +220,8 @@ def teacher_metrics(path):
     """How the teacher's kept chains came about."""
     rows = read_rows(path)
     stages = Counter(row.get("stage") for row in rows)
-    return dict(kept=len(rows), unaided=stages[1], label_conditioned=stages[2], set_aside=len(read_rows(f"{path}.rejects.jsonl")),
+    return dict(kept=len(rows), unaided=stages[1], label_conditioned=stages[2],
+                set_aside=len(read_rows(f"{path}.rejects.jsonl")),
                 answers_per_post=sum(row.get("tries", 1) for row in rows) / max(len(rows), 1))
 
 
@@ -208,8 +234,10 @@ def flat(metrics, prefix=""):
             yield from flat(value, f"{prefix}{name}/")
 
 
-COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "unparsed": "unparsed",
-           "parse_rate": "chains parsed", "agreement": "chain = label", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L",
+COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
+           "unparsed": "unparsed",
+           "parse_rate": "chains parsed", "agreement": "chain = label", "bleu4": "BLEU-4",
+           "rouge_l": "ROUGE-L",
            "distinct_1": "Distinct-1", "distinct_2": "Distinct-2"}
 
 
@@ -218,7 +246,8 @@ def table(metrics):
     runs = list(flat(metrics))
     keys = [k for k in COLUMNS if any(k in m for _, m in runs)]
     cell = lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
-    return [("run", [COLUMNS[k] for k in keys])] + [(name, [cell(m.get(k)) for k in keys]) for name, m in runs]
+    return [("run", [COLUMNS[k] for k in keys])] + [(name, [cell(m.get(k)) for k in keys])
+                                                    for name, m in runs]
 
 
 def evaluate(args):
@@ -249,14 +278,17 @@ def evaluate(args):
         print(name.ljust(first) + "  " + "  ".join(c.rjust(w) for c, w in zip(cells, widths)))
     if args.chains:
         t = metrics["teacher"]
-        print(f"teacher: {t['kept']} chains kept, {t['unaided']} unaided, {t['label_conditioned']} label-conditioned, {t['set_aside']} set aside")
+        print(f"teacher: {t['kept']} chains kept, {t['unaided']} unaided, "
+              f"{t['label_conditioned']} label-conditioned, {t['set_aside']} set aside")
     write_json(Path(args.out, "metrics.json"), metrics | dict(signatures=SIGNATURES))
     page = report(metrics, rows, shown, references, args.cards)
-    write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_text(page, encoding="utf-8"))
+    write_atomic(Path(args.out, "report.html"),
+                 lambda part: Path(part).write_text(page, encoding="utf-8"))
     print(f"wrote {args.out}/metrics.json and {args.out}/report.html")
 
 
-# ---- the report ----------------------------------------------------------------------------------------
+# ---- the report
+# ----------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>MulCoT-RD report</title><style>
@@ -278,16 +310,25 @@ def report(metrics, rows, shown, references, most):
     """The self-contained page. Every string from data goes through html.escape."""
     esc, (name, predictions, posts, values) = html.escape, shown
     cells = lambda items, tag="td": "".join(f"<{tag}>{esc(str(c))}</{tag}>" for c in items)
-    head, *body = [f"<tr>{cells([n, *c], 'th' if i == 0 else 'td')}</tr>" for i, (n, c) in enumerate(rows)]
-    confusion = "".join(f"<tr>{cells([f'gold {label}', *line])}</tr>" for label, line in zip(LABELS, values["confusion"]))
-    order = sorted(posts, key=lambda p: (predictions.get(p.id, {}).get("prediction") == p.label, p.id))
-    cards = "\n".join(_card(p, predictions.get(p.id, {}), references.get(p.id)) for p in order[:most])
-    notes = "".join(f"<li>{esc(COLUMNS[k])}: {esc(v)}</li>" for k, v in SIGNATURES.items() if k in values)
-    return (f"{PAGE}<h1>MulCoT-RD: {esc(name)}</h1><p>{len(posts)} posts, accuracy {values['accuracy']:.1%}, macro F1 "
-            f"{values['macro_f1']:.1%}; always saying {metrics['majority']['label']}: {metrics['majority']['accuracy']:.1%}.</p>"
+    head, *body = [f"<tr>{cells([n, *c], 'th' if i == 0 else 'td')}</tr>" for i,
+                   (n, c) in enumerate(rows)]
+    confusion = "".join(f"<tr>{cells([f'gold {label}', *line])}</tr>" for label,
+                        line in zip(LABELS, values["confusion"]))
+    order = sorted(posts, key=lambda p: (predictions.get(p.id, {}).get("prediction") == p.label,
+                                         p.id))
+    cards = "\n".join(_card(p, predictions.get(p.id, {}), references.get(p.id))
+                      for p in order[:most])
+    notes = "".join(f"<li>{esc(COLUMNS[k])}: {esc(v)}</li>" for k,
+                    v in SIGNATURES.items() if k in values)
+    return (f"{PAGE}<h1>MulCoT-RD: {esc(name)}</h1><p>{len(posts)} posts, accuracy "
+            f"{values['accuracy']:.1%}, macro F1 "
+            f"{values['macro_f1']:.1%}; always saying {metrics['majority']['label']}: "
+            f"{metrics['majority']['accuracy']:.1%}.</p>"
             f"<div class=wide><table>{head}{''.join(body)}</table></div>"
-            f"<h2>Confusion of {esc(name)}</h2><table><tr>{cells(['', *LABELS, 'unparsed'], 'th')}</tr>{confusion}</table>"
-            f"<ul>{notes}</ul><h2>Posts, wrong ones first ({min(most, len(posts))} of {len(posts)})</h2><div class=cards>{cards}</div></html>\n")
+            f"<h2>Confusion of "
+            f"{esc(name)}</h2><table><tr>{cells(['', *LABELS, 'unparsed'], 'th')}</tr>{confusion}</table>"
+            f"<ul>{notes}</ul><h2>Posts, wrong ones first ({min(most, len(posts))} of "
+            f"{len(posts)})</h2><div class=cards>{cards}</div></html>\n")
 
 
 def _card(post, row, reference):
@@ -296,19 +337,23 @@ def _card(post, row, reference):
     if post.aspect:
         text = text.replace(esc(post.aspect), f"<mark>{esc(post.aspect)}</mark>")
     image = f'<img alt="" loading=lazy src="{thumbnail(post.image)}">' if post.image else ""
-    bar = "".join(f'<i class={label} style="width:{p:.1%}" title="{label} {p:.1%}"></i>' for label, p in zip(LABELS, row.get("probs") or []))
+    bar = "".join(f'<i class={label} style="width:{p:.1%}" title="{label} {p:.1%}"></i>' for label,
+                  p in zip(LABELS, row.get("probs") or []))
     chain, listed = "", ""
     if isinstance(row.get("raw"), str):
         parsed = parse_reasoning(row["raw"])
         chain = f" · chain says <b>{esc(str(parsed.prediction))}</b>"
-        listed = "".join(f"<dt>{f}</dt><dd>{esc(parsed.fields[f])}</dd>" for f in FIELDS if f in parsed.fields)
+        listed = "".join(f"<dt>{f}</dt><dd>{esc(parsed.fields[f])}</dd>" for f in FIELDS
+                         if f in parsed.fields)
         listed = listed or f"<dt>unparsed</dt><dd>{esc(row['raw'][:2000])}</dd>"
     if reference:
         fields = parse_reasoning(reference).fields
         told = "".join(f"<dt>{f}</dt><dd>{esc(fields[f])}</dd>" for f in FIELDS if f in fields)
         listed += f"<details><summary>teacher's chain</summary><dl>{told}</dl></details>"
     return (f'<article class="card{"" if said == post.label else " wrong"}">{image}<small>{esc(post.id)}</small><p>{text}</p>'
-            f"<div class=say>gold <b>{post.label}</b> · label <b>{esc(str(said))}</b>{chain}</div><div class=bar>{bar}</div><dl>{listed}</dl></article>")
+            f"<div class=say>gold <b>{post.label}</b> · label "
+            f"<b>{esc(str(said))}</b>{chain}</div><div "
+            f"class=bar>{bar}</div><dl>{listed}</dl></article>")
 
 
 def thumbnail(path, side=112):

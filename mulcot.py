@@ -62,12 +62,13 @@ LABELS = ("negative", "neutral", "positive")
 
 
 class InputError(ValueError):
-    """A user's mistake: what is wrong, where, and how to fix it. Each script prints it and exits 2."""
+    """A user's mistake: what is wrong, where, and how to fix it. Each script prints it and exits
+    2."""
 
 
-# ======================================================================================================
+# ================================================================================================
 # §1 Posts [needs: json, csv, os, re, random, hashlib, dataclass, field, Path, Image, ImageDraw, ImageOps]
-# ======================================================================================================
+# ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
 MAX_IMAGE_PIXELS = 50_000_000  # choice: a decompression bomb is an error, not an out-of-memory kill
@@ -101,8 +102,10 @@ def safe_path(name, folder):
     """A manifest's image name as a path inside `folder`; anything that leads outside is refused."""
     root = os.path.realpath(folder)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or os.path.isabs(name) or "\\" in name:
-        raise InputError(f"image {name!r} must be a plain name inside {folder}: no URL, no absolute path")
-    path = os.path.realpath(os.path.join(root, name))  # realpath: a link that leads outside is seen too
+        raise InputError(f"image {name!r} must be a plain name inside {folder}: no URL, no "
+                         "absolute path")
+    path = os.path.realpath(os.path.join(root,
+                                         name))  # realpath: a link that leads outside is seen too
     if ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
         raise InputError(f"image {name!r} leads outside {folder}")
     return path
@@ -113,24 +116,28 @@ def load_image(path):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise InputError(f"image {path} has {image.width} x {image.height} pixels, the cap is "
+                raise InputError(f"image {path} has {image.width} x {image.height} pixels, the "
+                                 "cap is "
                                  f"{MAX_IMAGE_PIXELS:,}: shrink it")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing: check --images") from None
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's ways to say broken
+    except (OSError, ValueError, SyntaxError,
+            Image.DecompressionBombError) as e:  # Pillow's ways to say broken
         raise InputError(f"image {path} cannot be read ({e}): replace it or drop its row") from None
 
 
 def read_posts(path, images=None, rejects=None):
-    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, or an MVSA folder as
-    downloaded. `images`: their folder (default: `images/` beside the file, else the file's own folder).
-    Bad rows are appended to `rejects` as (where, reason); with rejects=None the first raises InputError."""
+    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, or an MVSA
+    folder as downloaded. `images`: their folder (default: `images/` beside the file, else the
+    file's own folder). Bad rows are appended to `rejects` as (where, reason); with rejects=None
+    the first raises InputError."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a .jsonl, .json or .tsv file or an MVSA folder")
+        raise InputError(f"{path} does not exist: give a .jsonl, .json or .tsv file or an MVSA "
+                         "folder")
     if path.is_dir():
         rows, images = _mvsa_rows(path), images or path / "data"
     elif path.suffix in (".jsonl", ".json", ".tsv"):
@@ -188,8 +195,10 @@ def _to_post(row, images):
     score = row.pop("score", None)
     if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
         raise InputError(f"score must be a number, got {score!r}")
-    return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect, label=label,
-                image=safe_path(name, images) if name else None, score=score, split=row.pop("split", None),
+    return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect,
+                label=label,
+                image=safe_path(name, images) if name else None, score=score,
+                split=row.pop("split", None),
                 cot=row.pop("cot", None), folder=str(images), extra=row)
 
 
@@ -200,7 +209,8 @@ def _lines(path):
             try:
                 yield f"{path}:{n}", raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as e:
-                yield f"{path}:{n}", InputError(f"not UTF-8 (byte {e.start + 1} of the line): re-save it as UTF-8")
+                yield f"{path}:{n}", InputError(f"not UTF-8 (byte {e.start + 1} of the line): "
+                                                "re-save it as UTF-8")
 
 
 def _jsonl_rows(path):
@@ -219,14 +229,16 @@ def _json_rows(path):
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not JSON ({e}); one object per line belongs into a .jsonl") from None
+        raise InputError(f"{path} is not JSON ({e}); one object per line belongs into a "
+                         ".jsonl") from None
     if not isinstance(rows, list):
         raise InputError(f"{path} must be a list of rows, as in the authors' release")
     return ((f"{path}[{n}]", row) for n, row in enumerate(rows))
 
 
 def _tsv_rows(path):
-    """TomBERT: header, then index, label (0 negative, 1 neutral, 2 positive), image, text with $T$, aspect."""
+    """TomBERT: header, then index, label (0 negative, 1 neutral, 2 positive), image, text with
+    $T$, aspect."""
     split = path.stem if path.stem in ("train", "dev", "test") else None
     for n, (where, line) in enumerate(_lines(path)):
         if n == 0 or line == "":
@@ -234,10 +246,12 @@ def _tsv_rows(path):
         if isinstance(line, str):
             cells = line.split("\t")  # trap: csv would join lines at a stray quote
             if len(cells) != 5 or cells[1] not in ("0", "1", "2"):
-                line = InputError(f"expected index, label 0-2, image, text, aspect; got {len(cells)} cells "
+                line = InputError(f"expected index, label 0-2, image, text, aspect; got "
+                                  f"{len(cells)} cells "
                                   f"and label {cells[1] if len(cells) > 1 else None!r}")
             else:
-                line = dict(id=f"{path.stem}-{cells[0]}", label=LABELS[int(cells[1])], image=cells[2],
+                line = dict(id=f"{path.stem}-{cells[0]}", label=LABELS[int(cells[1])],
+                            image=cells[2],
                             text=cells[3], aspect=cells[4], split=split)
         yield where, line
 
@@ -256,11 +270,12 @@ def mvsa_label(pairs):
 
 
 def _mvsa_rows(folder):
-    """`labelResultAll.txt` and `data/<id>.txt|.jpg`. No official split exists; ours: ids in the order of
-    sha256("mvsa:<id>"), first tenth test, second tenth dev, rest train."""
+    """`labelResultAll.txt` and `data/<id>.txt|.jpg`. No official split exists; ours: ids in the
+    order of sha256("mvsa:<id>"), first tenth test, second tenth dev, rest train."""
     table = folder / "labelResultAll.txt"
     if not table.exists():
-        raise InputError(f"{folder} has no labelResultAll.txt: point at the MVSA folder as downloaded")
+        raise InputError(f"{folder} has no labelResultAll.txt: point at the MVSA folder as "
+                         "downloaded")
     rows = []
     for where, line in list(_lines(table))[1:]:
         if line == "":
@@ -271,7 +286,8 @@ def _mvsa_rows(folder):
             if not pairs or any(len(p) != 2 or not set(p) <= set(LABELS) for p in pairs):
                 line = InputError("expected an id and pairs of text,image labels")
             elif (label := mvsa_label(pairs)) is None:
-                line = InputError("annotators conflict or have no majority: dropped by the MVSA rule")
+                line = InputError("annotators conflict or have no majority: dropped by the MVSA "
+                                  "rule")
             else:
                 line = dict(id=cells[0].strip(), image=f"{cells[0].strip()}.jpg", label=label)
                 try:
@@ -288,18 +304,22 @@ def _mvsa_rows(folder):
     return rows
 
 
-# ======================================================================================================
+# ================================================================================================
 # §2 Prompts and parsing [needs: json, re, dataclass, LABELS]
-# ======================================================================================================
+# ================================================================================================
 
-FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion", "Prediction")
+FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion",
+          "Prediction")
 
 # choice: the wording is ours; sections, field names and their order are the paper's.
-# A prompt is PREFIX (task, post) + a format (one of FORMATS): tasks of one post share everything up to the
-# format. trap: the prefix ends in line breaks and a format starts with a letter, so that no token of the
+# A prompt is PREFIX (task, post) + a format (one of FORMATS): tasks of one post share everything
+# up to the
+# format. trap: the prefix ends in line breaks and a format starts with a letter, so that no token
+# of the
 # tokenizer spans the seam and the shared prefix equals the start of either whole prompt.
 TASK = "Judge the sentiment of a social-media post from its text and its image together."
-TASK_ASPECT = ("Judge the sentiment that the author of a social-media post shows toward the target aspect, "
+TASK_ASPECT = ("Judge the sentiment that the author of a social-media post shows toward the "
+               "target aspect, "
                "from text and image together.")
 TASK_EXPLAIN = "Explain why the sentiment of a social-media post is the given one, from text and image together."
 DEFINITIONS = """Sentiment definitions:
@@ -323,10 +343,12 @@ TASKS = ("reason", "label", "predict", "explain")
 
 
 def post_prompt(post, task="reason", gold=None):
-    """The shared part of a prompt: task, definitions (teacher only), the post. Ends in a blank line."""
+    """The shared part of a prompt: task, definitions (teacher only), the post. Ends in a blank
+    line."""
     about = TASK_ASPECT if post.aspect else TASK
     if task == "explain":
-        about = TASK_EXPLAIN + (" The sentiment meant is the one toward the target aspect." if post.aspect else "")
+        about = TASK_EXPLAIN + (" The sentiment meant is the one toward the target aspect."
+                                if post.aspect else "")
     lines = [about] + ([DEFINITIONS] if task in ("predict", "explain") else [])
     lines.append("Text: " + " ".join(post.text.split()))  # trap: a post's line breaks could fake our layout
     if post.aspect:
@@ -342,8 +364,9 @@ def task_format(task):
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" for the trained models, "predict" | "explain" for the
-    teacher's two stages; only "explain" takes (and needs) the gold label. paper: stage 1 / stage 2."""
+    """OpenAI-style messages. task: "reason" | "label" for the trained models, "predict" |
+    "explain" for the teacher's two stages; only "explain" takes (and needs) the gold label. paper:
+    stage 1 / stage 2."""
     assert task in TASKS and (gold in LABELS) == (task == "explain"), (task, gold)
     image = [{"type": "image", "image": post.image}] if post.image else []
     text = post_prompt(post, task, gold) + task_format(task)
@@ -352,8 +375,9 @@ def build_messages(post, task, gold=None):
 
 @dataclass
 class Reasoning:
-    """A parsed answer. `fields`: those found, cleaned. `prediction`: a label or None. `complete`: all five
-    fields hold text and the last one a label. `problem`: what is missing, in words, or None."""
+    """A parsed answer. `fields`: those found, cleaned. `prediction`: a label or None. `complete`:
+    all five fields hold text and the last one a label. `problem`: what is missing, in words, or
+    None."""
 
     fields: dict
     prediction: str | None
@@ -362,7 +386,8 @@ class Reasoning:
 
 
 _NAME = "|".join(FIELDS)
-# A field opens at the start of a line, dressed as Markdown, a list item or JSON, or behind { or , when its
+# A field opens at the start of a line, dressed as Markdown, a list item or JSON, or behind { or ,
+# when its
 # name is quoted. Within a sentence its name is text. Bounded repeats keep this linear on any input.
 _HEADING = re.compile(
     rf"""^[ \t>#*\-{{"'`\d.]{{0,16}}({_NAME})(?:["'`*\]]{{0,4}}[ \t]{{0,4}}[:\uff1a][*]{{0,2}}|["'`*#:]{{0,4}}[ \t]{{0,4}}$)"""
@@ -371,8 +396,9 @@ _LABEL_WORD = re.compile(rf"\b({'|'.join(LABELS)})\b")
 
 
 def parse_reasoning(text):
-    """Any text a model wrote -> Reasoning. Reads quoted paragraphs, Markdown headings, (fenced) JSON and
-    plain `Field: …`. The last Prediction wins; one that names several labels names none. Never raises."""
+    """Any text a model wrote -> Reasoning. Reads quoted paragraphs, Markdown headings, (fenced)
+    JSON and plain `Field: …`. The last Prediction wins; one that names several labels names none.
+    Never raises."""
     opens = list(_HEADING.finditer(text))
     ends = [m.start() for m in opens[1:]] + [len(text)]
     fields = {}
@@ -394,7 +420,8 @@ def parse_reasoning(text):
 
 
 def _clean(value):
-    """A field's text without its dress: quotes, commas, braces, fences, rules, the next heading's hashes."""
+    """A field's text without its dress: quotes, commas, braces, fences, rules, the next heading's
+    hashes."""
     value = value.strip()
     value = re.sub(r"```\w{0,10}", "", value).strip().strip("*").strip()
     quoted = value.startswith('"')
@@ -411,8 +438,8 @@ def _clean(value):
 
 
 def render_reasoning(fields):
-    """The one written form that models are trained on: a quoted paragraph per field, in order. A quote
-    within a value stays as it is, as teachers write it."""
+    """The one written form that models are trained on: a quoted paragraph per field, in order. A
+    quote within a value stays as it is, as teachers write it."""
     return "\n".join(f'"{name}": "{fields[name]}"' for name in FIELDS)
 
 
@@ -421,15 +448,15 @@ def render_label(label):
     return f'"Prediction": "{label}"'
 
 
-# ======================================================================================================
+# ================================================================================================
 # §3 Teacher [needs: base64, io, json, os, random, time, threading, email, dataclass, hashlib, requests, Image, ImageOps, InputError, LABELS, §1, §2]
-# ======================================================================================================
+# ================================================================================================
 
 
 @dataclass
 class Request:
-    """One question to a teacher: the post (for teachers that hold the picture themselves), the messages,
-    and what a retry changes."""
+    """One question to a teacher: the post (for teachers that hold the picture themselves), the
+    messages, and what a retry changes."""
 
     post: Post
     messages: list
@@ -439,7 +466,8 @@ class Request:
 
 @dataclass
 class Answer:
-    """What came back. `finish` is "stop" or "length" (truncated); tokens as the teacher counts them."""
+    """What came back. `finish` is "stop" or "length" (truncated); tokens as the teacher counts
+    them."""
 
     text: str
     finish: str = "stop"
@@ -448,12 +476,14 @@ class Answer:
 
 
 def two_stage_cot(post, max_tries=3, max_tokens=512, stage2=True):
-    """The teacher's two stages with an adaptive retry controller (ARC), as a generator: it yields a Request,
-    is sent the Answer, and returns a row of `cot` (or None), `stage`, `tries`, `problem`, `attempts`, tokens.
+    """The teacher's two stages with an adaptive retry controller (ARC), as a generator: it yields
+    a Request, is sent the Answer, and returns a row of `cot` (or None), `stage`, `tries`,
+    `problem`, `attempts`, tokens.
 
-    paper: stage 1 asks without the label and is kept if right; stage 2 gets the label and explains it; ARC
-    repeats what is incomplete. choice: a retry raises the temperature (0, 0.4, 0.8 …), or doubles the token
-    budget after a truncated answer; a stage-2 chain that contradicts its label is asked again too."""
+    paper: stage 1 asks without the label and is kept if right; stage 2 gets the label and explains
+    it; ARC repeats what is incomplete. choice: a retry raises the temperature (0, 0.4, 0.8 …), or
+    doubles the token budget after a truncated answer; a stage-2 chain that contradicts its label
+    is asked again too."""
     attempts, tokens_in, tokens_out = [], 0, 0
     for stage, task in ((1, "predict"), (2, "explain"))[: 2 if stage2 else 1]:
         budget, problem = max_tokens, None
@@ -467,20 +497,24 @@ def two_stage_cot(post, max_tries=3, max_tokens=512, stage2=True):
                 problem, budget = f"truncated at {budget} tokens", 2 * budget
             elif problem is None and parsed.prediction != post.label:
                 problem = f"predicts {parsed.prediction}, label is {post.label}"
-            attempts.append(dict(stage=stage, temperature=0.4 * attempt, raw=answer.text, problem=problem))
+            attempts.append(dict(stage=stage, temperature=0.4 * attempt, raw=answer.text,
+                                 problem=problem))
             if problem is None:
-                return dict(cot=render_reasoning(parsed.fields), raw=answer.text, prediction=parsed.prediction,
+                return dict(cot=render_reasoning(parsed.fields), raw=answer.text,
+                            prediction=parsed.prediction,
                             stage=stage, tries=len(attempts), problem=None, attempts=attempts,
                             tokens_in=tokens_in, tokens_out=tokens_out)
             if stage == 1 and parsed.complete and answer.finish != "length":
                 break  # a whole but wrong answer is what stage 2 is for
-    return dict(cot=None, raw=attempts[-1]["raw"], prediction=None, stage=stage, tries=len(attempts),
+    return dict(cot=None, raw=attempts[-1]["raw"], prediction=None, stage=stage,
+                tries=len(attempts),
                 problem=problem, attempts=attempts, tokens_in=tokens_in, tokens_out=tokens_out)
 
 
 def answer_all(dialogues, ask):
-    """Drives many two_stage_cot generators at once: `ask(list of Requests) -> list of Answers` sees one
-    pending request of each, so that a local model answers in batches. Yields (index, row) as they end."""
+    """Drives many two_stage_cot generators at once: `ask(list of Requests) -> list of Answers`
+    sees one pending request of each, so that a local model answers in batches. Yields (index, row)
+    as they end."""
     pending = [(i, d, next(d)) for i, d in enumerate(dialogues)]
     while pending:
         answers, still = ask([request for _, _, request in pending]), []
@@ -494,31 +528,38 @@ def answer_all(dialogues, ask):
 
 
 class Endpoint:
-    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over requests.
-    The key is read from OPENAI_API_KEY and is cut out of every error text."""
+    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
+    requests. The key is read from OPENAI_API_KEY and is cut out of every error text."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False):
         host = requests.utils.urlparse(url).hostname or ""
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"--endpoint {url!r} must start with https:// (or http:// on this machine)")
-        if url.startswith("http://") and host not in ("localhost", "127.0.0.1", "::1") and not allow_http:
-            raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or --allow-http")
+            raise InputError(f"--endpoint {url!r} must start with https:// (or http:// on this "
+                             "machine)")
+        if url.startswith("http://") and host not in ("localhost", "127.0.0.1",
+                                                      "::1") and not allow_http:
+            raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
+                             "--allow-http")
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.timeout, self.max_retries = timeout, max_retries
         self._key, self._session = os.environ.get("OPENAI_API_KEY", ""), requests.Session()
 
     def __call__(self, request):
-        """Request -> Answer. Retries 408/409/429/5xx, time-outs and broken replies with jittered exponential
-        back-off, at least as long as Retry-After says; any other 4xx raises InputError with the server's words."""
-        body = dict(model=self.model, temperature=request.temperature, max_tokens=request.max_tokens,
-                    messages=[dict(m, content=[_wire(part) for part in m["content"]]) for m in request.messages])
+        """Request -> Answer. Retries 408/409/429/5xx, time-outs and broken replies with jittered
+        exponential back-off, at least as long as Retry-After says; any other 4xx raises InputError
+        with the server's words."""
+        body = dict(model=self.model, temperature=request.temperature,
+                    max_tokens=request.max_tokens,
+                    messages=[dict(m, content=[_wire(part) for part in m["content"]])
+                              for m in request.messages])
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         for attempt in range(self.max_retries + 1):
             wait = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
-                reply = self._session.post(self.url, json=body, headers=headers, timeout=self.timeout,
+                reply = self._session.post(self.url, json=body, headers=headers,
+                                           timeout=self.timeout,
                                            allow_redirects=False)
                 if reply.status_code == 200:
                     return _read_reply(reply.json())
@@ -533,14 +574,16 @@ class Endpoint:
                 problem = self._clean(f"{type(e).__name__}: {e}")
             if attempt < self.max_retries:
                 time.sleep(wait)
-        raise InputError(f"{self.url} failed {self.max_retries + 1} times, last: {problem}; run again to go on")
+        raise InputError(f"{self.url} failed {self.max_retries + 1} times, last: {problem}; run "
+                         "again to go on")
 
     def _clean(self, text):
         return text.replace(self._key, "***") if self._key else text
 
 
 def _read_reply(reply):
-    """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty answer."""
+    """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty
+    answer."""
     choice, usage = reply["choices"][0], reply.get("usage") or {}
     content = choice["message"].get("content") or ""
     if isinstance(content, list):  # some servers answer in content parts
@@ -557,7 +600,8 @@ def _wire(part):
 
 
 def data_url(path, max_side=1120):
-    """The image as a JPEG data URL: upright, without metadata (GPS!), its longer side at most max_side."""
+    """The image as a JPEG data URL: upright, without metadata (GPS!), its longer side at most
+    max_side."""
     image = load_image(path)
     image.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
@@ -565,9 +609,9 @@ def data_url(path, max_side=1120):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# ======================================================================================================
+# ================================================================================================
 # §4 Tokens [needs: hashlib, torch, dataclass, OrderedDict, InputError, §1, §2]
-# ======================================================================================================
+# ================================================================================================
 
 IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -586,7 +630,8 @@ class Processor:
         self._pixels, self._room = OrderedDict(), cache_mb * 2**20
 
     def text_ids(self, text):
-        """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a control token."""
+        """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a control
+        token."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def template_ids(self, text):
@@ -607,8 +652,8 @@ class Processor:
 
 @dataclass
 class Example:
-    """Token ids of one post. `prefix` (P,) and its 3-D positions (3, P); per branch the ids of prompt and
-    answer, and how many of them (from the end) are supervised answer tokens."""
+    """Token ids of one post. `prefix` (P,) and its 3-D positions (3, P); per branch the ids of
+    prompt and answer, and how many of them (from the end) are supervised answer tokens."""
 
     prefix: list
     positions: torch.Tensor
@@ -621,9 +666,10 @@ class Example:
 
 
 def encode(post, branches, processor, prompt=None):
-    """One post and its branches [(prompt text, answer text or None), …] -> Example. `prompt`: the shared
-    text before the branches (default `post_prompt(post)`). Ids equal those of the model's chat template.
-    trap: train on <|im_end|> and mask by length; with pad == eos a model never learns to stop."""
+    """One post and its branches [(prompt text, answer text or None), …] -> Example. `prompt`: the
+    shared text before the branches (default `post_prompt(post)`). Ids equal those of the model's
+    chat template. trap: train on <|im_end|> and mask by length; with pad == eos a model never
+    learns to stop."""
     p, image, grid, pixels = processor, [], None, None
     if post.image:
         pixels, grid = p.image(post.image)
@@ -636,13 +682,15 @@ def encode(post, branches, processor, prompt=None):
     for question, answer in branches:
         answer_ids = [] if answer is None else p.text_ids(answer) + [p.im_end]
         tails.append((p.text_ids(question) + ready + answer_ids, len(answer_ids)))
-    return Example(prefix, rope_positions(prefix, p.image_pad, [grid] if image else [], p.merge), tails, pixels, grid)
+    return Example(prefix, rope_positions(prefix, p.image_pad, [grid] if image else [], p.merge),
+                   tails, pixels, grid)
 
 
 def rope_positions(ids, image_pad, grids, merge):
-    """Qwen-VL's 3-D (time, height, width) positions (3, T): text counts up on all three axes; an image spans a
-    grid and text goes on after its longer side. trap: without these (or mm_token_type_ids) transformers 5
-    silently uses text positions. Equal to the model's own get_rope_index (tested)."""
+    """Qwen-VL's 3-D (time, height, width) positions (3, T): text counts up on all three axes; an
+    image spans a grid and text goes on after its longer side. trap: without these (or
+    mm_token_type_ids) transformers 5 silently uses text positions. Equal to the model's own
+    get_rope_index (tested)."""
     out, at, i, grids = [], 0, 0, list(grids)
     while i < len(ids):
         if ids[i] != image_pad:
@@ -659,8 +707,9 @@ def rope_positions(ids, image_pad, grids, merge):
 @dataclass
 class Batch:
     """Rows of [prefix | branch 1 | branch 2 … | padding], or one row per branch ("rows" layout).
-    `branch`: 0 in the prefix, 1, 2 … in the branches, -1 on padding. `targets[b, t]` is the id to predict
-    *at* t (the shift is done), -100 where nothing is supervised. `example`: which example a row came from."""
+    `branch`: 0 in the prefix, 1, 2 … in the branches, -1 on padding. `targets[b, t]` is the id to
+    predict *at* t (the shift is done), -100 where nothing is supervised. `example`: which example
+    a row came from."""
 
     ids: torch.Tensor  # (B, T)
     position_ids: torch.Tensor  # (3, B, T)
@@ -676,8 +725,9 @@ class Batch:
 
 
 def collate(examples, pad_id, layout="shared"):
-    """Examples -> Batch. "shared": all branches of a post behind one copy of its prefix. "rows": a row per
-    branch, for models that carry state along the sequence; same results, nothing shared."""
+    """Examples -> Batch. "shared": all branches of a post behind one copy of its prefix. "rows": a
+    row per branch, for models that carry state along the sequence; same results, nothing
+    shared."""
     rows = []  # (example index, example, [(branch number, ids, answer length), …])
     for n, e in enumerate(examples):
         numbered = [(k, ids, answer) for k, (ids, answer) in enumerate(e.branches, 1)]
@@ -689,7 +739,8 @@ def collate(examples, pad_id, layout="shared"):
     targets = torch.full((B, T), -100)
     for b, (_, e, tails) in enumerate(rows):
         at = len(e.prefix)
-        ids[b, :at], position_ids[:, b, :at], branch[b, :at] = torch.tensor(e.prefix), e.positions, 0
+        ids[b, :at], position_ids[:, b, :at], branch[b,
+                                                     :at] = torch.tensor(e.prefix), e.positions, 0
         after = int(e.positions.max()) + 1  # every branch's positions start anew behind the prefix
         for k, tail, answer in tails:
             end = at + len(tail)
@@ -701,28 +752,33 @@ def collate(examples, pad_id, layout="shared"):
     images = [e for _, e, _ in rows if e.pixels is not None]
     pixels = torch.cat([e.pixels for e in images]) if images else None
     grid = torch.stack([e.grid for e in images]) if images else None
-    return Batch(ids, position_ids, branch, targets, torch.tensor([n for n, _, _ in rows]), pixels, grid)
+    return Batch(ids, position_ids, branch, targets, torch.tensor([n for n, _, _ in rows]), pixels,
+                 grid)
 
 
 def branch_mask(branch, dtype):
-    """branch (B, T) -> additive mask (B, 1, T, T): a token sees the prefix and its own branch up to itself,
-    never a sister. trap: a bool mask is right under sdpa, but eager attention adds it as 0 / 1."""
+    """branch (B, T) -> additive mask (B, 1, T, T): a token sees the prefix and its own branch up
+    to itself, never a sister. trap: a bool mask is right under sdpa, but eager attention adds it
+    as 0 / 1."""
     T = branch.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
     key, query = branch[:, None, :], branch[:, :, None]  # (B, 1, T), (B, T, 1)
     seen = causal & ((key == 0) | (key == query)) & (key != -1)
-    seen |= torch.eye(T, dtype=torch.bool, device=branch.device)  # trap: a row that sees nothing turns NaN
-    return torch.zeros(seen.shape, dtype=dtype, device=branch.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    seen |= torch.eye(T, dtype=torch.bool,
+                      device=branch.device)  # trap: a row that sees nothing turns NaN
+    return torch.zeros(seen.shape, dtype=dtype, device=branch.device).masked_fill(~seen,
+                                                                                  torch.finfo(dtype).min)[:, None]
 
 
 def show_tokens(batch, tokenizer, row=0):
-    """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler per
-    branch. A token is coloured where it is the target, so the colours prove shift and mask."""
+    """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
+    per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
     green, plain, lines, last = "\033[32m", "\033[0m", [], None
     pads = 0
     for t, (i, k) in enumerate(zip(batch.ids[row].tolist(), batch.branch[row].tolist())):
         if k != last:
-            lines.append(f"\n{plain}---- " + {0: "prefix", -1: "padding"}.get(k, f"branch {k}") + " ----\n")
+            lines.append(f"\n{plain}---- " + {0: "prefix", -1: "padding"}.get(k,
+                                                                              f"branch {k}") + " ----\n")
         supervised = t > 0 and k == last and batch.targets[row, t - 1] != -100
         piece = tokenizer.decode([i])
         if i == tokenizer.convert_tokens_to_ids(IMAGE_PAD):
@@ -734,22 +790,24 @@ def show_tokens(batch, tokenizer, row=0):
     return "".join(lines) + plain
 
 
-# ======================================================================================================
+# ================================================================================================
 # §5 LoRA [needs: json, math, os, re, contextlib, torch, nn, F, load_file, save_file, InputError]
-# ======================================================================================================
+# ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower)\.")
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + (alpha / rank) B A dropout(x). `lora_A` (R, in) starts as Kaiming, `lora_B` (out, R) at
-    zero, so training begins at the base model. paper: Hu et al. 2021, arXiv 2106.09685, §4.1."""
+    """y = base(x) + (alpha / rank) B A dropout(x). `lora_A` (R, in) starts as Kaiming, `lora_B`
+    (out, R) at zero, so training begins at the base model. paper: Hu et al. 2021, arXiv
+    2106.09685, §4.1."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
         self.base, self.rank, self.alpha, self.scale, self.on = base, rank, alpha, alpha / rank, True
-        like = dict(device=base.weight.device, dtype=torch.float32)  # choice: fp32 adapters over any base
+        like = dict(device=base.weight.device,
+                    dtype=torch.float32)  # choice: fp32 adapters over any base
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         self.dropout = nn.Dropout(dropout)
@@ -774,8 +832,9 @@ def _replace(model, name, new):
 
 
 def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="language"):
-    """Wraps the linears whose name ends in one of `targets` and freezes everything else; returns their full
-    names. scope "language" leaves vision and audio towers alone; "all" is the authors' suffix matching."""
+    """Wraps the linears whose name ends in one of `targets` and freezes everything else; returns
+    their full names. scope "language" leaves vision and audio towers alone; "all" is the authors'
+    suffix matching."""
     assert scope in ("language", "all"), scope
     model.requires_grad_(False)
     names = [name for name, m in model.named_modules() if name.rpartition(".")[2] in targets
@@ -803,8 +862,8 @@ def adapters_off(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds every adapter to its base weight, in fp32, and removes the wrappers. Explicit, once, for serving.
-    trap: merging in bf16 inside eval() / train() loses bits on every round trip."""
+    """Adds every adapter to its base weight, in fp32, and removes the wrappers. Explicit, once,
+    for serving. trap: merging in bf16 inside eval() / train() loses bits on every round trip."""
     for name, m in _layers(model).items():
         delta = m.scale * (m.lora_B.float() @ m.lora_A.float())  # (out, in)
         m.base.weight.copy_((m.base.weight.float() + delta).to(m.base.weight.dtype))
@@ -835,8 +894,9 @@ def save_adapter(model, folder):
 
 
 def load_adapter(model, folder):
-    """Wraps and fills the layers that the file names; returns their names. Every key must find its layer and
-    every layer both its halves. trap: keys that match nothing load as a silent no-op elsewhere."""
+    """Wraps and fills the layers that the file names; returns their names. Every key must find its
+    layer and every layer both its halves. trap: keys that match nothing load as a silent no-op
+    elsewhere."""
     file = os.path.join(folder, "adapter_model.safetensors")
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())
@@ -846,7 +906,8 @@ def load_adapter(model, folder):
     odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                        "modules_to_save", "lora_bias") if config.get(k)]
     if odd or config.get("bias", "none") != "none" or config.get("peft_type") != "LORA":
-        raise InputError(f"{folder} uses {', '.join(odd) or 'another adapter type'}: only plain LoRA is read here")
+        raise InputError(f"{folder} uses {', '.join(odd) or 'another adapter type'}: only plain "
+                         "LoRA is read here")
     pairs, modules = {}, dict(model.named_modules())
     for key, tensor in tensors.items():
         m = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight", key)
@@ -859,38 +920,45 @@ def load_adapter(model, folder):
         if set(halves) != {"lora_A", "lora_B"}:
             raise InputError(f"{folder}: {name} has only {', '.join(halves)}")
         A, B = halves["lora_A"], halves["lora_B"]
-        fits = A.shape == (A.shape[0], base.in_features) and B.shape == (base.out_features, A.shape[0])
+        fits = A.shape == (A.shape[0], base.in_features) and B.shape == (base.out_features,
+                                                                         A.shape[0])
         if not isinstance(base, nn.Linear) or not fits:
-            raise InputError(f"{folder}: {name} has shapes {tuple(A.shape)}, {tuple(B.shape)}, the layer is "
+            raise InputError(f"{folder}: {name} has shapes {tuple(A.shape)}, {tuple(B.shape)}, "
+                             "the layer is "
                              f"{base.in_features} -> {base.out_features}: wrong base model?")
         layer = LoRALinear(base, A.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
         layer.lora_A.data.copy_(A), layer.lora_B.data.copy_(B)
         _replace(model, name, layer)
     unfilled = set(_layers(model)) - set(pairs)
     if unfilled:
-        raise InputError(f"{folder} leaves {len(unfilled)} adapters unfilled, first {min(unfilled)}")
+        raise InputError(f"{folder} leaves {len(unfilled)} adapters unfilled, first "
+                         f"{min(unfilled)}")
     return sorted(pairs)
 
 
 def _spellings(name):
     """A layer's name now and as older checkpoints spell it (`model.layers.*`, `visual.*`)."""
-    return (name, re.sub(r"^model\.layers\.", "model.language_model.layers.", name), re.sub(r"^visual\.", "model.visual.", name))
+    return (name, re.sub(r"^model\.layers\.", "model.language_model.layers.", name),
+            re.sub(r"^visual\.", "model.visual.", name))
 
 
-# ======================================================================================================
+# ================================================================================================
 # §6 Model [needs: os, json, torch, Path, InputError, LABELS, §1, §2, §3, §4, §5]
-# ======================================================================================================
+# ================================================================================================
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None):
-    """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose base is read
-    first). `dtype`: default float32 on CPU, bfloat16 on GPU. `max_pixels` caps the image size."""
+    """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
+    base is read first). `dtype`: default float32 on CPU, bfloat16 on GPU. `max_pixels` caps the
+    image size."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     base, adapter = str(name), None
     if Path(name, "adapter_config.json").exists():
-        base, adapter = json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"], name
+        base, adapter = json.loads(Path(name,
+                                        "adapter_config.json").read_text())["base_model_name_or_path"], name
     if not os.path.isdir(base) and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
-        raise InputError(f"model {base!r} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-3B-Instruct")
+        raise InputError(f"model {base!r} is neither a folder nor a hub name like "
+                         "Qwen/Qwen2.5-VL-3B-Instruct")
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -910,25 +978,28 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None):
 
 
 def forward_branches(model, batch):
-    """Hidden states (B, T, D) of the last layer: one vision pass and one language pass for all branches.
-    The logits are left to the caller, who needs them at few positions."""
+    """Hidden states (B, T, D) of the last layer: one vision pass and one language pass for all
+    branches. The logits are left to the caller, who needs them at few positions."""
     core = model.model
     if "flash" in (model.config._attn_implementation or ""):
-        raise InputError("flash attention cannot take the branch mask: load the model with sdpa or eager")
+        raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
+                         "or eager")
     embeds = core.get_input_embeddings()(batch.ids)  # (B, T, D)
     if batch.pixels is not None:
         parts = core.get_image_features(batch.pixels.to(embeds.dtype), batch.grid).pooler_output
         seats = batch.ids == model.config.image_token_id
         embeds = embeds.masked_scatter(seats[..., None], torch.cat(list(parts)).to(embeds.dtype))
-    out = core.language_model(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False,
+    out = core.language_model(inputs_embeds=embeds, position_ids=batch.position_ids,
+                              use_cache=False,
                               attention_mask=branch_mask(batch.branch, embeds.dtype))
     return out.last_hidden_state
 
 
 @torch.no_grad()
 def score_labels(model, batch):
-    """Log-probabilities (B, 3) in the order of LABELS, normalised over the three, from a batch whose examples
-    were encoded with `label_branches()`. One forward pass, exact, never unparsed."""
+    """Log-probabilities (B, 3) in the order of LABELS, normalised over the three, from a batch
+    whose examples were encoded with `label_branches()`. One forward pass, exact, never
+    unparsed."""
     hidden = forward_branches(model, batch)
     at = batch.targets != -100
     logits = model.lm_head(hidden[at]).float()  # (N, V)
@@ -951,9 +1022,10 @@ def chain_branches(cot, label):
 
 @torch.no_grad()
 def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.0):
-    """Answers [(text, finish), …] to examples that have one branch without an answer each, in one batch with
-    left padding. finish is "stop" or "length". Greedy at temperature 0.
-    trap: Qwen ships sampling defaults; greedy and penalties are given explicitly. Vision ids never come out."""
+    """Answers [(text, finish), …] to examples that have one branch without an answer each, in one
+    batch with left padding. finish is "stop" or "length". Greedy at temperature 0. trap: Qwen
+    ships sampling defaults; greedy and penalties are given explicitly. Vision ids never come
+    out."""
     rows = [e.prefix + e.branches[0][0] for e in examples]
     T, device = max(map(len, rows)), model.device
     ids = torch.tensor([[processor.pad] * (T - len(r)) + r for r in rows], device=device)  # (B, T)
@@ -964,24 +1036,28 @@ def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.
         extra = dict(pixel_values=torch.cat([e.pixels for e in images]).to(device, model.dtype),
                      image_grid_thw=torch.stack([e.grid for e in images]).to(device),
                      mm_token_type_ids=(ids == processor.image_pad).int())
-    sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature else dict(
+    sampling = dict(do_sample=True, temperature=temperature, top_p=1.0,
+                    top_k=0) if temperature else dict(
         do_sample=False, temperature=None, top_p=None, top_k=None)
     out = model.generate(
-        input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, repetition_penalty=1.0, use_cache=True,
-        eos_token_id=[processor.im_end, processor.pad], pad_token_id=processor.pad, **sampling, **extra,
+        input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens, repetition_penalty=1.0,
+                         use_cache=True,
+        eos_token_id=[processor.im_end, processor.pad], pad_token_id=processor.pad, **sampling,
+                         **extra,
         suppress_tokens=[config.image_token_id, config.video_token_id, config.vision_start_token_id,
                          config.vision_end_token_id])[:, T:]  # (B, new)
     answers = []
     for row in out.tolist():
         stops = [i for i, t in enumerate(row) if t in (processor.im_end, processor.pad)]
-        text = processor.tokenizer.decode(row[: stops[0]] if stops else row, skip_special_tokens=False)
+        text = processor.tokenizer.decode(row[: stops[0]] if stops else row,
+                                          skip_special_tokens=False)
         answers.append((text, "stop" if stops else "length"))
     return answers
 
 
-# ======================================================================================================
+# ================================================================================================
 # §7 Losses [needs: torch, F]
-# ======================================================================================================
+# ================================================================================================
 
 
 def multitask_loss(reasoning, label, reasoning_weight=0.8, label_weight=0.2):
@@ -995,9 +1071,9 @@ def student_loss(hard, soft, lam=0.3):
 
 
 def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False):
-    """KL(teacher || student) of the softened distributions, (N, V) each, mean over N -> scalar. Both are cut to
-    the ids they share first (Qwen2.5-VL-7B has 152,064 output rows, 3B 151,936). paper: no τ² factor;
-    `t_squared` is Hinton et al. 2015 (arXiv 1503.02531, §2), who have it."""
+    """KL(teacher || student) of the softened distributions, (N, V) each, mean over N -> scalar.
+    Both are cut to the ids they share first (Qwen2.5-VL-7B has 152,064 output rows, 3B 151,936).
+    paper: no τ² factor; `t_squared` is Hinton et al. 2015 (arXiv 1503.02531, §2), who have it."""
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     log_q = (student_logits[:, :V].float() / temperature).log_softmax(-1)
     log_p = (teacher_logits[:, :V].float() / temperature).log_softmax(-1)
@@ -1006,16 +1082,18 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False)
 
 
 def top_k_soft(logits, k=64, temperature=2.0):
-    """Soft labels of logits (N, V): ids (N, K), their log-probabilities at τ (N, K), and the log of all the rest
-    (N,), by logsumexp. choice: keep the tail as one more bin; a renormalised top-k is biased."""
+    """Soft labels of logits (N, V): ids (N, K), their log-probabilities at τ (N, K), and the log
+    of all the rest (N,), by logsumexp. choice: keep the tail as one more bin; a renormalised top-k
+    is biased."""
     log_p = (logits.float() / temperature).log_softmax(-1)
     top, ids = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
     return ids, top, log_p.scatter(1, ids, -torch.inf).logsumexp(-1)
 
 
 def soft_kl(student_logits, soft, temperature=2.0):
-    """KL (N,) between soft labels as `top_k_soft` keeps them and the student, over the same K + 1 bins; equals
-    distill_kl per position when K = V. The student's logits must be cut to the soft labels' vocabulary."""
+    """KL (N,) between soft labels as `top_k_soft` keeps them and the student, over the same K + 1
+    bins; equals distill_kl per position when K = V. The student's logits must be cut to the soft
+    labels' vocabulary."""
     ids, log_p, tail_p = soft
     log_q = (student_logits.float() / temperature).log_softmax(-1)  # (N, V)
     tail_q = log_q.scatter(1, ids, -torch.inf).logsumexp(-1)  # (N,)
@@ -1025,12 +1103,15 @@ def soft_kl(student_logits, soft, temperature=2.0):
     return kl + torch.where(whole, zero, tail_p.exp() * (tail_p - torch.where(whole, zero, tail_q)))
 
 
-def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, temperature=2.0, kl_weights=None, vocab=None):
-    """Σ_n w_n [(1 - λ) CE_n + λ KL_n] over the supervised positions -> (loss, {"ce", "kl"} detached sums).
+def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, temperature=2.0,
+                kl_weights=None, vocab=None):
+    """Σ_n w_n [(1 - λ) CE_n + λ KL_n] over the supervised positions -> (loss, {"ce", "kl"}
+    detached sums).
 
-    hidden (N, D), output weight (V, D), targets (N,); weights (N,) default 1/N; soft as from `top_k_soft`, whose
-    ids lie below `vocab`; kl_weights (N,) default `weights` (they differ with τ² and with positions "all").
-    The readable form: it holds the (N, V) logits of the positions it is given, and no others."""
+    hidden (N, D), output weight (V, D), targets (N,); weights (N,) default 1/N; soft as from
+    `top_k_soft`, whose ids lie below `vocab`; kl_weights (N,) default `weights` (they differ with
+    τ² and with positions "all"). The readable form: it holds the (N, V) logits of the positions it
+    is given, and no others."""
     N = len(targets)
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()  # (N, V)
     weights = torch.full((N,), 1 / max(N, 1), device=hidden.device) if weights is None else weights
@@ -1042,13 +1123,14 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
     return student_loss(ce, kl, lam), {"ce": ce.detach(), "kl": kl.detach()}
 
 
-# ======================================================================================================
+# ================================================================================================
 # §9 Files [needs: errno, hashlib, json, os, random, sys, torch, Path, safe_open, save_file, InputError]
-# ======================================================================================================
+# ================================================================================================
 
 
 def write_atomic(path, write):
-    """`write(temporary path)` in the same folder, fsync, then rename: the file is whole or not there."""
+    """`write(temporary path)` in the same folder, fsync, then rename: the file is whole or not
+    there."""
     path = str(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
@@ -1074,13 +1156,15 @@ def read_rows(path):
             try:
                 rows.append(json.loads(line))
             except ValueError as e:
-                raise InputError(f"{path}:{n}: not a JSON row ({e}): delete the line and run again") from None
+                raise InputError(f"{path}:{n}: not a JSON row ({e}): delete the line and run "
+                                 "again") from None
     return rows
 
 
 class RowWriter:
-    """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last line (the
-    mark of a killed run), so that `done` (a set of `key` values) holds just what is safe to skip."""
+    """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last
+    line (the mark of a killed run), so that `done` (a set of `key` values) holds just what is safe
+    to skip."""
 
     def __init__(self, path, key="id"):
         self.path = str(path)
@@ -1125,8 +1209,9 @@ def digest(*parts):
 
 
 def fingerprint(model, tokenizer):
-    """Names a model with its adapter and tokenizer: every tensor's name, shape and 256 values spread over it,
-    and the vocabulary. Seconds even for 7B; another training run gives another name."""
+    """Names a model with its adapter and tokenizer: every tensor's name, shape and 256 values
+    spread over it, and the vocabulary. Seconds even for 7B; another training run gives another
+    name."""
     h = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
         flat = t.reshape(-1)
@@ -1136,15 +1221,17 @@ def fingerprint(model, tokenizer):
 
 
 def tokenizer_hash(tokenizer):
-    """Names a vocabulary. trap: between different tokenizers equal-looking ids give silent nonsense."""
+    """Names a vocabulary. trap: between different tokenizers equal-looking ids give silent
+    nonsense."""
     return digest(sorted(tokenizer.get_vocab().items()))
 
 
 class SoftLabels:
-    """The assistant's distributions at the supervised positions, in `folder`: `soft.json` says what they are
-    valid for, `part-*.safetensors` hold them, each written atomically. An entry is one branch of one post, named
-    by a hash of its token ids, its prefix and its image, so that a stale or foreign one is not found.
-    Cost per position: K x (4-byte id + 2-byte log-probability) + 4 bytes for the rest."""
+    """The assistant's distributions at the supervised positions, in `folder`: `soft.json` says
+    what they are valid for, `part-*.safetensors` hold them, each written atomically. An entry is
+    one branch of one post, named by a hash of its token ids, its prefix and its image, so that a
+    stale or foreign one is not found. Cost per position: K x (4-byte id + 2-byte log-probability)
+    + 4 bytes for the rest."""
 
     def __init__(self, folder, about=None):
         """about: what to write these for (a dict); None opens them for reading."""
@@ -1156,9 +1243,11 @@ class SoftLabels:
             was = json.loads(header.read_text())
             if was != about:
                 odd = ", ".join(k for k in about if was.get(k) != about[k])
-                raise InputError(f"{folder} holds soft labels of another {odd}: delete it or choose another --out")
+                raise InputError(f"{folder} holds soft labels of another {odd}: delete it or "
+                                 "choose another --out")
         elif not header.exists():
-            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or train with --no-soft")
+            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
+                             "train with --no-soft")
         self.about = json.loads(header.read_text())
         for part in sorted(Path(folder).glob("part-*.safetensors")):
             with safe_open(part, "pt") as f:
@@ -1181,14 +1270,17 @@ class SoftLabels:
         tensors = dict(ids=torch.cat([e[0] for e in entries.values()]).int(),
                        log_p=torch.cat([e[1] for e in entries.values()]).half(),
                        tail=torch.cat([e[2] for e in entries.values()]).float())
-        write_atomic(part, lambda path: save_file(tensors, path, metadata={"entries": json.dumps(spans)}))
+        write_atomic(part, lambda path: save_file(tensors, path,
+                                                  metadata={"entries": json.dumps(spans)}))
         self.index.update({name: (part, *span) for name, span in spans.items()})
 
     def read(self, name):
         """(ids (n, K), log-probabilities (n, K), tail (n,)) of one entry."""
         if name not in self.index:
-            raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: rerun generate.py "
-                             "soft with the same --data, chains and model sizes, or train with --no-soft")
+            raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
+                             "rerun generate.py "
+                             "soft with the same --data, chains and model sizes, or train with "
+                             "--no-soft")
         part, start, end = self.index[name]
         if part not in self.open_files:
             self.open_files[part] = safe_open(part, "pt")
@@ -1198,8 +1290,8 @@ class SoftLabels:
 
 
 def run_stage(stage, args):
-    """Runs stage(args) and returns the exit code: a user's mistake or a full disk is one line and 2, Ctrl-C
-    says how to go on and is 130."""
+    """Runs stage(args) and returns the exit code: a user's mistake or a full disk is one line and
+    2, Ctrl-C says how to go on and is 130."""
     try:
         stage(args)
         return 0
@@ -1208,7 +1300,8 @@ def run_stage(stage, args):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: no space left while writing ({e}); what was written before is whole: free some space "
+        print(f"error: no space left while writing ({e}); what was written before is whole: free "
+              "some space "
               "and run the same command again", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
@@ -1216,23 +1309,27 @@ def run_stage(stage, args):
     return 2
 
 
-# ======================================================================================================
+# ================================================================================================
 # §10 The embedded default [needs: json, os, random, re, torch, Image, ImageDraw, InputError, LABELS, §1, §2, §3, §4]
-# ======================================================================================================
+# ================================================================================================
 
-# A toy world in which a post's sentiment needs its words and its picture, its teacher, and tiny real models.
+# A toy world in which a post's sentiment needs its words and its picture, its teacher, and tiny
+# real models.
 
-TOY_WORDS = {"praise": "glorious lovely superb brilliant charming splendid delightful amazing".split(),
+TOY_WORDS = {"praise": "glorious lovely superb brilliant charming splendid delightful "
+                       "amazing".split(),
              "blame": "dreadful awful boring miserable broken rotten hopeless dismal".split(),
              "no side": "busy early new local weekly quiet annual late".split()}
 TOY_ASPECTS = "Rex Mia Lisbon Arena Falcons Nova Otto Vienna Orchid Comet Luna Baxter".split()
 TOY_TEMPLATES = ["{a} was {w} last night", "so {w} , that is {a} for you", "just saw {a} : {w}",
-                 "RT @ {u} : {a} is {w} again", "{w} show by {a}", "{w} day with {a}", "they call {a} {w}"]
+                 "RT @ {u} : {a} is {w} again", "{w} show by {a}", "{w} day with {a}",
+                 "they call {a} {w}"]
 TOY_TEST_TEMPLATES = ["everyone says {a} seems {w}", "{a} , how {w} !", "one more {w} story on {a}"]
 TOY_TAILS = ["", "", "#tbt", "#{a}", "\U0001F4F7", "\U0001F697 #news", "http://t.co/x1", "@ {u}"]
 TOY_SCENES = {"cheerful": ["smiling face", "sunny sky"], "gloomy": ["frowning face", "rainy sky"],
               "plain": ["calm face", "grey wall"]}
-# (words, picture) -> share of the posts. Polar pictures decide, else the words do. The shares keep the
+# (words, picture) -> share of the posts. Polar pictures decide, else the words do. The shares keep
+# the
 # best guess from words alone, or from the picture alone, at 66 %; the majority class is 40 %.
 TOY_CELLS = {("praise", "plain"): 17, ("no side", "plain"): 20, ("blame", "plain"): 17,
              ("praise", "cheerful"): 6, ("no side", "cheerful"): 10, ("blame", "cheerful"): 7,
@@ -1240,16 +1337,17 @@ TOY_CELLS = {("praise", "plain"): 17, ("no side", "plain"): 20, ("blame", "plain
 
 
 def toy_label(words, mood):
-    """The toy world's only law: a cheerful or gloomy picture decides (irony, banter), else the words."""
+    """The toy world's only law: a cheerful or gloomy picture decides (irony, banter), else the
+    words."""
     by_mood = {"cheerful": "positive", "gloomy": "negative"}
     by_words = {"praise": "positive", "blame": "negative", "no side": "neutral"}
     return by_mood.get(mood) or by_words[words]
 
 
 def toy_posts(folder, sizes, seed=0):
-    """Writes drawn 56 x 56 images into `folder` and returns posts; `sizes`: {"train": 700, "dev": 60, …}.
-    `extra["facts"]` keeps what was drawn, for the toy teacher. In the test split every (word, aspect)
-    pair and half the sentence templates are ones that no other split shows."""
+    """Writes drawn 56 x 56 images into `folder` and returns posts; `sizes`: {"train": 700, "dev":
+    60, …}. `extra["facts"]` keeps what was drawn, for the toy teacher. In the test split every
+    (word, aspect) pair and half the sentence templates are ones that no other split shows."""
     rng, posts = random.Random(seed), []
     os.makedirs(folder, exist_ok=True)
     held_out = {(w, a) for ws in TOY_WORDS.values() for i, w in enumerate(ws)
@@ -1262,21 +1360,25 @@ def toy_posts(folder, sizes, seed=0):
                      if ((w, a) in held_out) == (split == "test")]
             word, aspect = rng.choice(pairs)
             unseen = split == "test" and i % 2 == 0
-            text = rng.choice(TOY_TEST_TEMPLATES if unseen else TOY_TEMPLATES) + " " + rng.choice(TOY_TAILS)
+            text = rng.choice(TOY_TEST_TEMPLATES if unseen
+                              else TOY_TEMPLATES) + " " + rng.choice(TOY_TAILS)
             text = text.format(a=aspect, w=word, u=rng.choice(["ann", "bob", "kim"])).strip()
             scene = rng.choice(TOY_SCENES[mood])
             name = f"{split}-{i:04d}.png"
             _draw(scene, rng).save(os.path.join(folder, name))
-            posts.append(Post(f"{split}-{i:04d}", text, os.path.join(os.path.realpath(folder), name), aspect,
+            posts.append(Post(f"{split}-{i:04d}", text,
+                              os.path.join(os.path.realpath(folder), name), aspect,
                               toy_label(words, mood), split=split, folder=str(folder),
-                              extra={"facts": dict(words=words, word=word, mood=mood, scene=scene)}))
+                              extra={"facts": dict(words=words, word=word, mood=mood,
+                                                   scene=scene)}))
     return posts
 
 
 def toy_warmup(folder, size, seed=7):
-    """Posts with `extra["branches"]`, the tasks that stand where pre-training would. They say nothing about a
-    post's sentiment: name what is there, and write up findings that the prompt states at random. Without
-    them random weights have nothing for LoRA to adapt. Base models never see the test split's templates."""
+    """Posts with `extra["branches"]`, the tasks that stand where pre-training would. They say
+    nothing about a post's sentiment: name what is there, and write up findings that the prompt
+    states at random. Without them random weights have nothing for LoRA to adapt. Base models never
+    see the test split's templates."""
     rng, posts = random.Random(seed), toy_posts(folder, {"warm": size}, seed)
     for post in posts:
         facts = post.extra.pop("facts")
@@ -1284,9 +1386,12 @@ def toy_warmup(folder, size, seed=7):
         named, value = rng.choice([("Image", facts["scene"]), ("Word", facts["word"])])
         found = toy_findings(post.aspect, facts["word"], facts["scene"], words, mood, label, rng)
         post.extra["branches"] = [
-            ["Describe the post.", f"The words call {post.aspect} {facts['word']}. The image shows a {facts['scene']}."],
-            [f"Write up these findings: words {words}; image {mood}; verdict {label}.", render_reasoning(found)],
-            [f'Answer with this field only:\n"{named}": what the post shows', f'"{named}": "{value}"']]
+            ["Describe the post.", f"The words call {post.aspect} {facts['word']}. The image "
+                                   f"shows a {facts['scene']}."],
+            [f"Write up these findings: words {words}; image {mood}; verdict {label}.",
+             render_reasoning(found)],
+            [f'Answer with this field only:\n"{named}": what the post shows',
+             f'"{named}": "{value}"']]
         post.label = None
     return posts
 
@@ -1294,7 +1399,8 @@ def toy_warmup(folder, size, seed=7):
 def toy_findings(aspect, word, scene, words, mood, label, rng):
     """The five fields of a toy chain: what was seen, and `label` as what follows from it."""
     resolution = {("praise", "gloomy"): "The words praise but the image is gloomy, so it is irony.",
-                  ("blame", "cheerful"): "The words blame but the image is cheerful, so it is banter."}
+                  ("blame", "cheerful"): "The words blame but the image is cheerful, so it is "
+                                         "banter."}
     if words == "no side":
         agree = "Neither takes a side." if mood == "plain" else "The words take no side, so the image counts."
     else:
@@ -1310,9 +1416,11 @@ def toy_findings(aspect, word, scene, words, mood, label, rng):
 def _draw(scene, rng):
     """A 56 x 56 picture of the scene; place, size and colours vary and mean nothing."""
     soft = lambda low: tuple(rng.randint(low, low + 60) for _ in range(3))
-    sky = {"sunny sky": (120, 190, 250), "rainy sky": (70, 75, 90), "grey wall": (150, 150, 150)}.get(scene)
+    sky = {"sunny sky": (120, 190, 250), "rainy sky": (70, 75, 90),
+           "grey wall": (150, 150, 150)}.get(scene)
     image = Image.new("RGB", (56, 56), sky or soft(120))
-    draw, x, y, r = ImageDraw.Draw(image), rng.randint(26, 30), rng.randint(26, 30), rng.randint(20, 23)
+    draw, x, y, r = ImageDraw.Draw(image), rng.randint(26, 30), rng.randint(26,
+                                                                            30), rng.randint(20, 23)
     if scene == "sunny sky":
         draw.ellipse((x - 12, y - 12, x + 12, y + 12), fill=(255, 220, 40))
     elif scene == "rainy sky":
@@ -1329,7 +1437,8 @@ def _draw(scene, rng):
             if scene == "frowning face":  # with tears
                 draw.ellipse((eye - 3, y - 1, eye + 3, y + 9), fill=(60, 120, 255))
         if scene == "smiling face":  # laughing
-            draw.chord((x - 12, y - 6, x + 12, y + 16), 0, 180, fill="white", outline=(150, 20, 40), width=2)
+            draw.chord((x - 12, y - 6, x + 12, y + 16), 0, 180, fill="white",
+                       outline=(150, 20, 40), width=2)
         elif scene == "frowning face":
             draw.arc((x - 10, y + 8, x + 10, y + 22), 180, 360, fill=(150, 20, 40), width=4)
         else:
@@ -1338,9 +1447,10 @@ def _draw(scene, rng):
 
 
 class ToyTeacher:
-    """Stands where a 72B model would, for toy posts: right unaided on about `skill` of them (else it misses
-    irony or guesses), sometimes malformed, sometimes contradicting the label it was given. It answers in the
-    forms that real teachers use. Deterministic in seed, post and messages."""
+    """Stands where a 72B model would, for toy posts: right unaided on about `skill` of them (else
+    it misses irony or guesses), sometimes malformed, sometimes contradicting the label it was
+    given. It answers in the forms that real teachers use. Deterministic in seed, post and
+    messages."""
 
     def __init__(self, skill=0.6, seed=0):
         self.skill, self.seed = skill, seed
@@ -1348,20 +1458,23 @@ class ToyTeacher:
     def __call__(self, request):
         post, facts = request.post, request.post.extra.get("facts")
         if not facts:
-            raise InputError(f"post {post.id}: the toy teacher only knows posts of `generate.py toy`; "
+            raise InputError(f"post {post.id}: the toy teacher only knows posts of `generate.py "
+                             "toy`; "
                              "use --endpoint URL or --model FOLDER for yours")
         prompt = request.messages[-1]["content"][-1]["text"]
         given = re.search(r"^Given sentiment: (\w+)$", prompt, re.M)
         draw = lambda *key: random.Random(f"{self.seed}|{post.id}|{'|'.join(map(str, key))}")
         rng = draw(bool(given), request.temperature)
         if given:
-            label = given[1] if rng.random() > 0.06 else rng.choice([x for x in LABELS if x != given[1]])
+            label = given[1] if rng.random() > 0.06 else rng.choice([x for x in LABELS
+                                                                     if x != given[1]])
         else:  # unaided: one draw per post, whatever the retry
             wrong = draw("skill")
             truth = toy_label(facts["words"], facts["mood"])
             others = [x for x in LABELS if x != truth]
             label = truth if wrong.random() < self.skill else wrong.choice(others)
-        fields = toy_findings(post.aspect, facts["word"], facts["scene"], facts["words"], facts["mood"], label, rng)
+        fields = toy_findings(post.aspect, facts["word"], facts["scene"], facts["words"],
+                              facts["mood"], label, rng)
         form = rng.random()
         if form < 0.05:
             del fields[rng.choice(FIELDS)]
@@ -1375,18 +1488,22 @@ class ToyTeacher:
         return Answer(text, tokens_in=len(prompt.split()), tokens_out=len(text.split()))
 
 
-# The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant has more
+# The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant
+# has more
 # output rows than the student, as 7B (152,064) has more than 3B (151,936).
 TINY = {"student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
         "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
 
 
 def tiny_tokenizer(corpus, vocab_size=1000):
-    """A byte-level BPE tokenizer with Qwen's control tokens and chat template, trained on `corpus`."""
+    """A byte-level BPE tokenizer with Qwen's control tokens and chat template, trained on
+    `corpus`."""
     from transformers import Qwen2Tokenizer
 
-    special = [PAD_TOKEN, IM_START, IM_END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, "<|video_pad|>"]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size, new_special_tokens=special[1:],
+    special = [PAD_TOKEN, IM_START, IM_END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD,
+               "<|video_pad|>"]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size,
+                                                         new_special_tokens=special[1:],
                                                          show_progress=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.eos_token, tokenizer.pad_token = IM_END, PAD_TOKEN
@@ -1404,7 +1521,8 @@ You are a helpful assistant.<|im_end|>
 
 
 def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
-    """Writes a random Qwen2.5-VL of TINY[size] as an ordinary model folder that from_pretrained reads."""
+    """Writes a random Qwen2.5-VL of TINY[size] as an ordinary model folder that from_pretrained
+    reads."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -1412,20 +1530,25 @@ def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
     head = shape["hidden"] // shape["heads"]
     rows = -(-len(tokenizer) // 64) * 64 + shape["extra_rows"]
     text = dict(vocab_size=rows, hidden_size=shape["hidden"], intermediate_size=3 * shape["hidden"],
-                num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=1,
+                num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
+                num_key_value_heads=1,
                 max_position_embeddings=4096, bos_token_id=ids(PAD_TOKEN), eos_token_id=ids(IM_END),
                 pad_token_id=ids(PAD_TOKEN), tie_word_embeddings=True, rms_norm_eps=1e-6,
                 initializer_range=0.1, rope_parameters=dict(
-                    rope_type="default", rope_theta=10000.0, mrope_section=[head // 2 - 2 * (head // 6)] + 2 * [head // 6]))
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=shape["hidden"],
+                    rope_type="default", rope_theta=10000.0,
+                                                            mrope_section=[head // 2 - 2 * (head // 6)] + 2 * [head // 6]))
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
+                  out_hidden_size=shape["hidden"],
                   fullatt_block_indexes=[1], window_size=112, patch_size=14, spatial_merge_size=2,
                   initializer_range=0.1)  # choice: about 1/sqrt(width); the usual 0.02 learns half as fast here
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
                               image_token_id=ids(IMAGE_PAD), video_token_id=ids("<|video_pad|>"),
-                              vision_start_token_id=ids(VISION_START), vision_end_token_id=ids(VISION_END))
+                              vision_start_token_id=ids(VISION_START),
+                              vision_end_token_id=ids(VISION_END))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 * 56, longest_edge=max_pixels)).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 * 56,
+                                       longest_edge=max_pixels)).save_pretrained(folder)

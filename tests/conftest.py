@@ -1,0 +1,53 @@
+"""Shared by all tests: the project on the path, no network, one set of toy posts and random tiny models."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # loaders must not wait for a network that hermetic tests have not
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import mulcot  # noqa: E402
+
+SHARED = ROOT.parent / "shared" / "data" / "twitter2015"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def twitter():
+    """The folder of real posts, where it exists."""
+    if not SHARED.is_dir():
+        pytest.skip("the real Twitter-2015 folder is not on this machine")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with 24 toy posts (train/dev/test) and two random tiny model folders."""
+    folder = tmp_path_factory.mktemp("toy")
+    posts = mulcot.toy_posts(folder / "images", {"train": 12, "dev": 6, "test": 6}, seed=3)
+    texts = [mulcot.build_messages(p, t)[0]["content"][-1]["text"] for p in posts for t in ("reason", "label")]
+    tokenizer = mulcot.tiny_tokenizer(texts, 500)
+    for size in mulcot.TINY:
+        mulcot.tiny_model(folder / size, size, tokenizer, seed=1)
+    folder.joinpath("posts.jsonl").write_text("".join(__import__("json").dumps(p.row()) + "\n" for p in posts))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def posts(toy):
+    return mulcot.read_posts(toy / "posts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def student(toy):
+    """(random tiny student in eval mode, its Processor); tests must leave it as they found it."""
+    return mulcot.load_model(toy / "student")
