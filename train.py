@@ -1,13 +1,15 @@
-"""Train with MulCoT-RD: the assistant on the teacher's chains, the student on all chains and soft labels.
+"""Train with MulCoT-RD: an assistant on a teacher's chains, a student on chains and soft labels.
 
-    python train.py                                    the whole road on the embedded default, offline
-    python train.py assistant --data chains.jsonl --dev dev.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --out a
-    python train.py student --data chains.jsonl augmented.jsonl --dev dev.jsonl --soft soft \\
-        --model Qwen/Qwen2.5-VL-3B-Instruct --out s
+    python train.py                              the whole road on the embedded default, offline
+    python train.py assistant --data chains.jsonl --dev dev.tsv --images img --out runs/assistant \\
+        --model Qwen/Qwen2.5-VL-7B-Instruct
+    python train.py student --data chains.jsonl augmented.jsonl --dev dev.tsv --images img \\
+        --soft soft --model Qwen/Qwen2.5-VL-3B-Instruct --out runs/student
 
-Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: s/best`. Reads rows with `cot` and `label` as
-generate.py writes them; writes to --out: config.json, log.jsonl, state.pt (resume), best/ and last/ (adapters).
-Killed and run again with the same command it goes on, with the same result.
+Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
+with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
+state.pt (to resume from), best/ and last/ (adapters). Killed and run again with the same command
+it goes on and ends with the same result.
 """
 
 import argparse
@@ -19,170 +21,156 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from mulcot import (LABELS, SYSTEM, TINY, InputError, SoftLabels, add_lora, build_messages,
-                    chain_branches, collate,
-                    dense_ce_kl, encode, forward_branches, label_branches, load_model,
-                    multitask_loss,
-                    read_posts, read_rows, render_label, run_stage, save_adapter, score_labels,
-                    seed_everything, show_tokens, task_format, tiny_model, tiny_tokenizer,
-                    tokenizer_hash,
-                    write_atomic, write_json)
+from mulcot import (
+    LABELS, SYSTEM, TINY, InputError, SoftLabels, add_lora, build_messages, collate,
+    dense_ce_kl, encode, forward_branches, label_branches, load_model, load_processor,
+    multitask_loss, read_posts, read_rows, render_label, run_stage, save_adapter, score_labels,
+    seed_everything, show_tokens, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches,
+    write_atomic, write_json)
 
 
 def parse_args(argv=None):
-    yes_no = argparse.BooleanOptionalAction
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                  epilog="Without a stage: the whole road on "
-                                  "the embedded default, into runs/demo.")
-    top.add_argument("--out", default="runs/demo",
-                     help="without a stage: where everything lands (default %(default)s)")
-    top.add_argument("--seed", type=int, default=42,
-                     help="without a stage: of everything drawn (default %(default)s)")
+    yes_no, show = argparse.BooleanOptionalAction, argparse.ArgumentDefaultsHelpFormatter
+    top = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=show,
+        epilog="Without a stage: every stage in turn on the embedded default. "
+               "`train.py STAGE --help` lists a stage's flags with the paper's values.")
+    top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
+    top.add_argument("--seed", type=int, default=42, help="without a stage: of all that is drawn")
     stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student}")
-    for stage, about in (("base", "warm up a random tiny model (stands where pre-training would)"),
-                         ("assistant", "both tasks on the teacher's chains"),
-                         ("student", "both tasks on all chains, hard and soft labels")):
-        p = stages.add_parser(stage, help=about,
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("--data", nargs="+", required=True, metavar="ROWS",
-                       help="rows with cot and label (.jsonl, .json)")
-        p.add_argument("--images",
-                       help="folder of the images (default: images/ beside the rows, else their "
-                            "folder)")
-        p.add_argument("--out", required=True, help="folder for adapters, log and resume state")
-        p.add_argument("--seed", type=int, default=42,
-                       help="of data order, dropout and fresh weights (paper: 42)")
-        p.add_argument("--epochs", type=int, default=20, help="passes over the data (paper: 20)")
-        p.add_argument("--batch", type=int, default=2, help="posts per micro-batch (paper: 2)")
-        p.add_argument("--accumulate", type=int, default=20,
-                       help="micro-batches per step (paper: 20)")
-        p.add_argument("--lr", type=float, default=3e-4,
-                       help="peak learning rate of AdamW (paper: 3e-4)")
-        p.add_argument("--beta2", type=float, default=0.999,
-                       help="AdamW's second moment; shorter memory suits short runs")
-        p.add_argument("--schedule", choices=("plateau", "cosine"), default="plateau",
-                       help="plateau: halve after 2 epochs without a better dev accuracy (paper); "
-                            "cosine to zero")
-        p.add_argument("--warmup", type=float, default=0.0,
-                       help="share of the steps with rising rate (paper: none)")
-        p.add_argument("--clip", type=float, default=1.0,
-                       help="gradient norm cap, 0 for none (paper: none)")
-        p.add_argument("--save-every", type=int, default=0,
-                       help="resume point every N steps, beside each epoch's end")
-        p.add_argument("--log-every", type=int, default=10, help="steps per log line")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                       help="cpu, cuda, cuda:1 …")
-        p.add_argument("--gradient-checkpointing", action=yes_no, default=False,
-                       help="less memory, one more forward")
-        p.add_argument("--show", type=int, default=0, metavar="N",
-                       help="print N examples, supervised tokens in green, and stop")
+    abouts = {"base": "warm up a random tiny model (stands where pre-training would)",
+              "assistant": "both tasks on the teacher's chains",
+              "student": "both tasks on all chains, from hard and soft labels"}
+    for stage, about in abouts.items():
+        p = stages.add_parser(stage, help=about, description=about, formatter_class=show)
+        flag = p.add_argument
+        flag("--data", nargs="+", required=True, metavar="ROWS", help="rows with cot and label")
+        flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
+        flag("--out", required=True, help="folder for adapters, log and resume state")
+        flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)")
+        flag("--epochs", type=int, default=20, help="passes over the data (paper: 20)")
+        flag("--batch", type=int, default=2, help="posts per micro-batch (paper: 2)")
+        flag("--accumulate", type=int, default=20, help="micro-batches per step (paper: 20)")
+        flag("--lr", type=float, default=3e-4, help="peak rate of AdamW (paper: 3e-4)")
+        flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
+        flag("--schedule", choices=("plateau", "cosine"), default="plateau",
+             help="plateau: halve after 2 epochs without better dev accuracy (paper); cosine: to 0")
+        flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (paper: 0)")
+        flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
+        flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
+        flag("--log-every", type=int, default=10, help="steps per log line")
+        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, …")
+        flag("--gradient-checkpointing", action=yes_no, default=False, help="less memory, slower")
+        flag("--show", type=int, default=0, metavar="N",
+             help="print N examples with the supervised tokens in green, and stop")
         if stage == "base":
-            p.add_argument("--size", choices=tuple(TINY), required=True,
-                           help="which embedded tiny model")
+            flag("--size", choices=tuple(TINY), required=True, help="which embedded tiny model")
             continue
-        p.add_argument("--dev", required=True,
-                       help="posts to select on; rows of split dev where splits are given")
-        p.add_argument("--model", required=True,
-                       help="hub name or folder (paper: Qwen2.5-VL 7B / 3B Instruct)")
-        p.add_argument("--rank", type=int, default=16, help="LoRA rank (paper: 16)")
-        p.add_argument("--alpha", type=float, default=32, help="LoRA alpha (paper: 32)")
-        p.add_argument("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
-                       help="of LoRA inputs (paper: 0.2 assistant, 0.05 student)")
-        p.add_argument("--scope", choices=("language", "all"), default="language",
-                       help="all: also the towers' MLPs (the authors')")
-        p.add_argument("--max-pixels", type=int, default=0,
-                       help="image size cap, 0: the model's own (paper: 280*280 = 78400)")
-        p.add_argument("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
-        p.add_argument("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
-        p.add_argument("--reasoning", action=yes_no, default=True,
-                       help="--no-reasoning trains the label task alone")
-        p.add_argument("--max-answer", type=int, default=512,
-                       help="longest chain in tokens; longer rows are set aside (paper: 512)")
+        flag("--dev", required=True, help="posts to select on (split dev, where splits are given)")
+        flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+        flag("--rank", type=int, default=16, help="of LoRA (paper: 16)")
+        flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
+        flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
+             help="on LoRA's inputs (paper: 0.2 assistant, 0.05 student)")
+        flag("--scope", choices=("language", "all"), default="language",
+             help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
+        flag("--max-pixels", type=int, default=0,
+             help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+        flag("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
+        flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
+        flag("--reasoning", action=yes_no, default=True, help="--no-reasoning: label task alone")
+        flag("--max-answer", type=int, default=512,
+             help="longest chain in tokens; longer rows are set aside (paper: 512)")
+        flag("--ties", choices=("macro", "weighted"), default="macro",
+             help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
         if stage == "student":
-            p.add_argument("--soft", help="folder of generate.py soft, or --no-soft")
-            p.add_argument("--no-soft", action="store_true", help="hard labels only (ablation)")
-            p.add_argument("--augment", action=yes_no, default=True,
-                           help="--no-augment leaves the assistant's chains out")
-            p.add_argument("--lam", type=float, default=0.3,
-                           help="λ, weight of the soft labels (paper: 0.3)")
-            p.add_argument("--t-squared", action=yes_no, default=False,
-                           help="Hinton's τ² on the KL (the authors: off)")
+            flag("--soft", help="folder of generate.py soft; or say --no-soft")
+            flag("--no-soft", action="store_true", help="hard labels only (ablation)")
+            flag("--augment", action=yes_no, default=True,
+                 help="--no-augment leaves the assistant's chains out (ablation)")
+            flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
+            flag("--t-squared", action=yes_no, default=False,
+                 help="Hinton's τ² on the KL term (the authors: off)")
     args = top.parse_args(argv)
     if args.stage == "student" and not args.no_soft and not args.soft:
         top.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
     return args
 
 
-# ---- data
-# ----------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------
 
 
 def training_items(args, processor):
-    """[(post, branches)] to train on: all rows of all files; what cannot be used is counted with
-    its reason."""
+    """[(post, branches)] of all rows; what cannot be used is set aside with its reason."""
     items, aside = [], []
     for path in args.data:
         for post in read_posts(path, args.images, aside):
-            where = f"{path}: {post.id}"
-            if args.stage == "base":
-                items.append((post, post.extra["branches"]))
-            elif post.label is None or (args.reasoning and not post.cot):
-                aside.append((where, "no label" if post.label is None
-                              else "no cot: run generate.py teacher first"))
-            elif getattr(args, "augment", True) or post.extra.get("source") != "assistant":
-                if args.reasoning and len(processor.text_ids(post.cot)) >= args.max_answer:
-                    aside.append((where, f"chain longer than --max-answer {args.max_answer} "
-                                         "tokens"))
-                    continue
-                both = chain_branches(post.cot, post.label)
-                items.append((post, both if args.reasoning else both[1:]))
+            problem, branches = usable(args, post, processor)
+            if problem:
+                aside.append((f"{path}: {post.id}", problem))
+            elif branches:
+                items.append((post, branches))
     for where, why in aside[:5]:
         print(f"set aside  {where}: {why}")
     if aside:
         write_json(Path(args.out, "set_aside.json"), aside)
         print(f"set aside  {len(aside)} rows in all, reasons in {args.out}/set_aside.json")
     if not items:
-        raise InputError(f"{', '.join(args.data)}: no row has what --stage {args.stage} needs")
+        raise InputError(f"{', '.join(args.data)}: no row that the {args.stage} stage can train on")
     return items
 
 
+def usable(args, post, processor):
+    """(why not, or None; the post's branches, or None where a flag leaves the row out)."""
+    if args.stage == "base":
+        branches = post.extra.get("branches")
+        return (None if branches else "no branches: the base stage reads warmup.jsonl"), branches
+    if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
+        return None, None
+    branches, problem = training_branches(post, processor, args.max_answer)
+    return problem, branches if args.reasoning or problem else branches[1:]
+
+
 def dev_posts(args):
+    """Labelled posts to select on: those of split dev, or all where no row has a split."""
     posts = [p for p in read_posts(args.dev, args.images, []) if p.label]
-    return [p for p in posts if p.split == "dev"] or posts
+    chosen = [p for p in posts if p.split == "dev"] or [p for p in posts if p.split is None]
+    if not chosen:
+        raise InputError(f"{args.dev} has no labelled post of split dev to select on")
+    return chosen
 
 
 def step_items(items, step, size, per_epoch, seed):
-    """The items of optimiser step `step`: a seeded order per epoch, so a resumed run needs no
-    image decoded."""
+    """The items of optimiser step `step`: a seeded order per epoch, a function of nothing else, so
+    that a resumed run goes on with the right posts without decoding an image."""
     epoch, at = divmod(step, per_epoch)
-    order = torch.randperm(len(items),
-                           generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
+    generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+    order = torch.randperm(len(items), generator=generator).tolist()
     return [items[i] for i in order[at * size : (at + 1) * size]]
 
 
-# ---- the loss of each stage
-# ----------------------------------------------------------------------------
+# ---- the loss of each stage --------------------------------------------------------------------
 
 
 def kl_positions(batch, k, everywhere):
-    """Where branch k's KL is taken (B, T): its response tokens, or every real token of prompt and
-    answer."""
+    """Where branch k's KL is taken (B, T): its response tokens, or every token of prompt, image and
+    answer (never padding)."""
     if everywhere:
         return (batch.branch == 0) | (batch.branch == k)
     return (batch.targets != -100) & (batch.branch == k)
 
 
-def token_counts(batches, everywhere):
-    """Per branch: supervised tokens and KL positions of the whole optimiser step. trap: dividing
-    by each micro-batch's own count would make 1 x 8 differ from 8 x 1."""
+def token_counts(batches, everywhere=False):
+    """({branch: supervised tokens}, {branch: KL positions}) of a whole optimiser step. trap: to
+    divide by each micro-batch's own count would make 1 x 8 differ from 8 x 1."""
     branches = range(1, int(max(b.branch.max() for b in batches)) + 1)
-    ce = {k: sum(int(((b.targets != -100) & (b.branch == k)).sum()) for b in batches)
-          for k in branches}
+    ce = {k: sum(int(kl_positions(b, k, False).sum()) for b in batches) for k in branches}
     kl = {k: sum(int(kl_positions(b, k, everywhere).sum()) for b in batches) for k in branches}
     return ce, kl
 
@@ -197,212 +185,229 @@ def soft_targets(soft, examples, k, everywhere, device):
 
 
 def step_loss(args, model, batch, examples, soft, counts):
-    """One micro-batch's share of the loss -> (loss, {name: float}). The only place where stages
-    differ."""
+    """One micro-batch's share of the loss -> (loss, {name: float}). Stages differ only here: base
+    has three equal tasks, assistant two weighted ones, student the same with soft labels."""
     hidden, weight = forward_branches(model, batch), model.lm_head.weight
+    if args.stage == "base":
+        tasks = ("describe", "write", "name")
+    else:
+        tasks = ("reason", "label") if args.reasoning else ("label",)
     everywhere = soft is not None and soft.about["positions"] == "all"
     losses, parts = [], {}
-    names = ("describe", "write", "name") if args.stage == "base" else ("reason",
-                                                                        "label")[not args.reasoning :]
-    for k, name in enumerate(names, 1):
+    for k, task in enumerate(tasks, 1):
         at = kl_positions(batch, k, everywhere)
         targets = batch.targets[at]  # (N,)
         weights = (targets != -100).float() / counts[0][k]
         distil = {}
         if soft is not None:
-            kl_weights = torch.full_like(weights,
-                                         (soft.about["temperature"] ** 2 if args.t_squared
-                                          else 1) / counts[1][k])
+            tau = soft.about["temperature"]
+            share = (tau**2 if args.t_squared else 1) / counts[1][k]
             distil = dict(soft=soft_targets(soft, examples, k, everywhere, hidden.device),
-                          lam=args.lam,
-                          temperature=soft.about["temperature"], kl_weights=kl_weights,
-                          vocab=soft.about["vocab"])
+                          lam=args.lam, temperature=tau, vocab=soft.about["vocab"],
+                          kl_weights=torch.full_like(weights, share))
         loss, terms = dense_ce_kl(hidden[at], weight, targets.clamp(min=0), weights, **distil)
         losses.append(loss)
-        parts |= {f"ce_{name}": terms["ce"].item()} | ({f"kl_{name}": terms["kl"].item()} if distil
-                                                       else {})
-    if len(losses) == 2:
+        parts[f"ce_{task}"] = terms["ce"].item()
+        if distil:
+            parts[f"kl_{task}"] = terms["kl"].item()
+    if len(tasks) == 2:
         loss = multitask_loss(*losses, args.reasoning_weight, args.label_weight)
-    else:  # base: its three tasks count alike; --no-reasoning: the label task alone
+    else:
         loss = sum(losses) / len(losses)
     return loss, {"loss": loss.item()} | parts
 
 
-# ---- the loop
-# ------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model, processor, posts, batch=16):
-    """Dev accuracy and macro F1 by label scoring."""
+def evaluate(args, model, processor, posts, batch=16):
+    """(accuracy, macro or weighted F1) on dev posts by label scoring."""
     model.eval()
-    predicted = []
+    said = []
     for i in range(0, len(posts), batch):
         examples = [encode(p, label_branches(), processor) for p in posts[i : i + batch]]
-        best = score_labels(model, collate(examples, processor.pad).to(model.device)).argmax(-1)
-        predicted += [LABELS[j] for j in best.tolist()]
+        scores = score_labels(model, collate(examples, processor.pad).to(model.device))
+        said += [LABELS[j] for j in scores.argmax(-1).tolist()]
     model.train()
-    pairs = [(p.label, said) for p, said in zip(posts, predicted)]
-    f1 = []
-    for label in LABELS:
-        right, both = pairs.count((label, label)), sum((g == label) + (s == label) for g,
-                                                       s in pairs)
-        f1.append(2 * right / both if both else 0.0)
-    return sum(g == s for g, s in pairs) / len(pairs), sum(f1) / len(f1)
+    gold = [p.label for p in posts]
+    right = Counter(g for g, s in zip(gold, said) if g == s)
+    golds, saids, f1 = Counter(gold), Counter(said), 0.0
+    for x in LABELS:
+        share = golds[x] / len(gold) if args.ties == "weighted" else 1 / len(LABELS)
+        f1 += share * 2 * right[x] / max(1, golds[x] + saids[x])
+    return right.total() / len(gold), f1
 
 
 def build(args):
     """(model in train mode, processor, what is trained {name: parameter})."""
     if args.stage == "base":
-        init = Path(args.out, "init")
-        if not (init / "config.json").exists():
-            rows = [r for path in args.data for r in read_rows(path)]
-            posts = read_posts(args.data[0], args.images)
-            prompts = [SYSTEM + build_messages(p,
-                                               t)[0]["content"][-1]["text"] + "\nassistant\nsystem\nuser\n"
-                       for p in posts for t in ("reason", "label")]
-            answers = [part for r in rows for branch in r["branches"] for part in branch]
-            tokenizer = tiny_tokenizer(prompts + answers + [render_label(x) for x in LABELS])
-            shutil.rmtree(init, ignore_errors=True)
-            tiny_model(f"{init}.part", args.size, tokenizer, args.seed)
-            os.replace(f"{init}.part", init)
-        model, processor = load_model(init, args.device)
+        model, processor = load_model(random_init(args), args.device)
         model.requires_grad_(True)
     else:
-        model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels or None)
+        model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
         names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
         write_json(Path(args.out, "lora_modules.json"), names)
-        print(f"lora       {len(names)} linears, first {names[0]}, last {names[-1]} (all: "
-              f"{args.out}/lora_modules.json)")
+        kinds = Counter(name.rpartition(".")[2] for name in names)
+        print(f"lora       {', '.join(f'{n} {k}' for k, n in kinds.items())}; all {len(names)} "
+              f"names in {args.out}/lora_modules.json")
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    count, total = sum(p.numel() for p in trained.values()), sum(p.numel()
-                                                                 for p in model.parameters())
+    count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), model.parameters()))
     print(f"trainable  {count:,} of {total:,} parameters ({count / total:.2%})")
     return model.train(), processor, trained
 
 
-def check_soft(args, processor, model):
-    """The soft labels to train with, or None; refused when they belong to another tokenizer or
-    temperature."""
+def random_init(args):
+    """The folder of the random tiny model that the base stage starts from, made on first use."""
+    init = Path(args.out, "init")
+    if not init.exists():
+        corpus = [render_label(x) for x in LABELS]
+        for post in read_posts(args.data[0], args.images):
+            corpus += [part for branch in post.extra.get("branches", []) for part in branch]
+            for task in ("reason", "label"):
+                prompt = build_messages(post, task)[0]["content"][-1]["text"]
+                corpus.append(f"{SYSTEM}\nsystem\nuser\n{prompt}\nassistant\n")
+        shutil.rmtree(f"{init}.part", ignore_errors=True)
+        tiny_model(f"{init}.part", args.size, tiny_tokenizer(corpus), args.seed)
+        os.replace(f"{init}.part", init)
+    return init
+
+
+def open_soft(args, processor, model):
+    """The soft labels to train with, or None; those of another tokenizer are refused."""
     if args.stage != "student" or args.no_soft or args.lam == 0:
         return None
     soft = SoftLabels(args.soft)
     if soft.about["tokenizer"] != tokenizer_hash(processor.tokenizer):
-        raise InputError(f"{args.soft} was made with another tokenizer than {args.model}: "
-                         "equal-looking ids would be "
-                         "other words; teach with a model of the same family, or --no-soft")
-    assert soft.about["vocab"] <= model.lm_head.weight.shape[0], (soft.about["vocab"],
-                                                                  model.lm_head.weight.shape)
+        raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
+                         "equal ids would be other words; use an assistant of its family, or "
+                         "--no-soft")
+    rows = model.lm_head.weight.shape[0]
+    assert soft.about["vocab"] <= rows, (soft.about["vocab"], rows)
     return soft
 
 
+def check_settings(args):
+    """Saves the settings as config.json; refuses to go on with a run that had others."""
+    file, free = Path(args.out, "config.json"), ("out", "show", "device", "log_every")
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    if Path(args.out, "state.pt").exists() and file.exists():
+        was = json.loads(file.read_text())
+        for k in settings:
+            if was.get(k) != settings[k]:
+                raise InputError(f"{args.out} was trained with {k} = {was.get(k)!r}, not "
+                                 f"{settings[k]!r}: delete it or choose another --out")
+    write_json(file, settings)
+    print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
+
+
+class Log:
+    """One fixed-field line per interval, the same row in log.jsonl; later rows go on resume."""
+
+    def __init__(self, path, step, sums):
+        self.path, self.sums, self.started, self.tokens = path, sums, time.time(), 0
+        rows = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+        write_atomic(path, lambda part: Path(part).write_text("".join(rows)))
+
+    def add(self, terms):
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def line(self, **row):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        tqdm.write("  ".join(f"{k} {v}" for k, v in zip(row, shown)))
+
+    def interval(self, steps, epoch, step, **more):
+        """The means of the last `steps` steps."""
+        means = {k: v / steps for k, v in self.sums.items()}
+        speed = round(self.tokens / (time.time() - self.started))
+        self.line(step=step, epoch=round(epoch, 2), **means, **more, tokens_per_s=speed)
+        self.sums, self.started, self.tokens = {}, time.time(), 0
+
+
+def learning_rate(args, step, total):
+    """The rate of step `step`, or None where the plateau schedule has it."""
+    rise = min(1.0, (step + 1) / max(1.0, args.warmup * total))
+    if args.schedule == "cosine":
+        return args.lr * rise * 0.5 * (1 + math.cos(math.pi * step / total))
+    return args.lr * rise if step <= args.warmup * total else None
+
+
 def train(args):
-    """The one loop: evaluate and save at each epoch's end, else micro-batches -> clip -> step ->
-    log."""
-    out, settings = Path(args.out), {k: v for k,
-                                     v in vars(args).items() if k not in ("out", "show", "device",
-                                                                          "log_every")}
-    state_file, config_file = out / "state.pt", out / "config.json"
-    if state_file.exists() and config_file.exists() and not args.show:
-        was = json.loads(config_file.read_text())
-        odd = [k for k in settings if was.get(k) != settings[k]]
-        if odd:
-            raise InputError(f"{out} was trained with another {odd[0]} ({was.get(odd[0])!r}): "
-                             "delete it or choose another --out")
+    """The one loop: micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
+    if args.show:
+        return show_examples(args)
+    check_settings(args)
     seed_everything(args.seed)
+    out, state_file = Path(args.out), Path(args.out, "state.pt")
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state and state["finished"]:
-        print(f"finished   {out} is complete; delete it to train again\n" + state["finished"])
+        print(f"finished   {out} is complete; delete it to train anew\n{state['finished']}")
         return
     model, processor, trained = build(args)
     items = training_items(args, processor)
     dev = dev_posts(args) if args.stage != "base" else []
-    soft = check_soft(args, processor, model)
-    if args.show:
-        for post, branches in items[: args.show]:
-            print(show_tokens(collate([encode(post, branches, processor)], processor.pad),
-                              processor.tokenizer))
-        return
+    soft = open_soft(args, processor, model)
     size = args.batch * args.accumulate
     per_epoch = math.ceil(len(items) / size)
     total = per_epoch * args.epochs
-    write_json(config_file, settings)
     print(f"data       {len(items)} rows, {len(dev)} dev posts, {per_epoch} steps an epoch, "
           f"{total} in all")
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, args.beta2))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2,
                                                          min_lr=1e-6)
-    step, best, sums, log = 0, [-1.0, -1.0, 0], {}, []
+    step, best, sums = 0, [-1.0, -1.0, 0], {}
     if state:
-        for name, p in trained.items():
-            p.data.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"]), plateau.load_state_dict(state["plateau"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
         step, best, sums = state["step"], state["best"], state["sums"]
-        log = [row for row in read_rows(out / "log.jsonl") if row["step"] <= step]
+        restore(state, trained, optimizer, plateau)
         print(f"resumed    at step {step}")
-    write_atomic(out / "log.jsonl",
-                 lambda part: Path(part).write_text("".join(json.dumps(r) + "\n" for r in log)))
+    log = Log(out / "log.jsonl", step, sums)
 
     def save(finished=None):
-        cuda = torch.cuda.get_rng_state() if str(args.device).startswith("cuda") else None
-        values = dict(step=step, best=best, sums=sums, finished=finished,
-                      rng=torch.get_rng_state(), cuda_rng=cuda,
-                      trained={k: p.detach().cpu() for k, p in trained.items()},
-                      optimizer=optimizer.state_dict(), plateau=plateau.state_dict())
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        values = dict(step=step, best=best, sums=log.sums, finished=finished, cuda=cuda,
+                      rng=torch.get_rng_state(), optimizer=optimizer.state_dict(),
+                      plateau=plateau.state_dict(),
+                      trained={k: p.detach().cpu() for k, p in trained.items()})
         write_atomic(state_file, lambda part: torch.save(values, part))
 
-    def report(row):
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,
-                             v in row.items()))
-
     bar = tqdm(total=total, initial=step, desc=args.stage, unit="step", mininterval=1)
-    started, tokens, autocast = time.time(), 0, str(args.device).startswith("cuda")
+    on_gpu = str(args.device).startswith("cuda")
     while step < total:
-        if args.schedule == "cosine" or step < args.warmup * total:  # plateau lowers the rate by itself
-            rise = min(1.0, (step + 1) / max(1.0, args.warmup * total))
-            fall = 0.5 * (1 + math.cos(math.pi * step / total)) if args.schedule == "cosine" else 1.0
+        if (rate := learning_rate(args, step, total)) is not None:
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * rise * fall
+                group["lr"] = rate
         rows = step_items(items, step, size, per_epoch, args.seed)
         examples = [encode(post, branches, processor) for post, branches in rows]
-        order = sorted(range(len(examples)),
-                       key=lambda i: len(examples[i]))  # like lengths, less padding
-        micro = [[examples[i] for i in order[a : a + args.batch]]
-                 for a in range(0, len(order), args.batch)]
+        examples.sort(key=len)  # like lengths in a micro-batch, less padding
+        micro = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         batches = [collate(part, processor.pad) for part in micro]
         counts = token_counts(batches, soft is not None and soft.about["positions"] == "all")
         for part, batch in zip(micro, batches):
-            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
                 loss, terms = step_loss(args, model, batch.to(args.device), part, soft, counts)
             loss.backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
+            log.add(terms)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
-            raise InputError(f"step {step + 1}: loss {sums['loss']:.3g}, gradient norm "
-                             f"{norm:.3g}: training diverged; "
-                             f"lower --lr or set --clip; the last whole state is in {out}")
+        if not math.isfinite(norm) or not math.isfinite(log.sums["loss"]):
+            raise InputError(f"step {step + 1}: loss {log.sums['loss']}, gradient norm {norm}: "
+                             "training diverged; lower --lr or set --clip; the last whole state "
+                             f"is in {out}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + sum(map(len, examples))
+        step += 1
+        log.tokens += sum(map(len, examples))
         bar.update()
         if step % args.log_every == 0 or step == total:
-            n = (step - 1) % args.log_every + 1
-            row = dict(step=step, epoch=round(step / per_epoch, 2)) | {k: v / n for k,
-                                                                       v in sums.items()}
-            report(row | dict(grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                              tokens_per_s=round(tokens / (time.time() - started))))
-            sums, started, tokens = {}, time.time(), 0
+            log.interval((step - 1) % args.log_every + 1, step / per_epoch, step, grad_norm=norm,
+                         lr=optimizer.param_groups[0]["lr"])
         if step % per_epoch == 0 and dev:
-            accuracy, f1 = evaluate(model, processor, dev)
-            report(dict(step=step, dev_accuracy=accuracy, dev_macro_f1=f1))
+            accuracy, f1 = evaluate(args, model, processor, dev)
+            log.line(step=step, dev_accuracy=accuracy, dev_f1=f1)
             if args.schedule == "plateau":
                 plateau.step(accuracy)
             if [accuracy, f1] > best[:2]:
@@ -414,73 +419,85 @@ def train(args):
     bar.close()
     if args.stage == "base":
         save_base(model, processor, out)
-        closing = f"base model of {total} steps: {out}/last"
+        closing = f"base model after {total} steps: {out}/last"
     else:
-        closing = f"best dev accuracy {best[0]:.3f} (macro F1 {best[1]:.3f}) at step {best[2]}: {out}/best"
+        closing = (f"best dev accuracy {best[0]:.3f} ({args.ties} F1 {best[1]:.3f}) at step "
+                   f"{best[2]}: {out}/best")
     save(closing)
-    print(f"rows {len(items)}  steps {total}\nlog {out}/log.jsonl  config {config_file}\n{closing}")
+    print(f"rows {len(items)}  steps {total}\nlog {out}/log.jsonl  config {out}/config.json")
+    print(closing)
+
+
+def restore(state, trained, optimizer, plateau):
+    """Weights, optimiser, schedule and random numbers as they were."""
+    for name, p in trained.items():
+        p.data.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    plateau.load_state_dict(state["plateau"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def show_examples(args):
+    """Prints the first training examples as the model sees them."""
+    folder = random_init(args) if args.stage == "base" else args.model
+    processor = load_processor(folder, getattr(args, "max_pixels", None))
+    for post, branches in training_items(args, processor)[: args.show]:
+        example = encode(post, branches, processor)
+        print(show_tokens(collate([example], processor.pad), processor.tokenizer))
 
 
 def save_base(model, processor, out):
     """The warmed-up model as an ordinary folder, whole or not there."""
-    shutil.rmtree(out / "last.part", ignore_errors=True)
-    model.save_pretrained(out / "last.part")
-    processor.tokenizer.save_pretrained(out / "last.part")
-    processor.image_processor.save_pretrained(out / "last.part")
-    shutil.rmtree(out / "last", ignore_errors=True)
-    os.replace(out / "last.part", out / "last")
+    part, last = Path(out, "last.part"), Path(out, "last")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    processor.tokenizer.save_pretrained(part)
+    processor.image_processor.save_pretrained(part)
+    shutil.rmtree(last, ignore_errors=True)
+    os.replace(part, last)
 
 
-# ---- no arguments: the whole road
-# ----------------------------------------------------------------------
+# ---- no arguments: the whole road --------------------------------------------------------------
 
 
 def demo_commands(out, seed):
-    """The stages of the embedded default as a user would type them."""
-    small = "--batch 16 --accumulate 1 --lr 0.01 --beta2 0.99 --schedule cosine"
-    posts, all_chains = f"{out}/posts.jsonl", f"{out}/chains.jsonl {out}/augmented.jsonl"
-    predict = f"generate.py predict --data {posts} --split test --batch 64 --max-new-tokens 160"
+    """The stages of the embedded default, each as a user would type it."""
+    posts, chains, more = f"{out}/posts.jsonl", f"{out}/chains.jsonl", f"{out}/augmented.jsonl"
+    base = f"--data {out}/warmup.jsonl --epochs 3 --lr 0.002 --log-every 40"
+    lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20"
+    short = f"--batch 16 --accumulate 1 --beta2 0.99 --seed {seed}"
+    assistant, student, said = f"{out}/assistant/best", f"{out}/student/best", f"{out}/predictions"
+    predict = f"generate.py predict --data {posts} --split test --batch 64"
+    runs = {"student": said, "assistant": f"{said}.assistant",
+            "base/student": f"{said}.base.student", "base/assistant": f"{said}.base.assistant",
+            "shuffled_images": f"{said}.shuffled_images", "blank_text": f"{said}.blank_text"}
     return [
         f"generate.py toy --out {out} --seed {seed}",
-        *(f"train.py base --size {size} --data {out}/warmup.jsonl --out {out}/base/{size} "
-          "--epochs 3 --batch 16 "
-          f"--accumulate 1 --lr 0.002 --beta2 0.99 --log-every 40"
-          for size in ("assistant", "student")),
-        f"generate.py teacher --data {posts} --model toy --out {out}/chains.jsonl",
-        f"train.py assistant --data {out}/chains.jsonl --dev {posts} --model "
-        f"{out}/base/assistant/last "
-        f"--out {out}/assistant {small} --epochs 4 --dropout 0.05",
-        f"generate.py augment --data {out}/chains.jsonl --model {out}/assistant/best --out "
-        f"{out}/augmented.jsonl "
-        "--batch 64 --max-new-tokens 160",
-        f"generate.py soft --data {all_chains} --model {out}/assistant/best --out {out}/soft "
-        "--batch 32",
-        f"train.py student --data {all_chains} --dev {posts} --soft {out}/soft --model "
-        f"{out}/base/student/last "
-        f"--out {out}/student {small} --epochs 3",
+        f"train.py base --size assistant {base} {short} --out {out}/base/assistant",
+        f"train.py base --size student {base} {short} --out {out}/base/student",
+        f"generate.py teacher --data {posts} --model toy --out {chains}",
+        f"train.py assistant --data {chains} {lora} {short} --epochs 4 --dropout 0.05 "
+        f"--model {out}/base/assistant/last --out {out}/assistant",
+        f"generate.py augment --data {chains} --model {assistant} --batch 64 --out {more}",
+        f"generate.py soft --data {chains} {more} --model {assistant} --batch 32 --out {out}/soft",
+        f"train.py student --data {chains} {more} --soft {out}/soft {lora} {short} --epochs 3 "
+        f"--model {out}/base/student/last --out {out}/student",
         f"generate.py teacher --data {posts} --split test --model toy --out {out}/references.jsonl",
-        f"{predict} --model {out}/student/best --out {out}/predictions.jsonl",
-        f"{predict} --model {out}/assistant/best --out {out}/predictions.assistant.jsonl",
-        *(f"{predict} --no-chain --model {out}/base/{size}/last --out "
-          f"{out}/predictions.base.{size}.jsonl"
-          for size in ("student", "assistant")),
-        f"{predict} --no-chain --shuffle-images --model {out}/student/best --out "
-        f"{out}/predictions.shuffled_images.jsonl",
-        f"{predict} --no-chain --blank-text --model {out}/student/best --out "
-        f"{out}/predictions.blank_text.jsonl",
-        f"eval.py student={out}/predictions.jsonl assistant={out}/predictions.assistant.jsonl "
-        f"base/student={out}/predictions.base.student.jsonl "
-        f"base/assistant={out}/predictions.base.assistant.jsonl "
-        f"shuffled_images={out}/predictions.shuffled_images.jsonl "
-        f"blank_text={out}/predictions.blank_text.jsonl "
-        f"--gold {posts} --chains {out}/chains.jsonl --references {out}/references.jsonl --out "
-        f"{out}",
+        f"{predict} --model {student} --out {said}.jsonl",
+        f"{predict} --model {assistant} --source assistant --out {runs['assistant']}.jsonl",
+        *(f"{predict} --no-chain --model {out}/base/{size}/last --source base "
+          f"--out {runs[f'base/{size}']}.jsonl" for size in ("student", "assistant")),
+        *(f"{predict} --no-chain --{control.replace('_', '-')} --model {student} "
+          f"--out {runs[control]}.jsonl" for control in ("shuffled_images", "blank_text")),
+        f"eval.py {' '.join(f'{name}={file}.jsonl' for name, file in runs.items())} --gold {posts} "
+        f"--chains {chains} --references {out}/references.jsonl --out {out}",
     ]
 
 
 def demo(args):
-    """Runs every stage in this process (the libraries load once), each printed as its command
-    line."""
+    """Runs every stage in this process (libraries load once), each printed as a command line."""
     here, began = Path(__file__).resolve().parent, time.time()
     for command in demo_commands(args.out, args.seed):
         print(f"\n$ python {command}", flush=True)
@@ -490,7 +507,7 @@ def demo(args):
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as end:
             if end.code:
-                raise SystemExit(end.code)
+                raise
     print(f"\nthe whole road took {time.time() - began:.0f} s; report: {args.out}/report.html")
 
 

@@ -1,0 +1,292 @@
+"""Low-rank adapters: PEFT's format both ways, which layers they sit on, switching, merging, errors."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import mulcot
+from mulcot import InputError, LoRALinear
+
+KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj.{}.weight"
+
+
+@pytest.fixture
+def model(toy):
+    return mulcot.load_model(toy / "student")[0]
+
+
+@pytest.fixture(scope="module")
+def inputs(student, posts):
+    """An ordinary forward's arguments for one post with an image."""
+    processor = student[1]
+    e = mulcot.encode(posts[0], [(mulcot.task_format("label"), None)], processor)
+    ids = torch.tensor([e.prefix + e.branches[0][0]])
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=e.pixels,
+                image_grid_thw=e.grid[None],
+                mm_token_type_ids=(ids == processor.image_pad).int())
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def fill(model, seed=0):
+    """Small random values into every adapter's B."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        if name.endswith("lora_B") or ".lora_B." in name:
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+def with_adapters(model, **options):
+    mulcot.add_lora(model, 4, 12, 0.0, **options)
+    fill(model)
+    return model
+
+
+# ---- PEFT
+
+@pytest.mark.parametrize("scope", ["language", "all"])
+def test_peft_reads_what_we_write(model, toy, inputs, tmp_path, scope):
+    """The same adapter gives the same logits under PEFT, with alpha / rank applied once."""
+    want = logits(with_adapters(model, scope=scope), inputs)
+    mulcot.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(mulcot.load_model(toy / "student")[0], tmp_path).eval()
+    wrapped = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(wrapped) == len(mulcot.adapter_tensors(model)) / 2
+    assert (logits(theirs, inputs) - want).abs().max() < 1e-5
+    assert (want - logits(mulcot.load_model(toy / "student")[0], inputs)).abs().max() > 0.01
+
+
+def test_we_read_what_peft_writes(model, toy, inputs, tmp_path):
+    """PEFT's suffix matching hits the vision tower's MLPs too; all of it is read."""
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=list(mulcot.TARGETS))
+    theirs = peft.get_peft_model(mulcot.load_model(toy / "student")[0], config).eval()
+    fill(theirs)
+    theirs.save_pretrained(tmp_path)
+    names = mulcot.load_adapter(model, tmp_path)
+    assert (logits(model, inputs) - logits(theirs, inputs)).abs().max() < 1e-5
+    assert names == sorted(mulcot.add_lora(mulcot.load_model(toy / "student")[0], scope="all"))
+    assert any("visual" in n for n in names)
+
+
+def test_an_adapter_folder_loads_as_a_model(model, inputs, tmp_path):
+    """load_model follows the adapter's config to its base."""
+    want = logits(with_adapters(model), inputs)
+    mulcot.save_adapter(model, tmp_path)
+    assert torch.equal(logits(mulcot.load_model(tmp_path)[0], inputs), want)
+
+
+# ---- which layers
+
+def test_scope(model, toy):
+    """"language" leaves the vision tower alone, "all" takes its MLPs; the rest is frozen."""
+    language = mulcot.add_lora(model, scope="language")
+    everything = mulcot.add_lora(mulcot.load_model(toy / "student")[0], scope="all")
+    assert len(language) == 2 * 7 and all(".language_model.layers." in n for n in language)
+    assert set(everything) - set(language) == {
+        f"model.visual.blocks.{i}.mlp.{part}_proj" for i in (0, 1)
+        for part in ("gate", "up", "down")}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{n}.lora_{half}" for n in language for half in "AB"}
+
+
+SHAPES = {"7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+                     num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
+                     tie_word_embeddings=False),
+          "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+                     num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
+                     tie_word_embeddings=True)}
+
+
+@pytest.mark.parametrize("size, scope, count", [
+    ("7B", "all", 47_589_376), ("7B", "language", 40_370_176),
+    ("3B", "all", 37_152_768), ("3B", "language", 29_933_568)])
+def test_trainable_counts_at_rank_16(size, scope, count):
+    """The real models' shapes, without their memory."""
+    text = SHAPES[size]
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
+                  spatial_merge_size=2, out_hidden_size=text["hidden_size"])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision,
+                              tie_word_embeddings=text["tie_word_embeddings"])
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    mulcot.add_lora(model, 16, 32, scope=scope)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_no_match_is_refused(model):
+    """An adapter on nothing would train nothing."""
+    with pytest.raises(InputError, match="no linear"):
+        mulcot.add_lora(model, targets=("c_attn",))
+    with pytest.raises(InputError, match="no linear"):  # a name that fits, but not a linear
+        mulcot.add_lora(model, targets=("embed_tokens",))
+
+
+# ---- on, off, merged
+
+def test_fresh_adapters_change_nothing(model, student, inputs):
+    """B = 0, so training begins at the base model, exactly; A is not zero."""
+    mulcot.add_lora(model, 4, 12, 0.5)
+    assert torch.equal(logits(model, inputs), logits(student[0], inputs))
+    assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("lora_A"))
+
+
+def test_adapters_off_is_the_base(model, student, inputs):
+    """Within the block only, also when the block fails."""
+    want, base = logits(with_adapters(model), inputs), logits(student[0], inputs)
+    with pytest.raises(KeyError), mulcot.adapters_off(model):
+        assert torch.equal(logits(model, inputs), base)
+        raise KeyError
+    assert torch.equal(logits(model, inputs), want) and not torch.equal(want, base)
+
+
+def test_merge_equals_the_adapter(model, inputs):
+    """Same output, and no wrapper is left."""
+    want = logits(with_adapters(model, scope="all"), inputs)
+    names = {n for n, _ in mulcot.load_model(model.config._name_or_path)[0].named_parameters()}
+    mulcot.merge_lora(model)
+    assert (logits(model, inputs) - want).abs().max() < 1e-5
+    assert {n for n, _ in model.named_parameters()} == names
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_merge_into_bf16_rounds_once():
+    """The sum is taken in fp32: as the float64 sum, rounded once, save for rare ties."""
+    base = nn.Linear(256, 192, bias=False).bfloat16()
+    layer = LoRALinear(base, 8, 20)
+    layer.lora_B.data.normal_(std=0.1)
+    A, B, W = layer.lora_A.double(), layer.lora_B.double(), base.weight.double()
+    want = (W + 2.5 * B @ A).bfloat16()
+    mulcot.merge_lora(nn.ModuleDict({"q_proj": layer}))
+    assert base.weight.dtype == torch.bfloat16
+    assert (base.weight != want).float().mean() < 1e-4
+    rounded_early = (W + (2.5 * B @ A).bfloat16().double()).bfloat16()
+    assert (rounded_early != want).float().mean() > 0.01
+
+
+def test_bf16_base_keeps_fp32_adapters():
+    """Input and output stay bf16, the adapter's parameters and gradients fp32."""
+    layer = LoRALinear(nn.Linear(16, 8).bfloat16(), 4, 8)
+    layer.lora_B.data.normal_()
+    y = layer(torch.randn(3, 16).bfloat16())
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+def test_dropout_only_in_training(model, inputs):
+    """It acts on the adapter's input: random in train mode, none in eval mode."""
+    mulcot.add_lora(model, 4, 12, 0.5)
+    fill(model)
+    a, b = logits(model.eval(), inputs), logits(model, inputs)
+    c, d = logits(model.train(), inputs), logits(model, inputs)
+    assert torch.equal(a, b) and not torch.equal(c, d) and not torch.equal(a, c)
+    with mulcot.adapters_off(model):
+        assert torch.equal(logits(model, inputs), logits(model, inputs))
+
+
+# ---- reading
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """An adapter folder and edit(tensors, config), which changes what it holds."""
+    mulcot.save_adapter(with_adapters(model), tmp_path)
+    mulcot.merge_lora(model)
+
+    def edit(change):
+        file, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+        tensors, config = load_file(file), json.loads(settings.read_text())
+        change(tensors, config)
+        save_file(tensors, file), settings.write_text(json.dumps(config))
+        return tmp_path
+
+    return edit
+
+
+DAMAGE = [  # what the message must say, and what was done
+    ("layers.9.* fits no layer", lambda t, c: t.update({KEY.format("lora_A").replace("0", "9"):
+                                                        torch.zeros(4, 96)})),
+    ("lm_head.* fits no layer", lambda t, c: t.update({"lm_head.weight": torch.zeros(4)})),
+    ("q_proj has only lora_A", lambda t, c: t.pop(KEY.format("lora_B"))),
+    ("q_proj has shapes .4, 95", lambda t, c: t.update({KEY.format("lora_A"):
+                                                        torch.zeros(4, 95)})),
+    ("q_proj has shapes .* .95, 4", lambda t, c: t.update({KEY.format("lora_B"):
+                                                           torch.zeros(95, 4)})),
+    ("q_proj has shapes .* .96, 5", lambda t, c: t.update({KEY.format("lora_B"):
+                                                           torch.zeros(96, 5)})),
+    ("use_dora", lambda t, c: c.update(use_dora=True)),
+    ("use_rslora", lambda t, c: c.update(use_rslora=True)),
+    ("rank_pattern", lambda t, c: c.update(rank_pattern={"q_proj": 2})),
+    ("only plain LoRA", lambda t, c: c.update(bias="all")),
+    ("another adapter type", lambda t, c: c.update(peft_type="IA3"))]
+
+
+@pytest.mark.parametrize("message, damage", DAMAGE, ids=[message for message, _ in DAMAGE])
+def test_what_does_not_fit_is_refused(model, saved, message, damage):
+    """Nothing is loaded in part and in silence; the message names the culprit."""
+    with pytest.raises(InputError, match=message):
+        mulcot.load_adapter(model, saved(damage))
+
+
+def test_a_key_on_a_layer_that_is_no_linear_is_refused(model, saved):
+    """An adapter on a norm or a convolution is a wrong base model, too."""
+    def change(tensors, config):
+        for half in ("lora_A", "lora_B"):
+            tensors[f"base_model.model.model.language_model.norm.{half}.weight"] = torch.ones(4, 4)
+
+    with pytest.raises(InputError, match="norm"):
+        mulcot.load_adapter(model, saved(change))
+
+
+def test_unedited_adapter_loads(model, saved):
+    """The counterpart of the refusals above."""
+    assert len(mulcot.load_adapter(model, saved(lambda t, c: None))) == 14
+
+
+def test_adapters_that_the_file_does_not_fill_are_refused(model, saved):
+    """A model that already wears more adapters than the file holds."""
+    mulcot.add_lora(model, scope="all")
+    with pytest.raises(InputError, match="unfilled"):
+        mulcot.load_adapter(model, saved(lambda t, c: None))
+
+
+@pytest.mark.parametrize("gone", ["adapter_model.safetensors", "adapter_config.json", None])
+def test_missing_files_are_named(model, saved, gone):
+    """Either file, or the folder."""
+    folder = saved(lambda t, c: None)
+    folder.joinpath(gone).unlink() if gone else shutil.rmtree(folder)
+    with pytest.raises(InputError, match="missing"):
+        mulcot.load_adapter(model, folder)
+
+
+def test_older_spellings_are_mapped(model, toy, inputs, tmp_path):
+    """Checkpoints from before the language model's own prefix: same layers, same logits."""
+    old = mulcot.load_model(toy / "student")[0]
+    mulcot.save_adapter(with_adapters(old, scope="all"), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {k.replace("base_model.model.model.language_model.", "base_model.model.model.")
+               .replace("base_model.model.model.visual.", "base_model.model.visual."): v
+               for k, v in load_file(file).items()}
+    assert any(k.startswith("base_model.model.model.layers.0.") for k in tensors)
+    assert any(k.startswith("base_model.model.visual.blocks.0.") for k in tensors)
+    save_file(tensors, file)
+    assert len(mulcot.load_adapter(model, tmp_path)) == 20
+    assert torch.equal(logits(model, inputs), logits(old, inputs))
+
+
+def test_a_model_saved_with_wrappers_on_is_refused(model, toy, tmp_path):
+    """Its base weights have other names, so it would come back with random layers."""
+    folder = shutil.copytree(toy / "student", tmp_path / "saved")
+    with_adapters(model).save_pretrained(folder)
+    with pytest.raises(InputError, match="merge_lora"):
+        mulcot.load_model(folder)
+    mulcot.merge_lora(model).save_pretrained(folder)
+    mulcot.load_model(folder)

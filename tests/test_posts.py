@@ -1,0 +1,409 @@
+"""Reading posts in every format, bad rows set aside one by one, and the drawn toy posts."""
+
+import json
+import os
+import struct
+import zlib
+from collections import Counter
+from hashlib import sha256
+
+import pytest
+from PIL import Image
+
+import mulcot
+from mulcot import LABELS, InputError, Post, load_image, mvsa_label, read_posts, toy_posts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty data folder with images/good.png in it."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "good.png")
+    return tmp_path
+
+
+def jsonl(path, *rows):
+    """A file of rows; a row may also be given as raw bytes."""
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def noise(path, size=(64, 48), **options):
+    """A picture that compresses badly, so that half of its file is half of its pixels."""
+    Image.effect_noise(size, 90).convert("RGB").save(path, **options)
+    return path
+
+
+def png_header(path, width, height):
+    """A PNG that claims to be width x height and holds no such pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head
+    body += struct.pack(">I", zlib.crc32(head)) + struct.pack(">I", 0) + b"IDAT"
+    path.write_bytes(body + struct.pack(">I", zlib.crc32(b"IDAT")))
+    return path
+
+
+# ---- the four formats
+
+
+def test_jsonl_columns(folder):
+    """Known columns become fields, unknown ones are kept, and nothing missing is invented."""
+    row = dict(id=7, text="hi", image="good.png", aspect=" Rex ", label=" Positive ", score=0.5,
+               split="dev", cot="why", likes=3, tags=["a"])
+    post, bare = read_posts(jsonl(folder / "p.jsonl", row, b"", dict(id="b", text="t")))
+    assert (post.id, post.aspect, post.label, post.score) == ("7", "Rex", "positive", 0.5)
+    assert (post.split, post.cot, post.extra) == ("dev", "why", dict(likes=3, tags=["a"]))
+    assert post.image == os.path.realpath(folder / "images" / "good.png")
+    assert post.row() == row | dict(id="7", aspect="Rex", label="positive")
+    assert bare.row() == dict(id="b", text="t")
+
+
+def test_jsonl_byte_order_mark_and_crlf(folder):
+    """A file saved by a Windows editor reads like any other."""
+    (folder / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 1, "text": "a"}\r\n{"id": 2, "text": "b"}')
+    assert [p.text for p in read_posts(folder / "p.jsonl")] == ["a", "b"]
+
+
+def test_images_default_to_the_folder_beside_the_file(tmp_path):
+    """Without an images/ folder the file's own folder is meant; --images overrides both."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    path = jsonl(tmp_path / "p.jsonl", dict(id=1, text="t", image="x.png"))
+    assert read_posts(path)[0].image == os.path.realpath(tmp_path / "x.png")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match="missing"):
+        read_posts(path)
+    assert read_posts(path, images=tmp_path)[0].image == os.path.realpath(tmp_path / "x.png")
+
+
+def test_authors_json(folder):
+    """The list that the authors released: image_path or image_id names the picture."""
+    Image.new("RGB", (4, 4)).save(folder / "images" / "27.jpg")
+    row = dict(text="t", label="neutral", aspect="A", image_id="27", id=1, image_path="27.jpg",
+               cot="c")
+    less = {k: v for k, v in row.items() if k != "image_path"} | dict(id=2)
+    (folder / "p.json").write_text(json.dumps([row, less]))
+    one, two = read_posts(folder / "p.json")
+    assert one.image == two.image and one.image.endswith("27.jpg")
+    assert (one.id, one.label, one.aspect, one.cot, one.extra) == ("1", "neutral", "A", "c", {})
+
+
+def test_tsv(folder):
+    """$T$ is filled in, 0/1/2 are the labels, and a stray quote joins no lines."""
+    lines = ["index\t#1 ImageID\t#2 String\t#2 String", '1\t0\tgood.png\t"so $T$ !\tRex',
+             "2\t1\tgood.png\tb $T$ $T$\tMia Ray", '3\t2\tgood.png\tc" $T$\tNova', ""]
+    (folder / "dev.tsv").write_text("\n".join(lines))
+    posts = read_posts(folder / "dev.tsv")
+    assert [p.text for p in posts] == ['"so Rex !', "b Mia Ray Mia Ray", 'c" Nova']
+    assert [p.label for p in posts] == list(LABELS)
+    assert [p.id for p in posts] == ["dev-1", "dev-2", "dev-3"]
+    assert {p.split for p in posts} == {"dev"}
+
+
+def test_tsv_bad_line(folder):
+    """A line with a cell too few or a foreign label is set aside; its neighbours stay."""
+    text = "head\n1\t0\tgood.png\ta\tR\n2\t5\tgood.png\tb\tR\n3\t1\tgood.png\n4\t2\tgood.png\td\tR\n"
+    (folder / "mine.tsv").write_text(text)
+    rejects = []
+    posts = read_posts(folder / "mine.tsv", rejects=rejects)
+    assert [p.id for p in posts] == ["mine-1", "mine-4"] and {p.split for p in posts} == {None}
+    assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["3", "4"]
+
+
+@pytest.mark.parametrize("name, rows, counts", [
+    ("train", 3179, None), ("dev", 1122, None), ("test", 1037, (113, 607, 317))])
+def test_real_posts(twitter, name, rows, counts):
+    """The real files read without a reject and with the published label counts."""
+    rejects = []
+    posts = read_posts(twitter / f"{name}.tsv", rejects=rejects)
+    assert len(posts) == rows and rejects == []
+    assert all("$T$" not in p.text and p.aspect in p.text and p.split == name for p in posts)
+    share = Counter(p.label for p in posts)
+    assert counts is None or tuple(share[x] for x in LABELS) == counts
+
+
+# ---- MVSA
+
+
+def mvsa(folder, table):
+    """A folder as downloaded, from {id: pairs of text,image labels}."""
+    (folder / "data").mkdir(parents=True)
+    lines = ["ID\ttext,image"]
+    for name, pairs in table.items():
+        (folder / "data" / f"{name}.txt").write_text(f"words of {name}\n")
+        Image.new("RGB", (4, 4)).save(folder / "data" / f"{name}.jpg")
+        lines.append("\t".join([str(name), *pairs]))
+    (folder / "labelResultAll.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("pairs, label", [
+    ("positive,positive", "positive"), ("neutral,negative", "negative"),
+    ("positive,neutral", "positive"), ("neutral,neutral", "neutral"),
+    ("positive,negative", None), ("negative,positive", None),
+    ("positive,neutral positive,neutral negative,negative", "positive"),
+    ("positive,neutral neutral,neutral negative,neutral", None),
+    ("neutral,negative neutral,negative positive,positive", "negative"),
+    ("neutral,negative neutral,neutral neutral,positive", None),
+    ("positive,negative positive,negative neutral,neutral", None)])
+def test_mvsa_rule(pairs, label):
+    """Majority per modality; positive against negative drops out; a polar label beats neutral."""
+    assert mvsa_label([tuple(p.split(",")) for p in pairs.split()]) == label
+
+
+def test_mvsa_folder(tmp_path):
+    """Single and Multiple read alike; what the rule drops is set aside with its line."""
+    three = ("positive,neutral", "positive,positive", "negative,positive")
+    table = {1: three, 2: ("positive,negative",) * 3, 3: ("neutral,neutral",), 4: ("happy,sad",)}
+    folder, rejects = mvsa(tmp_path / "m", table), []
+    (folder / "data" / "3.txt").write_bytes("caf\xe9".encode("latin-1"))
+    post, = read_posts(folder, rejects=rejects)
+    assert (post.id, post.text, post.label) == ("1", "words of 1", "positive")
+    assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["3", "4", "5"]
+    assert [word in reason for word, (_, reason) in zip(("MVSA rule", "UTF-8", "pairs"), rejects)]
+    assert all(word in reason for word, (_, reason) in zip(("MVSA rule", "UTF-8", "pairs"), rejects))
+
+
+def test_mvsa_split(tmp_path):
+    """The split follows the hash of the id: the same for any order of rows, 80 / 10 / 10."""
+    names = list(range(120))
+    forth = read_posts(mvsa(tmp_path / "a", {n: ("neutral,positive",) for n in names}))
+    back = read_posts(mvsa(tmp_path / "b", {n: ("neutral,positive",) for n in names[::-1]}))
+    splits = {p.id: p.split for p in forth}
+    assert splits == {p.id: p.split for p in back} and len(splits) == 120
+    assert Counter(splits.values()) == dict(train=96, dev=12, test=12)
+    order = sorted(splits, key=lambda i: sha256(f"mvsa:{i}".encode()).digest())
+    assert {splits[i] for i in order[:12]} == {"test"} and {splits[i] for i in order[12:24]} == {"dev"}
+
+
+# ---- bad rows
+
+WRONG = {
+    "missing image": (dict(image="none.png"), "missing: check --images"),
+    "garbage image": (dict(image="garbage.jpg"), "replace it or drop its row"),
+    "truncated image": (dict(image="cut.jpg"), "replace it or drop its row"),
+    "image is a folder": (dict(image="."), "cannot be read"),
+    "format": (dict(image="scan.tif"), "replace it or drop its row"),
+    "pixel bomb": (dict(image="bomb.png"), "shrink it"),
+    "huge pixel bomb": (dict(image="huge.png"), "cannot be read"),
+    "absolute path": (dict(image="/etc/hostname"), "no absolute path"),
+    "drive": (dict(image="C:\\x.png"), "plain name inside"),
+    "url": (dict(image="http://h/x.png"), "no URL"),
+    "data url": (dict(image="data:image/png;base64,AA"), "no URL"),
+    "dots": (dict(image="../secret.png"), "leads outside"),
+    "dots inside": (dict(image="a/../good.png"), "leads outside"),
+    "link": (dict(image="link.png"), "leads outside"),
+    "image number": (dict(image=5), "file name"),
+    "null byte": (dict(image="a\0.png"), ""),
+    "lone surrogate in name": (dict(image="\ud83d.png"), ""),
+    "label": (dict(label="happy"), "use one of negative, neutral, positive"),
+    "empty text": (dict(text=" \n"), "empty text"),
+    "no text": (dict(text=None), "empty text"),
+    "text number": (dict(text=4), "empty text"),
+    "aspect": (dict(aspect=["a"]), "aspect must be a string"),
+    "score": (dict(score="high"), "score must be a number"),
+    "no id": (dict(id=None), "no id"),
+    "id twice": (dict(id="a"), "duplicate id 'a'"),
+    "list for a split": (dict(split=["train"]), "split"),
+    "object for a chain": (dict(cot={"Prediction": "neutral"}), "cot"),
+    "list": ([1, 2], "expected an object"),
+    "not JSON": (b'{"id": "x", "text": ', "not a JSON row"),
+    "too deep": (b"[" * 200_000, "not a JSON row"),
+    "not UTF-8": (b'{"id": "x", "text": "caf\xe9"}', "re-save it as UTF-8"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_images(tmp_path_factory):
+    """A folder with one good image and every kind of bad one."""
+    root = tmp_path_factory.mktemp("wrong")
+    images = root / "images"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "good.png")
+    Image.new("RGB", (8, 8)).save(images / "scan.tif")
+    Image.new("RGB", (8, 8)).save(root / "secret.png")
+    (images / "link.png").symlink_to(root / "secret.png")
+    (images / "garbage.jpg").write_bytes(b"not a picture" * 9)
+    whole = noise(images / "cut.jpg").read_bytes()
+    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    png_header(images / "bomb.png", 9000, 8000)
+    png_header(images / "huge.png", 60000, 60000)
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("change, reason", WRONG.values(), ids=WRONG)
+def test_bad_row(wrong_images, tmp_path, change, reason):
+    """The row is set aside with its line and the reason, its neighbours stay; strict reading says
+    the same as an InputError."""
+    bad = dict(id="x", text="t") | change if isinstance(change, dict) else change
+    good = [dict(id=i, text="t", image="good.png") for i in "ab"]
+    path, rejects = jsonl(tmp_path / "p.jsonl", good[0], bad, good[1]), []
+    posts = read_posts(path, wrong_images / "images", rejects)
+    assert [p.id for p in posts] == ["a", "b"]
+    assert [where for where, _ in rejects] == [f"{path}:2"] and reason in rejects[0][1]
+    with pytest.raises(InputError) as error:
+        read_posts(path, wrong_images / "images")
+    assert f"{path}:2" in str(error.value) and reason in str(error.value)
+
+
+def test_no_pixel_of_a_bomb_is_decoded(tmp_path):
+    """The size is judged from the header, before memory is asked for."""
+    with pytest.raises(InputError, match="the cap is 50,000,000"):
+        load_image(png_header(tmp_path / "b.png", 7100, 7100))
+    with pytest.raises(InputError, match="cannot be read"):  # small enough, but nothing in it
+        load_image(png_header(tmp_path / "s.png", 100, 100))
+
+
+def test_lone_surrogate_in_text_does_no_harm(folder):
+    """JSON can spell half of an emoji, which no tokenizer and no file takes: it may be replaced or
+    set aside, but a post that is kept can be written as UTF-8."""
+    path = jsonl(folder / "p.jsonl", dict(id="a", text="so \ud83d sad"), dict(id="b", text="t"))
+    posts = read_posts(path, rejects=[])
+    assert posts[-1].id == "b"
+    json.dumps([p.row() for p in posts], ensure_ascii=False).encode("utf-8")
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("none.jsonl", None, "does not exist"), ("p.csv", b"a,b", "use .jsonl, .json or .tsv"),
+    ("p.jsonl", b"", "holds no usable post"), ("p.tsv", b"head\n", "holds no usable post"),
+    ("p.json", b"", "is not JSON"), ("p.json", b"{}", "must be a list"),
+    ("p.json", b'{"id": 1}\n{"id": 2}', "belongs into a .jsonl"),
+    ("p.jsonl", b"oops\n", "p.jsonl:1")])
+def test_bad_file(tmp_path, name, content, reason):
+    """A file of which nothing can be used is one error that names it."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_posts(tmp_path / name, rejects=[])
+    assert reason in str(error.value) and name in str(error.value)
+
+
+def test_folder_without_mvsa_table(tmp_path):
+    """A folder that is not MVSA's is refused with what is expected in it."""
+    with pytest.raises(InputError, match="labelResultAll.txt"):
+        read_posts(tmp_path)
+
+
+# ---- images
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    """A camera held sideways: the left of the stored picture is its top."""
+    image, exif = Image.new("RGB", (40, 20), "blue"), Image.Exif()
+    image.paste("red", (0, 0, 20, 20))
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.png", exif=exif)
+    upright = load_image(tmp_path / "x.png")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 2)) == (255, 0, 0) and upright.getpixel((10, 38)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("typed", [(0x011A, 2), (0x0100, 2)], ids=["rational", "short"])
+def test_broken_exif_costs_at_most_its_row(tmp_path, typed):
+    """EXIF whose entries have the wrong type: the picture is read or set aside, never a crash."""
+    entries = struct.pack("<HHI4s", *typed, 4, b"abc\0") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    tiff = b"II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + tiff)
+    rows = [dict(id="x", text="t", image="x.jpg"), dict(id="y", text="t")]
+    posts = read_posts(jsonl(tmp_path / "p.jsonl", *rows), rejects=[])
+    assert posts[-1].id == "y"
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    """An animated GIF is its first frame."""
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "x.gif").getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    """Grey, palette, transparent and print colours all come out as RGB."""
+    name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new(mode, (8, 6)).save(name)
+    assert (load_image(name).mode, load_image(name).size) == ("RGB", (8, 6))
+
+
+# ---- rows and toy posts
+
+
+def test_rows_round_trip(toy, posts, tmp_path):
+    """What row() writes, read_posts reads back unchanged, extras included."""
+    path = jsonl(tmp_path / "again.jsonl", *(p.row() for p in posts))
+    assert read_posts(path, toy / "images") == posts and len(posts) == 24
+    assert all(p.extra["facts"] for p in posts)
+
+
+def test_toy_posts_follow_their_seed(tmp_path):
+    """The same seed draws the same rows and the same image bytes; another seed draws others."""
+    sizes = dict(train=8, test=4)
+    made = {n: toy_posts(tmp_path / n, sizes, seed) for n, seed in (("a", 1), ("b", 1), ("c", 2))}
+    rows = {n: [p.row() for p in ps] for n, ps in made.items()}
+    pixels = {n: [open(p.image, "rb").read() for p in ps] for n, ps in made.items()}
+    assert rows["a"] == rows["b"] and pixels["a"] == pixels["b"]
+    assert rows["a"] != rows["c"] and pixels["a"] != pixels["c"]
+
+
+def test_toy_test_split_is_unseen(tmp_path):
+    """No word stands with the same aspect as in training, and half the sentences are new."""
+    posts = toy_posts(tmp_path, dict(train=300, dev=50, test=100))
+    pair = lambda p: (p.extra["facts"]["word"], p.aspect)
+    seen = {pair(p) for p in posts if p.split != "test"}
+    fresh = {s: [p for p in posts if p.split == s and _new_sentence(p)]
+             for s in ("train", "dev", "test")}
+    assert not any(pair(p) in seen for p in posts if p.split == "test")
+    assert [len(fresh[s]) for s in ("train", "dev", "test")] == [0, 0, 50]
+
+
+def _new_sentence(post):
+    fill = dict(a=post.aspect, w=post.extra["facts"]["word"])
+    return any(post.text.startswith(t.format(**fill)) for t in mulcot.TOY_TEST_TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    return toy_posts(tmp_path_factory.mktemp("many"), dict(train=2000), seed=5)
+
+
+def best_lookup(posts, key):
+    """Accuracy of the best rule that sees only key(post)."""
+    table = Counter((key(p), p.label) for p in posts)
+    return sum(max(table[k, x] for x in LABELS) for k in {k for k, _ in table}) / len(posts)
+
+
+def test_toy_posts_need_words_and_picture(many):
+    """Words alone and picture alone leave a third unsolved; both together solve everything."""
+    facts = [lambda p: p.extra["facts"]["words"], lambda p: p.extra["facts"]["mood"],
+             lambda p: p.extra["facts"]["word"], lambda p: p.extra["facts"]["scene"]]
+    assert all(0.6 < best_lookup(many, f) < 0.7 for f in facts)
+    assert best_lookup(many, lambda p: None) < 0.5
+    assert best_lookup(many, lambda p: (facts[0](p), facts[1](p))) == 1.0
+    assert all(p.extra["facts"]["word"] in p.text and p.aspect in p.text for p in many)
+
+
+def test_warmup_says_nothing_about_sentiment(tmp_path):
+    """No label, and the verdicts, words and moods to write up are independent of the truth."""
+    size = 1500
+    warm = mulcot.toy_warmup(tmp_path / "w", size, seed=3)
+    true = toy_posts(tmp_path / "t", dict(warm=size), seed=3)
+    assert [p.text for p in warm] == [p.text for p in true]
+    assert all(p.label is None and "facts" not in p.extra for p in warm)
+    told = [p.extra["branches"][1][0].rstrip(".").split(": ", 1)[1].split("; ") for p in warm]
+    truth = [("words " + p.extra["facts"]["words"], "image " + p.extra["facts"]["mood"],
+              "verdict " + p.label) for p in true]
+    for said, is_so in zip(zip(*told), zip(*truth)):
+        assert chi_square(said, is_so) < 18.5  # 4 degrees of freedom, one in a thousand
+    again = [mulcot.parse_reasoning(p.extra["branches"][1][1]).prediction for p in warm]
+    assert again == [verdict.split()[1] for _, _, verdict in told]
+
+
+def chi_square(xs, ys):
+    both, x, y, n = Counter(zip(xs, ys)), Counter(xs), Counter(ys), len(xs)
+    assert len(x) == len(y) == 3
+    return sum((both[a, b] - x[a] * y[b] / n) ** 2 / (x[a] * y[b] / n) for a in x for b in y)
+
+
+def test_post_without_image_has_no_image_column():
+    """Text alone is a post."""
+    assert Post("1", "hi").row() == dict(id="1", text="hi")

@@ -1,0 +1,198 @@
+"""The files' shape: each section runs alone with what its ruler names; clean imports; short lines."""
+
+import ast
+import builtins
+import re
+import subprocess
+import symtable
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("mulcot.py", "train.py", "generate.py", "eval.py")
+TOP = {"mulcot.py", "train.py", "generate.py", "eval.py", "README.md", "LICENSE", ".gitignore",
+       "requirements.txt", "tests"}
+SOURCE = (ROOT / "mulcot.py").read_text(encoding="utf-8")
+
+
+# ---- sections
+
+RULER = re.compile(r"^# §(\d+) ([^\[\n]+?)\s*(?:\n# *)?\[needs:([^\]]*)\]", re.M)
+
+
+def split(source):
+    """{"§n": (needs, text)} and the text above the first section."""
+    rulers = list(RULER.finditer(source))
+    ends = [m.start() for m in rulers[1:]] + [len(source)]
+    return {f"§{m[1]}": ([n for n in re.split(r"[,\s#]+", m[3]) if n], source[m.start():end])
+            for m, end in zip(rulers, ends)}, source[: rulers[0].start()]
+
+
+SECTIONS, HEAD = split(SOURCE)
+
+
+def head_parts():
+    """What a ruler may name from the top of the file: {name: source of its import or definition}."""
+    parts = {}
+    for node in ast.parse(HEAD).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                spelt = alias.name + (f" as {alias.asname}" if alias.asname else "")
+                where = f"from {node.module} " if isinstance(node, ast.ImportFrom) else ""
+                parts[alias.asname or alias.name.partition(".")[0]] = f"{where}import {spelt}"
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            parts[node.name] = ast.unparse(node)
+        elif isinstance(node, ast.Assign):
+            parts[node.targets[0].id] = ast.unparse(node)
+    parts.pop("annotations", None)
+    return parts
+
+
+PARTS = head_parts()
+
+
+def defined(text):
+    """Names that a section's top level binds."""
+    return {s.get_name() for s in symtable.symtable(text, "section", "exec").get_symbols()
+            if s.is_assigned() or s.is_namespace() or s.is_imported()}
+
+
+def used(text):
+    """Global names that a text reads: at its top level, within functions and in annotations."""
+    names, tables = set(), [symtable.symtable(text, "section", "exec")]
+    while tables:
+        table = tables.pop()
+        top = table.get_type() == "module"
+        names |= {s.get_name() for s in table.get_symbols()
+                  if s.is_referenced() and (s.is_global() or top)}
+        tables += table.get_children()
+    for node in ast.walk(ast.parse(text)):
+        annotation = getattr(node, "annotation", None) or getattr(node, "returns", None)
+        if isinstance(annotation, ast.AST):
+            names |= {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+    return names
+
+
+def least_needs(number):
+    """The shortest true list: every import, name and section that the section's text touches."""
+    text = SECTIONS[number][1]
+    foreign = used(text) - defined(text)
+    sections = [n for n, (_, other) in SECTIONS.items() if n != number and defined(other) & foreign]
+    return [name for name in PARTS if name in foreign] + sections
+
+
+def alone(number):
+    """Source of a module with the section, what its ruler names, and what those name in turn."""
+    wanted, todo = set(), [number]
+    while todo:
+        needs = todo.pop()
+        if needs not in wanted:
+            wanted.add(needs)
+            todo += SECTIONS[needs][0] if needs in SECTIONS else []
+    assert wanted <= set(PARTS) | set(SECTIONS), wanted - set(PARTS) - set(SECTIONS)
+    texts = [text for name, text in PARTS.items() if name in wanted]
+    texts += [text for name, (_, text) in SECTIONS.items() if name in wanted]
+    return "from __future__ import annotations\n" + "\n".join(texts)
+
+
+@pytest.mark.parametrize("number", SECTIONS, ids=lambda number: number[1:])
+def test_section_runs_alone(number):
+    """With nothing but what its ruler names it executes, and no function lacks a global name."""
+    source = alone(number)
+    module = types.ModuleType(f"section_{number[1:]}")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, module.__name__, "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
+    assert not used(source) - set(vars(module)) - set(vars(builtins))
+
+
+@pytest.mark.parametrize("number", SECTIONS, ids=lambda number: number[1:])
+def test_ruler_names_just_what_is_used(number):
+    """No need is missing and none is superfluous; the message holds the right list."""
+    needs, right = SECTIONS[number][0], least_needs(number)
+    assert set(needs) == set(right), f"[needs: {', '.join(right)}]"
+    assert len(needs) == len(set(needs))
+
+
+def test_all_sections_are_found():
+    """Every ruler is read, in order, and every global name has its place."""
+    numbers = [int(n) for n in re.findall(r"^# §(\d+)", SOURCE, re.M)]
+    assert [f"§{n}" for n in numbers] == list(SECTIONS) and numbers == sorted(set(numbers))
+    assert {1, 2, 3, 4, 5, 6, 7, 9} <= set(numbers)
+    for name in PARTS:  # an import that no section names is dead
+        assert any(name in needs for needs, _ in SECTIONS.values()), name
+
+
+def test_the_reading_of_rulers():
+    """Lists over several comment lines, a bracket on its own line, locals and annotations."""
+    sections, _ = split("import os\n# §1 One [needs: os,\n#   re, §2]\nx = 1\n"
+                        "# §2 Two or three\n# [needs: nn]\ndef f(a: Path, b=c):\n    re = a + d\n")
+    assert {n: needs for n, (needs, _) in sections.items()} == {"§1": ["os", "re", "§2"],
+                                                                "§2": ["nn"]}
+    assert used(sections["§2"][1]) == {"Path", "c", "d"} and defined(sections["§1"][1]) == {"x"}
+
+
+# ---- the scripts
+
+def tree(name):
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports(name):
+    """From mulcot only public names, one by one; never a script, never everything."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            modules, names = [a.name for a in node.names], []
+            assert "mulcot" not in modules
+        elif isinstance(node, ast.ImportFrom):
+            modules, names = [node.module], [a.name for a in node.names]
+            assert node.level == 0 and "*" not in names
+        else:
+            continue
+        assert not {"train", "generate", "eval"} & set(modules)
+        assert not (name == "mulcot.py" and "mulcot" in modules)
+        assert not [n for n in names if n.startswith("_")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imported_names_are_used(name):
+    """Nothing is imported for nothing."""
+    imported = {(a.asname or a.name).partition(".")[0] for node in ast.walk(tree(name))
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    read = {node.id for node in ast.walk(tree(name)) if isinstance(node, ast.Name)}
+    assert imported - {"annotations"} <= read, imported - read
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_public_names_have_docstrings(name):
+    """Every public function and class of a file says what it is; so does the file."""
+    module = tree(name)
+    assert ast.get_docstring(module)
+    mute = [node.name for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert not mute, mute
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_lines_are_short(name):
+    """At most 100 columns, no tabs, no trailing blanks."""
+    lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
+    odd = [n for n, line in enumerate(lines, 1)
+           if len(line) > 100 or "\t" in line or line != line.rstrip()]
+    assert not odd, odd
+
+
+def test_top_level():
+    """The four scripts, their requirements, the readme and the tests; nothing else."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+                            cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    there = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert set(SCRIPTS) <= there <= TOP, there - TOP
