@@ -489,8 +489,9 @@ def demo_commands(out, seed):
         f"{predict} --model {assistant} --source assistant --out {runs['assistant']}.jsonl",
         *(f"{predict} --no-chain --model {out}/base/{size}/last --source base "
           f"--out {runs[f'base/{size}']}.jsonl" for size in ("student", "assistant")),
-        *(f"{predict} --no-chain --{control.replace('_', '-')} --model {student} "
-          f"--out {runs[control]}.jsonl" for control in ("shuffled_images", "blank_text")),
+        f"{predict} --no-chain --shuffle-images --model {student} "
+        f"--out {runs['shuffled_images']}.jsonl",
+        f"{predict} --no-chain --blank-text --model {student} --out {runs['blank_text']}.jsonl",
         f"eval.py {' '.join(f'{name}={file}.jsonl' for name, file in runs.items())} --gold {posts} "
         f"--chains {chains} --references {out}/references.jsonl --out {out}",
     ]

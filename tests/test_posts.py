@@ -160,8 +160,8 @@ def test_mvsa_folder(tmp_path):
     post, = read_posts(folder, rejects=rejects)
     assert (post.id, post.text, post.label) == ("1", "words of 1", "positive")
     assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["3", "4", "5"]
-    assert [word in reason for word, (_, reason) in zip(("MVSA rule", "UTF-8", "pairs"), rejects)]
-    assert all(word in reason for word, (_, reason) in zip(("MVSA rule", "UTF-8", "pairs"), rejects))
+    words = ("MVSA rule", "UTF-8", "pairs")
+    assert all(word in reason for word, (_, reason) in zip(words, rejects))
 
 
 def test_mvsa_split(tmp_path):
@@ -173,7 +173,8 @@ def test_mvsa_split(tmp_path):
     assert splits == {p.id: p.split for p in back} and len(splits) == 120
     assert Counter(splits.values()) == dict(train=96, dev=12, test=12)
     order = sorted(splits, key=lambda i: sha256(f"mvsa:{i}".encode()).digest())
-    assert {splits[i] for i in order[:12]} == {"test"} and {splits[i] for i in order[12:24]} == {"dev"}
+    assert {splits[i] for i in order[:12]} == {"test"}
+    assert {splits[i] for i in order[12:24]} == {"dev"}
 
 
 # ---- bad rows

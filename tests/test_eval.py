@@ -1,0 +1,442 @@
+"""Numbers equal to the trusted libraries', honest counting, and a report that runs nothing."""
+
+import json
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+import sacrebleu
+import sklearn.metrics as sk
+from PIL import Image
+from rouge import Rouge
+
+import eval as scores
+from eval import bleu4, chain_metrics, classification_metrics, distinct_n, rouge_l
+from mulcot import FIELDS, LABELS, render_reasoning
+
+
+def drawn(n, seed, labels=LABELS, nones=0.15):
+    """Random gold and predicted labels, right more often than not, some predictions None."""
+    rng = random.Random(seed)
+    gold = [rng.choice(labels) for _ in range(n)]
+    said = [g if rng.random() < 0.5 else rng.choice(LABELS) for g in gold]
+    return gold, [None if rng.random() < nones else s for s in said]
+
+
+CASES = [drawn(n, seed) for n, seed in ((1, 0), (2, 1), (7, 2), (50, 3), (400, 4), (1037, 5))] + [
+    drawn(40, 6, ("neutral",)), drawn(40, 7, ("negative", "positive")), drawn(60, 8, nones=0.0),
+    drawn(30, 9, nones=1.0), (["positive"] * 3, ["negative"] * 3), (["neutral"], [None]),
+    (list(LABELS), list(LABELS)), (list(LABELS), ["neutral"] * 3)]
+
+
+@pytest.mark.parametrize("gold, said", CASES)
+def test_classification_equals_sklearn(gold, said):
+    """Accuracy, both F1, every class and the confusion table, also in degenerate cases."""
+    ours, names = classification_metrics(gold, said), [x or "unparsed" for x in said]
+    p, r, f, n = sk.precision_recall_fscore_support(gold, names, labels=LABELS, zero_division=0)
+    close = lambda x: pytest.approx(x, abs=1e-9)
+    for i, label in enumerate(LABELS):
+        theirs = dict(precision=p[i], recall=r[i], f1=f[i], support=n[i])
+        assert ours["per_class"][label] == {k: close(v) for k, v in theirs.items()}
+    for average in ("macro", "weighted"):
+        f1 = sk.f1_score(gold, names, labels=LABELS, average=average, zero_division=0)
+        assert ours[f"{average}_f1"] == close(f1)
+    assert ours["accuracy"] == close(sk.accuracy_score(gold, names))
+    table = sk.confusion_matrix(gold, names, labels=[*LABELS, "unparsed"])
+    assert ours["confusion"] == table[:3].tolist()
+    assert (ours["n"], ours["unparsed"]) == (len(gold), said.count(None))
+
+
+def test_classification_by_hand():
+    """Four posts on paper: one right of each polar label, one missed, one unparsed."""
+    m = classification_metrics(["positive", "positive", "negative", "neutral"],
+                               ["positive", "negative", "negative", None])
+    assert (m["accuracy"], m["unparsed"]) == (0.5, 1)
+    assert m["per_class"]["positive"] == dict(precision=1, recall=0.5, f1=pytest.approx(2 / 3),
+                                              support=2)
+    assert m["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert m["confusion"] == [[1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("gold, said", [([], []), (["neutral"], [])])
+def test_classification_needs_equal_lists(gold, said):
+    """No posts, or lists of different lengths, are a broken invariant."""
+    with pytest.raises(AssertionError):
+        classification_metrics(gold, said)
+
+
+# ---- text metrics
+
+SENTENCES = ["The words call Rex 'great', which is praise.", "The image shows a smiling face.",
+             "So Rex is seen as positive.", "They agree.", "No conflict is found here at all",
+             "He scored 1,000.5 points on 3-4 days (U.S.A.) !", "It costs $5.00, i.e. 5%...",
+             'Tom &amp; Ann say &quot;hi&quot; &lt;3 &gt;.<', "a--b -\nc well-\nknown 9-to-5 7-",
+             "#tbt @user http://t.co/x1 :-) \U0001F4F7 caf\u00e9 \u4e2d\u6587 <skipped> \u2019s",
+             "the the the cat the the", "A b. C d. . E", "x", "tab\there  two  spaces", "[x]{y}~`^_|"]
+
+
+def mixed(seed):
+    """A text and one that shares some of its pieces, in another order."""
+    rng = random.Random(seed)
+    ours = [rng.choice(SENTENCES) for _ in range(rng.randint(1, 6))]
+    theirs = [s if rng.random() < 0.6 else rng.choice(SENTENCES) for s in ours]
+    words = " ".join(theirs).split(" ")
+    for _ in range(rng.randint(0, 4)):
+        words[rng.randrange(len(words))] = rng.choice(["Rex", "the", "is", "", "negative.", "5"])
+    return " ".join(ours), " ".join(words)
+
+
+PAIRS = [mixed(seed) for seed in range(300)] + [(s, s) for s in SENTENCES] + [
+    (a, b) for a in SENTENCES for b in SENTENCES[:4]]
+
+
+def test_bleu_equals_sacrebleu():
+    """Sentence BLEU-4 without smoothing, for texts, entities, numbers, punctuation, nothing."""
+    empty = [("", ""), ("", "a b c d"), ("a b c d", ""), (" \n", "a b c d e"), ("a b c d \n", "a b c d")]
+    values = []
+    for ours, theirs in PAIRS + empty:
+        true = sacrebleu.sentence_bleu(ours, [theirs], smooth_method="none",
+                                       use_effective_order=False).score / 100
+        values.append(bleu4(ours, theirs))
+        assert values[-1] == pytest.approx(true, abs=1e-6), (ours, theirs)
+    assert max(values) == pytest.approx(1) and min(values) == 0
+    assert sum(0.01 < v < 0.99 for v in values) > 100
+
+
+def test_rouge_equals_rouge():
+    """ROUGE-L F of the package the authors use, with ties and several sentences."""
+    judge, values = Rouge(metrics=["rouge-l"]), []
+    pairs = PAIRS + [mixed_words(seed) for seed in range(300)]
+    for ours, theirs in (p for p in pairs if all(text.strip(".") for text in p)):
+        true = judge.get_scores(ours, theirs)[0]["rouge-l"]["f"]
+        values.append(rouge_l(ours, theirs))
+        assert values[-1] == pytest.approx(true, abs=1e-6), (ours, theirs)
+    assert sum(0.01 < v < 0.99 for v in values) > 300
+
+
+def mixed_words(seed):
+    """Two short texts over few words, so that common subsequences tie."""
+    rng = random.Random(seed)
+    text = lambda: " ".join(rng.choices(["a", "b", "c", "d.", "e ."], k=rng.randint(1, 12)))
+    return text(), text()
+
+
+@pytest.mark.parametrize("ours, theirs", [("", "a"), ("a", ""), ("", ""), ("..", "a"), ("a", "...")])
+def test_rouge_of_nothing(ours, theirs):
+    """Where the package raises, we score 0."""
+    assert rouge_l(ours, theirs) == 0.0
+
+
+def test_real_chains_score_alike(twitter):
+    """The first real chains against their neighbours: both libraries agree with us."""
+    rows = json.loads((twitter / "dev_chains.json").read_text(encoding="utf-8"))[:25]
+    judge = Rouge(metrics=["rouge-l"])
+    for a, b in zip(rows, rows[1:]):
+        bleu = sacrebleu.sentence_bleu(a["cot"], [b["cot"]], smooth_method="none",
+                                       use_effective_order=False).score / 100
+        assert bleu4(a["cot"], b["cot"]) == pytest.approx(bleu, abs=1e-6)
+        f = judge.get_scores(a["cot"], b["cot"])[0]["rouge-l"]["f"]
+        assert rouge_l(a["cot"], b["cot"]) == pytest.approx(f, abs=1e-6)
+
+
+@pytest.mark.parametrize("texts, n, value", [
+    (["a b a", "c"], 1, (2 / 3 + 1) / 2), (["a b a b", "c d"], 2, (2 / 3 + 1) / 2),
+    (["A a"], 1, 0.5), (["c"], 2, 0.0), (["", "a"], 1, 0.5), ([], 1, 0.0)])
+def test_distinct_by_hand(texts, n, value):
+    """A mean over texts; case does not matter; too short a text scores 0."""
+    assert distinct_n(texts, n) == pytest.approx(value)
+
+
+# ---- chains
+
+
+def chain(label, words="one two three four five"):
+    return render_reasoning({k: f"{k[:4]} {words}" for k in FIELDS} | {"Prediction": label})
+
+
+def test_unparsed_chain_scores_nothing():
+    """A chain that lacks a field counts in the mean with 0 and lowers the parse rate."""
+    whole, broken = chain("positive"), chain("positive").replace("Image_analysis", "Picture")
+    rows = {i: dict(raw=raw, prediction="positive") for i, raw in enumerate((whole, broken, ""))}
+    m = chain_metrics(rows, {i: whole for i in rows})
+    assert m["parse_rate"] == pytest.approx(1 / 3) and m["chains"] == m["referenced"] == 3
+    assert m["bleu4"] == pytest.approx(1 / 3) and m["rouge_l"] == pytest.approx(1 / 3)
+    alone = chain_metrics({0: rows[0]}, {0: whole})
+    assert (m["distinct_1"], m["distinct_2"]) == (alone["distinct_1"], alone["distinct_2"])
+
+
+def test_chain_form_does_not_matter():
+    """The same fields as JSON or Markdown score 1 against our written form."""
+    fields = {k: f"{k[:4]} is one two three." for k in FIELDS} | {"Prediction": "neutral"}
+    markdown = "\n".join(f"### {k}\n{v}" for k, v in reversed(fields.items()))
+    rows = {i: dict(raw=raw, prediction="neutral")
+            for i, raw in enumerate((json.dumps(fields), markdown))}
+    m = chain_metrics(rows, {i: render_reasoning(fields) for i in rows})
+    assert m["bleu4"] == pytest.approx(1) and m["rouge_l"] == pytest.approx(1)
+
+
+def test_agreement_by_hand():
+    """Share of chains whose own label is the predicted one; no label never agrees."""
+    said = [("positive", "positive"), ("negative", "positive"), ("neutral", "neutral")]
+    rows = {i: dict(raw=chain(c), prediction=p) for i, (c, p) in enumerate(said)}
+    rows[3] = dict(raw="", prediction=None)
+    assert chain_metrics(rows, {})["agreement"] == 0.5
+    assert "bleu4" not in chain_metrics(rows, {})
+
+
+# ---- the program
+
+
+@pytest.fixture
+def gold(tmp_path):
+    """Six labelled test posts (three positive), two of them with a chain, and one train post."""
+    labels = ["positive", "positive", "positive", "negative", "negative", "neutral"]
+    rows = [dict(id=f"p{i}", text=f"text {i}", label=x, split="test") for i, x in enumerate(labels)]
+    rows += [dict(id="q", text="other", label="neutral", split="train")]
+    rows[0]["cot"], rows[1]["cot"] = chain("positive"), chain("positive")
+    return write(tmp_path / "gold.jsonl", rows)
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def said(path, labels, **more):
+    return write(path, [dict(id=f"p{i}", prediction=x) | more for i, x in enumerate(labels)])
+
+
+ALL = ["positive", "positive", "negative", "negative", None, "neutral"]
+
+
+def evaluate(gold, *predictions, more=()):
+    """(exit code, metrics, report) of eval.py on gold and predictions."""
+    out = gold.parent / "out"
+    code = scores.main([*map(str, predictions), "--gold", str(gold), "--out", str(out), *more])
+    if code:
+        return code, None, None
+    return code, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
+
+
+def test_program(gold, tmp_path, capsys):
+    """Numbers against the splits covered, beside always saying the commonest label."""
+    code, metrics, _ = evaluate(gold, said(tmp_path / "s.jsonl", ALL, raw=chain("positive")))
+    m = metrics["s"]
+    assert code == 0 and (m["n"], m["missing"], m["unparsed"], m["chains"]) == (6, 0, 1, 6)
+    assert m["accuracy"] == pytest.approx(4 / 6) and m["parse_rate"] == 1
+    assert m["agreement"] == pytest.approx(2 / 6) and m["referenced"] == 2 and m["bleu4"] == 1
+    assert metrics["majority"]["label"] == "positive" and metrics["majority"]["accuracy"] == 0.5
+    assert {"bleu4", "rouge_l"} <= set(metrics["signatures"])
+    out = capsys.readouterr().out
+    assert "warning" not in out and "0.667" in out
+    assert out.strip().split("\n")[-1].endswith("out/report.html")
+
+
+def test_raw_text_is_parsed_anew(gold, tmp_path):
+    """What a row claims about its chain is not believed."""
+    path = said(tmp_path / "s.jsonl", ALL, raw="no chain", chain_prediction="positive", problem=None)
+    assert evaluate(gold, path)[1]["s"]["parse_rate"] == 0
+
+
+def test_names_nest(gold, tmp_path):
+    """base/student stands in metrics.json under base, then student; the report shows the first."""
+    one, two = said(tmp_path / "1.jsonl", ALL), said(tmp_path / "2.jsonl", ALL[::-1])
+    _, metrics, page = evaluate(gold, f"base/student={one}", f"base/assistant={two}", f"x={two}")
+    assert metrics["base"]["student"]["accuracy"] == pytest.approx(4 / 6)
+    assert metrics["base"]["assistant"] == metrics["x"]
+    assert "<h1>MulCoT-RD: base/student</h1>" in page
+
+
+def test_runs_of_one_name_do_not_hide_each_other(gold, tmp_path):
+    """Two files called alike are both reported, or refused, but none is dropped in silence."""
+    files = [said(tmp_path / d / "said.jsonl", ALL[::step]) for d, step in (("a", 1), ("b", -1))]
+    code, metrics, _ = evaluate(gold, *files)
+    assert code == 2 or len([m for m in metrics.values() if "accuracy" in m]) == 3
+
+
+@pytest.mark.parametrize("name", ["majority", "signatures", "s"])
+def test_names_that_are_taken_are_refused(gold, tmp_path, name):
+    """A run cannot stand where another entry of metrics.json stands."""
+    path = said(tmp_path / "s.jsonl", ALL)
+    assert evaluate(gold, f"s={path}", f"{name}={path}")[0] == 2
+
+
+def test_missing_predictions_count_as_unparsed(gold, tmp_path, capsys):
+    """A post without a row is wrong, and a warning says how many and which."""
+    path = said(tmp_path / "s.jsonl", ALL[:2])
+    m = evaluate(gold, path)[1]["s"]
+    assert (m["n"], m["missing"], m["unparsed"]) == (6, 4, 4)
+    assert m["accuracy"] == pytest.approx(2 / 6)
+    assert f"warning: {path} lacks 4 of 6 gold posts, first p2" in capsys.readouterr().out
+
+
+def test_gold_labels_come_from_gold(gold, tmp_path):
+    """A label in a prediction row changes nothing."""
+    path = said(tmp_path / "s.jsonl", ALL, label="neutral")
+    assert evaluate(gold, path)[1]["s"]["accuracy"] == pytest.approx(4 / 6)
+
+
+def test_unreadable_gold_rows_are_reported(gold, tmp_path, capsys):
+    """A gold post that cannot be read is left out of the numbers, not in silence."""
+    gold.write_text(gold.read_text() + '{"id": "z", "label": "neutral", "split": "test"}\n')
+    assert evaluate(gold, said(tmp_path / "s.jsonl", ALL))[0] == 0
+    printed = capsys.readouterr()
+    assert "gold.jsonl:8" in printed.out + printed.err
+
+
+def test_references_and_teacher_rows(gold, tmp_path, capsys):
+    """--references adds chains to compare with, --chains counts the teacher's stages."""
+    chains = write(tmp_path / "c.jsonl", [dict(id="p2", cot=chain("positive"), stage=1, tries=1),
+                                          dict(id="p3", cot=chain("negative"), stage=2, tries=4)])
+    write(tmp_path / "c.jsonl.rejects.jsonl", [dict(id="p4")])
+    path = said(tmp_path / "s.jsonl", ALL, raw=chain("positive"))
+    metrics = evaluate(gold, path, more=["--references", str(chains), "--chains", str(chains)])[1]
+    assert metrics["s"]["referenced"] == 4
+    assert metrics["teacher"] == dict(kept=2, unaided=1, label_conditioned=1, set_aside=1,
+                                      answers_per_post=2.5)
+    assert "2 chains kept, 1 unaided, 1 label-conditioned, 1 set aside" in capsys.readouterr().out
+
+
+BAD = {
+    "foreign ids": (b'{"id": "x", "prediction": "neutral"}', "wrong --gold"),
+    "unknown label": (b'{"id": "p0", "prediction": "happy"}', "s.jsonl:1"),
+    "label as list": (b'{"id": "p0", "prediction": ["neutral"]}', "s.jsonl:1"),
+    "no prediction": (b'{"id": "p0"}', "s.jsonl:1"),
+    "no id": (b'{"prediction": "neutral"}', "s.jsonl:1"),
+    "a list": (b"[1]", "s.jsonl:1"), "not JSON": (b'{"id": "p0", ', "s.jsonl:1"),
+    "not UTF-8": (b'{"id": "p0", "prediction": null, "raw": "\xff"}', "s.jsonl"),
+    "empty": (b"", "s.jsonl"),
+    "probs as words": (b'{"id": "p0", "prediction": null, "probs": ["a", "b", "c"]}', "s.jsonl:1"),
+    "probs as number": (b'{"id": "p0", "prediction": null, "probs": 7}', "s.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize("content, reason", BAD.values(), ids=BAD)
+def test_bad_prediction_file(gold, tmp_path, capsys, content, reason):
+    """One line that says where and what, exit code 2, and nothing written."""
+    (tmp_path / "s.jsonl").write_bytes(content + b"\n" if content else b"")
+    assert evaluate(gold, tmp_path / "s.jsonl")[0] == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and reason in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files(gold, tmp_path, capsys):
+    """Predictions, gold, references and teacher rows that are not there: exit code 2 each."""
+    path, none = said(tmp_path / "s.jsonl", ALL), str(tmp_path / "none.jsonl")
+    assert evaluate(gold, none)[0] == 2
+    assert evaluate(tmp_path / "none.jsonl", path)[0] == 2
+    assert evaluate(gold, path, more=["--references", none])[0] == 2
+    assert evaluate(gold, path, more=["--chains", none])[0] == 2
+    assert capsys.readouterr().err.count("none.jsonl") == 4
+
+
+@pytest.mark.parametrize("row", [[1], dict(cot="c"), dict(id="p0", cot=5)])
+def test_bad_references(gold, tmp_path, row):
+    """Reference rows of a wrong shape are the user's mistake, not a crash."""
+    path, refs = said(tmp_path / "s.jsonl", ALL, raw=chain("neutral")), write(tmp_path / "r", [row])
+    assert evaluate(gold, path, more=["--references", str(refs)])[0] == 2
+
+
+def test_unlabelled_gold(tmp_path, capsys):
+    """Gold posts without labels cannot judge anything."""
+    gold = write(tmp_path / "gold.jsonl", [dict(id="p0", text="t")])
+    assert evaluate(gold, said(tmp_path / "s.jsonl", ALL))[0] == 2
+    assert "no labelled post" in capsys.readouterr().err
+
+
+def test_usage_error():
+    """Without --gold the parser itself exits with 2."""
+    with pytest.raises(SystemExit) as error:
+        scores.main(["x.jsonl"])
+    assert error.value.code == 2
+
+
+# ---- the report
+
+EVIL = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "'><svg onload=alert(1)>",
+        "</style><h1>x", "</article></div>", "<!--", "&lt;b&gt; &amp; & &#60;", "<b>bold</b>"]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of every article."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.inside = [], [], [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag in ("small", "p", "dd", "h1"):
+            self.texts.append("")
+            self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None if tag == self.inside else self.inside
+
+    def handle_data(self, data):
+        if self.inside:
+            self.texts[-1] += data
+
+
+KNOWN = set("html meta title style h1 h2 p div table tr th td ul li article img small mark dl dt dd "
+            "b i details summary".split())
+
+
+def evil_page(tmp_path, evil):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
+    row = dict(id=evil, text=f"so {evil} !", aspect=evil, label="neutral", image="x.png", cot=evil)
+    raw = chain("neutral", evil)
+    rows = [row, dict(row, id="2", aspect="so", cot=raw)]
+    gold = write(tmp_path / "gold.jsonl", rows)
+    path = write(tmp_path / "s", [dict(id=evil, prediction="neutral", raw=evil, probs=[0.1, 0.2, 0.7]),
+                                  dict(id="2", prediction=None, raw=raw, label=evil)])
+    code, _, page = evaluate(gold, f"{evil.replace('=', '').replace('/', '')}={path}")
+    assert code == 0
+    return page
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_report_escapes_everything(tmp_path, evil):
+    """Markup in text, aspect, id, chain, reference or run name stays visible text."""
+    page = evil_page(tmp_path, evil)
+    parsed = Page(page)
+    assert set(parsed.tags) <= KNOWN and parsed.tags.count("article") == 2
+    assert parsed.tags.count("img") == 2 and parsed.tags.count("h1") == 1
+    assert not [a for a in parsed.attributes if a[0].startswith("on")]
+    assert parsed.texts.count(f"so {evil} !") == 2 and evil in parsed.texts
+    assert f"Imag {evil}" in parsed.texts
+    assert page.count("</style>") == 1 and "<script" not in page and "<!--" not in page
+
+
+def test_report_is_one_file(tmp_path):
+    """Images are inside the page and small; nothing is fetched from anywhere."""
+    page = evil_page(tmp_path, "see http://t.co/x and <a href='http://x.example'>")
+    links = [v for k, v in Page(page).attributes if k in ("src", "href", "srcset", "action")]
+    assert len(links) == 2 and all(v.startswith("data:image/jpeg;base64,") for v in links)
+    assert all(len(v) < 20_000 for v in links)
+    style = page[page.index("<style>"):page.index("</style>")]
+    assert not re.search(r"url\(|@import|http", style)
+
+
+@pytest.mark.parametrize("aspect", ["amp", "lt", "quot", "x27", "R"])
+def test_aspect_is_marked_without_breaking_the_text(tmp_path, aspect):
+    """An aspect that is also the name of an HTML entity marks words, not the escapes."""
+    text = "R & D <3 \"fun\" it's amp lt quot x27"
+    gold = write(tmp_path / "gold.jsonl", [dict(id="1", text=text, aspect=aspect, label="neutral")])
+    path = write(tmp_path / "s.jsonl", [dict(id="1", prediction="neutral")])
+    page = evaluate(gold, path)[2]
+    assert text in Page(page).texts and page.count(f"<mark>{aspect}</mark>") == 1
+
+
+def test_report_shows_wrong_posts_first(gold, tmp_path):
+    """Wrong ones first, as many as --cards says, each with its chain or its raw text."""
+    path = said(tmp_path / "s.jsonl", ALL, raw="just prose")
+    page = evaluate(gold, path, more=["--cards", "3"])[2]
+    assert re.findall(r"<small>(\w+)</small>", page) == ["p2", "p4", "p0"]
+    assert page.count('class="card wrong"') == 2 and page.count("just prose") == 3
+    assert "(3 of 6)" in page and "66.7%" in page
