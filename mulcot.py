@@ -1335,6 +1335,8 @@ def run_stage(stage, args):
         return 0
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as e:
+        print(f"error: {e.strerror}: {e.filename}: choose another path", file=sys.stderr)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -394,6 +394,7 @@ def train(args):
             log.add(terms)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(norm) or not math.isfinite(log.sums["loss"]):
+            bar.close()
             raise InputError(f"step {step + 1}: loss {log.sums['loss']}, gradient norm {norm}: "
                              "training diverged; lower --lr or set --clip; the last whole state "
                              f"is in {out}")

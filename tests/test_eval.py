@@ -73,7 +73,8 @@ SENTENCES = ["The words call Rex 'great', which is praise.", "The image shows a 
              "He scored 1,000.5 points on 3-4 days (U.S.A.) !", "It costs $5.00, i.e. 5%...",
              'Tom &amp; Ann say &quot;hi&quot; &lt;3 &gt;.<', "a--b -\nc well-\nknown 9-to-5 7-",
              "#tbt @user http://t.co/x1 :-) \U0001F4F7 caf\u00e9 \u4e2d\u6587 <skipped> \u2019s",
-             "the the the cat the the", "A b. C d. . E", "x", "tab\there  two  spaces", "[x]{y}~`^_|"]
+             "the the the cat the the", "A b. C d. . E", "x", "tab\there  two  spaces",
+             "[x]{y}~`^_|"]
 
 
 def mixed(seed):
@@ -93,7 +94,8 @@ PAIRS = [mixed(seed) for seed in range(300)] + [(s, s) for s in SENTENCES] + [
 
 def test_bleu_equals_sacrebleu():
     """Sentence BLEU-4 without smoothing, for texts, entities, numbers, punctuation, nothing."""
-    empty = [("", ""), ("", "a b c d"), ("a b c d", ""), (" \n", "a b c d e"), ("a b c d \n", "a b c d")]
+    empty = [("", ""), ("", "a b c d"), ("a b c d", ""), (" \n", "a b c d e")]
+    empty += [("a b c d \n", "a b c d")]
     values = []
     for ours, theirs in PAIRS + empty:
         true = sacrebleu.sentence_bleu(ours, [theirs], smooth_method="none",
@@ -122,7 +124,7 @@ def mixed_words(seed):
     return text(), text()
 
 
-@pytest.mark.parametrize("ours, theirs", [("", "a"), ("a", ""), ("", ""), ("..", "a"), ("a", "...")])
+@pytest.mark.parametrize("ours, theirs", [("", "a"), ("a", ""), ("", ""), ("..", "a"), ("a", "..")])
 def test_rouge_of_nothing(ours, theirs):
     """Where the package raises, we score 0."""
     assert rouge_l(ours, theirs) == 0.0
@@ -236,7 +238,7 @@ def test_program(gold, tmp_path, capsys):
 
 def test_raw_text_is_parsed_anew(gold, tmp_path):
     """What a row claims about its chain is not believed."""
-    path = said(tmp_path / "s.jsonl", ALL, raw="no chain", chain_prediction="positive", problem=None)
+    path = said(tmp_path / "s.jsonl", ALL, raw="prose", chain_prediction="positive", problem=None)
     assert evaluate(gold, path)[1]["s"]["parse_rate"] == 0
 
 
@@ -383,8 +385,8 @@ class Page(HTMLParser):
             self.texts[-1] += data
 
 
-KNOWN = set("html meta title style h1 h2 p div table tr th td ul li article img small mark dl dt dd "
-            "b i details summary".split())
+KNOWN = set("html meta title style h1 h2 p div table tr th td ul li article img small mark dl dt "
+            "dd b i details summary".split())
 
 
 def evil_page(tmp_path, evil):
@@ -393,8 +395,8 @@ def evil_page(tmp_path, evil):
     raw = chain("neutral", evil)
     rows = [row, dict(row, id="2", aspect="so", cot=raw)]
     gold = write(tmp_path / "gold.jsonl", rows)
-    path = write(tmp_path / "s", [dict(id=evil, prediction="neutral", raw=evil, probs=[0.1, 0.2, 0.7]),
-                                  dict(id="2", prediction=None, raw=raw, label=evil)])
+    said = dict(id=evil, prediction="neutral", raw=evil, probs=[0.1, 0.2, 0.7])
+    path = write(tmp_path / "s", [said, dict(id="2", prediction=None, raw=raw, label=evil)])
     code, _, page = evaluate(gold, f"{evil.replace('=', '').replace('/', '')}={path}")
     assert code == 0
     return page

@@ -266,13 +266,19 @@ def test_greedy_text_is_what_full_passes_give(student, mixed):
 
 @pytest.fixture
 def pushed(student):
-    """push(ids, by) adds `by` to the logits of `ids` until the test ends."""
+    """push(ids, by) adds `by` to the logits of `ids` until the test ends; returns a list that grows
+    by one with every pass."""
     hooks = []
 
     def push(ids, by):
+        passes = []
+
         def add(module, inputs, logits):
+            passes.append(len(logits))
             logits[..., ids] += by
+
         hooks.append(student[0].lm_head.register_forward_hook(add))
+        return passes
 
     yield push
     for hook in hooks:
@@ -280,13 +286,14 @@ def pushed(student):
 
 
 def test_generation_stops_at_im_end(student, mixed, pushed):
-    """The end token ends the text and is no part of it; without it the answer counts as cut."""
+    """The end token ends text and work, and is no part of it; without it the answer is cut."""
     examples = ask(mixed[:2], student[1])
     pushed([student[1].im_end], -1e4)
     cut = mulcot.generate_text(*student, examples, 4)
-    pushed([student[1].im_end], 2e4)
     assert [finish for _, finish in cut] == ["length", "length"] and all(text for text, _ in cut)
+    passes = pushed([student[1].im_end], 2e4)
     assert mulcot.generate_text(*student, examples, 4) == [("", "stop"), ("", "stop")]
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("token", [mulcot.IMAGE_PAD, "<|video_pad|>", mulcot.VISION_START,

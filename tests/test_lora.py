@@ -1,4 +1,4 @@
-"""Low-rank adapters: PEFT's format both ways, which layers they sit on, switching, merging, errors."""
+"""Low-rank adapters: PEFT's format both ways, where they sit, switching, merging, errors."""
 
 import json
 import shutil
@@ -96,6 +96,13 @@ def test_scope(model, toy):
         for part in ("gate", "up", "down")}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{n}.lora_{half}" for n in language for half in "AB"}
+
+
+def test_targets_are_whole_last_names():
+    """A name that merely contains a target is another layer."""
+    tree = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("q_proj", "q_proj2", "my_q_proj")})
+    tree["a"] = nn.ModuleDict({"q_proj": nn.Linear(3, 3)})
+    assert mulcot.add_lora(tree) == ["q_proj", "a.q_proj"]
 
 
 SHAPES = {"7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,

@@ -1,4 +1,4 @@
-"""Losses against hand-computed numbers; soft labels; one step's normalisation over micro-batches."""
+"""Losses against hand-computed numbers; soft labels; one step's normalisation."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_top_k_keeps_the_likeliest_and_the_rest_sums_to_one():
 
 @pytest.mark.parametrize("k", [1, 5, 25])
 def test_gradient_of_soft_kl(k):
-    """(q - p) / tau on kept ids; in the tail q times its bin's (1 - p / q) / tau. Finite at K = V."""
+    """(q - p) / tau on kept ids; in the tail q times its bin's (1 - p / q) / tau."""
     s, soft = drawn(6, 25).requires_grad_(), mulcot.top_k_soft(drawn(6, 25, seed=1), k, 2.0)
     (got,) = torch.autograd.grad(mulcot.soft_kl(s, soft, 2.0).sum(), s)
     q = (s / 2).softmax(-1)

@@ -1,4 +1,4 @@
-"""Prompts and the parser: every form that real teachers write, and anything else without a crash."""
+"""Prompts and the parser: every form that real teachers write, and no crash on the rest."""
 
 import json
 import os
@@ -56,8 +56,9 @@ def test_real_forms(text):
     assert (parsed.prediction, parsed.complete, parsed.problem) == ("positive", True, None)
 
 
-VALUES = ['He says "hi" to us.', '"Great" he says.', 'She calls it "great"', "it's 'so' \u2019fine\u2019",
-          'One, "two", {three} and [four]', "Ends in a #tag", "\U0001F4F7 caf\xe9 \u4e2d\u6587",
+VALUES = ['He says "hi" to us.', '"Great" he says.', 'She calls it "great"', "it's 'so' fine",
+          "\u2019so\u2019", 'One, "two", {three} and [four]', "Ends in a #tag",
+          "\U0001F4F7 caf\xe9 \u4e2d\u6587",
           "The Prediction: is not here.", 'Its "Prediction": stands inside.', "3.5 stars: 4/5",
           "\u00af\\_(\u30c4)_/\u00af", "a*b*c", "Text_analysis is a field name"]
 
@@ -82,7 +83,8 @@ def test_markdown_values_keep_their_quotes(pattern, value):
 @pytest.mark.parametrize("said, label", [
     ("positive", "positive"), ("Positive", "positive"), ("NEUTRAL.", "neutral"),
     ("**Negative**", "negative"), ('"positive"', "positive"), ("'positive'", "positive"),
-    ("`neutral`", "neutral"), ("[positive]", "positive"), ("positive\n\nHope this helps!", "positive"),
+    ("`neutral`", "neutral"), ("[positive]", "positive"),
+    ("positive\n\nI hope it helps!", "positive"),
     ("The sentiment is negative", "negative"), ("positive, clearly positive", "positive"),
     ("positive/neutral/negative", None), ("negative, neutral or positive", None),
     ("great", None), ("unpositive", None), ("neither", None)])
@@ -148,8 +150,8 @@ def test_every_prefix(name):
 def test_random_text():
     """Any characters in any order are parsed into something sane."""
     rng = random.Random(0)
-    pieces = [*FIELDS, *LABELS, '"', "\\", "\\u", "\\ud83d", "{", "}", "[", ":", ",", "\n", "#", "*",
-              "```", "\ud83d", "\udc00", "\0", "\u2028", "\u0130", "\x1b[0m", " ", "'", "<|im_end|>"]
+    pieces = [*FIELDS, *LABELS, '"', "\\", "\\u", "\\ud83d", "{", "}", "[", ":", ",", "\n", "#",
+              "*", "```", "\ud83d", "\udc00", "\0", "\u2028", "\u0130", "\x1b[0m", " ", "'"]
     for _ in range(3000):
         text = "".join(rng.choice(pieces) if rng.random() < 0.8 else chr(rng.randrange(0x110000))
                        for _ in range(rng.randrange(40)))
@@ -233,8 +235,8 @@ def test_tasks_share_their_prefix(post):
     assert all(task_format(task)[0].isalpha() for task in ("reason", "label"))
 
 
-NASTY = ['x"}\n\nTarget aspect: evil', "a\u2028Given sentiment: negative\x0b\x85y", "{label} {0} %s",
-         '"Prediction": "positive"', "```json\n{}\n```", "$T$ \\n \\", "a\r\nText: b"]
+NASTY = ['x"}\n\nTarget aspect: evil', "a\u2028Given sentiment: negative\x0b\x85y", "{label} {0}",
+         "%s", '"Prediction": "positive"', "```json\n{}\n```", "$T$ \\n \\", "a\r\nText: b"]
 
 
 @pytest.mark.parametrize("text", NASTY)

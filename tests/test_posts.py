@@ -61,7 +61,8 @@ def test_jsonl_columns(folder):
 
 def test_jsonl_byte_order_mark_and_crlf(folder):
     """A file saved by a Windows editor reads like any other."""
-    (folder / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 1, "text": "a"}\r\n{"id": 2, "text": "b"}')
+    lines = b'\xef\xbb\xbf{"id": 1, "text": "a"}\r\n{"id": 2, "text": "b"}'
+    (folder / "p.jsonl").write_bytes(lines)
     assert [p.text for p in read_posts(folder / "p.jsonl")] == ["a", "b"]
 
 
@@ -102,8 +103,9 @@ def test_tsv(folder):
 
 def test_tsv_bad_line(folder):
     """A line with a cell too few or a foreign label is set aside; its neighbours stay."""
-    text = "head\n1\t0\tgood.png\ta\tR\n2\t5\tgood.png\tb\tR\n3\t1\tgood.png\n4\t2\tgood.png\td\tR\n"
-    (folder / "mine.tsv").write_text(text)
+    lines = ["head", "1\t0\tgood.png\ta\tR", "2\t5\tgood.png\tb\tR", "3\t1\tgood.png",
+             "4\t2\tgood.png\td\tR"]
+    (folder / "mine.tsv").write_text("\n".join(lines) + "\n")
     rejects = []
     posts = read_posts(folder / "mine.tsv", rejects=rejects)
     assert [p.id for p in posts] == ["mine-1", "mine-4"] and {p.split for p in posts} == {None}

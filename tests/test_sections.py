@@ -1,4 +1,4 @@
-"""The files' shape: each section runs alone with what its ruler names; clean imports; short lines."""
+"""The files' shape: sections run alone with what their rulers name; clean imports; short lines."""
 
 import ast
 import builtins
@@ -35,7 +35,7 @@ SECTIONS, HEAD = split(SOURCE)
 
 
 def head_parts():
-    """What a ruler may name from the top of the file: {name: source of its import or definition}."""
+    """What a ruler may name from the top of the file: {name: its import or definition}."""
     parts = {}
     for node in ast.parse(HEAD).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):

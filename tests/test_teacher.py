@@ -110,8 +110,8 @@ def test_without_stage_two():
 
 def test_tokens_are_added_up():
     """What failed attempts cost counts too."""
-    answers = [Answer(PART, "stop", 10, 1), Answer(WRONG, "stop", 20, 2), Answer(RIGHT, "stop", 40, 4)]
-    row = drive(answers)[1]
+    costs = ((PART, 10, 1), (WRONG, 20, 2), (RIGHT, 40, 4))
+    row = drive([Answer(text, "stop", *cost) for text, *cost in costs])[1]
     assert (row["tokens_in"], row["tokens_out"]) == (70, 7)
     row = drive([Answer(WRONG, "stop", 5, 3)], stage2=False)[1]
     assert (row["tokens_in"], row["tokens_out"]) == (5, 3)
@@ -268,6 +268,7 @@ TROUBLE = {
     "error with 200": (200, dict(error=dict(message="busy"))),
     "null choice": (200, dict(choices=[None])),
     "null message": (200, dict(choices=[dict(message=None)])),
+    "content as object": (200, reply(dict(a=1))), "content as number": (200, reply(5)),
     "odd content parts": (200, reply([1, "a"])), "odd usage": (200, reply("x") | dict(usage=[1])),
 }
 
@@ -371,7 +372,8 @@ def test_images_travel_upright_and_bare(serve, tmp_path):
     raw = base64.b64decode(data)
     got = Image.open(io.BytesIO(raw))
     assert (part["type"], words["type"], start) == ("image_url", "text", "data:image/jpeg;base64")
-    assert got.size == (560, 1120) and got.getpixel((280, 9))[0] > 200 > got.getpixel((280, 1100))[0]
+    assert got.size == (560, 1120)
+    assert got.getpixel((280, 9))[0] > 200 > got.getpixel((280, 1100))[0]
     assert not got.getexif() and b"Exif" not in raw and b"CameraMaker" not in raw
 
 

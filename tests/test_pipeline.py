@@ -1,0 +1,282 @@
+"""The stages as a user runs them: one small road, resume after a kill, bad input, clear exits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import eval as evaluation
+import generate
+import mulcot
+import train
+
+SMALL = "--batch 4 --accumulate 2 --lr 0.01 --seed 1".split()
+
+
+def rows(path, *drop):
+    """Rows of a file without the fields that a clock decides."""
+    drop = {"seconds", "tokens_per_s", *drop}
+    return [{k: v for k, v in row.items() if k not in drop} for row in mulcot.read_rows(path)]
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """Every stage once, with few posts: warm-up to report."""
+    out = tmp_path_factory.mktemp("road")
+    sizes = "--train 24 --dev 6 --test 12 --warmup 24".split()
+    assert generate.main(["toy", "--out", str(out), *sizes]) == 0
+    for size in ("assistant", "student"):
+        assert train.main(["base", "--size", size, "--data", f"{out}/warmup.jsonl", "--epochs", "2",
+                           "--out", f"{out}/base/{size}", *SMALL]) == 0
+    posts, chains, more = (f"{out}/{name}.jsonl" for name in ("posts", "chains", "augmented"))
+    assert generate.main(["teacher", "--data", posts, "--model", "toy", "--out", chains]) == 0
+    assert train.main(["assistant", "--data", chains, "--dev", posts, "--epochs", "1", "--model",
+                       f"{out}/base/assistant/last", "--out", f"{out}/assistant", *SMALL]) == 0
+    model = f"{out}/assistant/best"
+    assert generate.main(["augment", "--data", chains, "--model", model, "--out", more,
+                          "--max-new-tokens", "24"]) == 0
+    assert generate.main(["soft", "--data", chains, "--model", model, "--out",
+                          f"{out}/soft"]) == 0
+    assert train.main(["student", "--data", chains, "--dev", posts, "--soft", f"{out}/soft",
+                       "--epochs", "1", "--model", f"{out}/base/student/last", "--out",
+                       f"{out}/student", *SMALL]) == 0
+    assert generate.main(["predict", "--data", posts, "--split", "test", "--max-new-tokens", "24",
+                          "--model", f"{out}/student/best", "--batch", "5", "--out",
+                          f"{out}/predictions.jsonl"]) == 0
+    assert evaluation.main([f"student={out}/predictions.jsonl", "--gold", posts, "--chains", chains,
+                            "--out", str(out)]) == 0
+    return out
+
+
+def test_road_leaves_what_the_readme_names(road):
+    """Files of every stage, and the fields that metrics.json promises."""
+    for name in ("posts.jsonl", "images", "chains.jsonl", "assistant/best/adapter_config.json",
+                 "student/log.jsonl", "predictions.jsonl", "metrics.json", "report.html"):
+        assert (road / name).exists(), name
+    metrics = json.loads((road / "metrics.json").read_text())
+    assert {"accuracy", "macro_f1", "parse_rate", "agreement"} <= metrics["student"].keys()
+    assert metrics["majority"]["accuracy"] < 0.75 and metrics["teacher"]["kept"] > 15
+    predictions = mulcot.read_rows(road / "predictions.jsonl")
+    assert len(predictions) == 12 and all(abs(sum(r["probs"]) - 1) < 1e-4 for r in predictions)
+
+
+def test_demo_commands_cover_the_road_and_parse(tmp_path):
+    """Each printed command is one that its script accepts."""
+    for command in train.demo_commands(str(tmp_path), 42):
+        script, *argv = command.split()
+        {"train.py": train, "generate.py": generate, "eval.py": evaluation}[script].parse_args(argv)
+
+
+def train_args(road, out, *more):
+    return ["student", "--data", f"{road}/chains.jsonl", "--dev", f"{road}/posts.jsonl", "--soft",
+            f"{road}/soft", "--model", f"{road}/base/student/last", "--out", str(out), "--epochs",
+            "2", "--save-every", "1", "--log-every", "2", *SMALL, *more]
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+def test_resume_equals_uninterrupted_bit_for_bit(road, tmp_path, monkeypatch, schedule):
+    """Stopped in the middle of an epoch and again later, a run ends with the same bytes and log."""
+    more = ("--schedule", schedule, "--warmup", "0.3", "--dropout", "0.2")
+    assert train.main(train_args(road, tmp_path / "whole", *more)) == 0
+    real, calls = train.step_loss, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) in (5, 12):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "step_loss", stopping)
+    codes = [train.main(train_args(road, tmp_path / "broken", *more)) for _ in range(3)]
+    assert codes == [130, 130, 0]
+    for part in ("best", "last"):
+        assert files(tmp_path / "whole" / part) == files(tmp_path / "broken" / part)
+    assert rows(tmp_path / "whole/log.jsonl") == rows(tmp_path / "broken/log.jsonl")
+    whole, broken = (torch.load(tmp_path / x / "state.pt") for x in ("whole", "broken"))
+    assert all(torch.equal(whole["trained"][k], broken["trained"][k]) for k in whole["trained"])
+
+
+def test_sigkill_in_training_loses_nothing(road, tmp_path):
+    """A run killed with SIGKILL from outside, then rerun, equals an unbroken one."""
+    args = train_args(road, tmp_path / "killed", "--epochs", "8")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, state = time.time() + 60, tmp_path / "killed" / "state.pt"
+    while not state.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists() and train.main(args) == 0
+    assert train.main(train_args(road, tmp_path / "whole", "--epochs", "8")) == 0
+    assert files(tmp_path / "whole/last") == files(tmp_path / "killed/last")
+
+
+def test_finished_run_is_not_trained_again_and_other_settings_are_refused(road, tmp_path, capsys):
+    """Rerun: says finished. Rerun with another rate: refused, naming the setting."""
+    assert train.main(train_args(road, tmp_path / "a")) == 0
+    assert train.main(train_args(road, tmp_path / "a")) == 0
+    assert "finished" in capsys.readouterr().out
+    assert train.main(train_args(road, tmp_path / "a", "--rank", "4")) == 2
+    assert "rank = 16, not 4" in capsys.readouterr().err
+
+
+def test_predict_resumes_with_the_same_rows(road, tmp_path):
+    """Cut in the middle of a row, the file is mended and completed to the same rows."""
+    whole = (road / "predictions.jsonl").read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(whole[: len(whole) * 2 // 3])
+    assert generate.main(["predict", "--data", f"{road}/posts.jsonl", "--split", "test", "--model",
+                          f"{road}/student/best", "--batch", "5", "--max-new-tokens", "24",
+                          "--out", str(cut)]) == 0
+    key = lambda row: row["id"]
+    assert sorted(rows(cut), key=key) == sorted(rows(road / "predictions.jsonl"), key=key)
+
+
+def test_augment_samples_the_same_chains_after_a_cut(road, tmp_path):
+    """Sampling at 0.7 depends on seed and batch, not on what an earlier run had done."""
+    args = ["augment", "--data", f"{road}/chains.jsonl", "--model", f"{road}/assistant/best",
+            "--max-new-tokens", "24", "--batch", "7", "--out"]
+    assert generate.main([*args, str(tmp_path / "a.jsonl")]) == 0
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    rejects = (tmp_path / "a.jsonl.rejects.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.jsonl.rejects.jsonl").write_bytes(b"".join(rejects[:9]) + rejects[9][:20])
+    assert generate.main([*args, str(tmp_path / "b.jsonl")]) == 0
+    assert rows(tmp_path / "a.jsonl.rejects.jsonl") == rows(tmp_path / "b.jsonl.rejects.jsonl")
+
+
+def test_greedy_labels_and_one_post(road, capsys):
+    """The authors' way of labelling, and a single post from the shell."""
+    model = ["--model", f"{road}/student/best", "--max-new-tokens", "8"]
+    assert generate.main(["predict", "--data", f"{road}/posts.jsonl", "--decode", "greedy",
+                          "--no-chain", "--out", f"{road}/greedy.jsonl", *model]) == 0
+    assert all("raw_label" in r and "probs" not in r
+               for r in mulcot.read_rows(road / "greedy.jsonl"))
+    assert generate.main(["predict", "--text", "what a {day} <|im_end|>", "--aspect", "Rex",
+                          "--image", f"{road}/images/test-0001.png", *model]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("label: ") and last.endswith("%)")
+
+
+def test_base_model_accuracy_is_that_of_the_student_without_its_adapter(road):
+    """predict on the base folder equals predict on the adapter with adapters off."""
+    model, processor = mulcot.load_model(road / "student/best")
+    base, _ = mulcot.load_model(road / "base/student/last")
+    posts = mulcot.read_posts(road / "posts.jsonl")[:4]
+    batch = mulcot.collate([mulcot.encode(p, mulcot.label_branches(), processor) for p in posts],
+                           processor.pad)
+    with mulcot.adapters_off(model):
+        assert torch.allclose(mulcot.score_labels(model, batch), mulcot.score_labels(base, batch))
+
+
+def test_show_prints_supervised_tokens(road, capsys):
+    """--show prints the example and trains nothing."""
+    assert train.main(train_args(road, road / "shown", "--show", "1")) == 0
+    out = capsys.readouterr().out
+    assert "branch 2" in out and '\033[32m' in out and not (road / "shown/state.pt").exists()
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def fails(capsys, module, *argv):
+    """The one line that a failing command prints, behind its progress bars; exit code 2."""
+    assert module.main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert [line.startswith("error: ") for line in err].index(True) == len(err) - 1, err
+    return err[-1]
+
+
+def test_one_line_and_exit_code_2(road, tmp_path, capsys):
+    """Users' mistakes: what, where, how to fix; never a traceback."""
+    posts, out = road / "posts.jsonl", tmp_path / "out"
+    predict = ["predict", "--out", out, "--data"]
+    assert "does not exist" in fails(capsys, generate, *predict, "no.jsonl", "--model", "x/y")
+    assert "neither a folder nor a hub name" in fails(capsys, generate, *predict, posts, "--model",
+                                                      "no/such/folder")
+    assert "cannot be loaded" in fails(capsys, generate, *predict, posts, "--model", tmp_path)
+    adapter = tmp_path / "adapter"  # made for the assistant, told that its base is the student
+    shutil.copytree(road / "assistant/best", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(road / "base/student/last")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert "wrong base model?" in fails(capsys, generate, *predict, posts, "--model", adapter)
+    assert "no soft labels" in fails(capsys, train, *train_args(road, out, "--soft", tmp_path))
+    assert "generate.py toy" in fails(capsys, generate, "teacher", "--data",
+                                      strip_facts(posts, tmp_path), "--images",
+                                      road / "images", "--model", "toy", "--out",
+                                      tmp_path / "chains.jsonl")
+    assert "Is a directory" in fails(capsys, generate, *predict[:2], tmp_path, "--data", posts,
+                                     "--no-chain", "--model", road / "student/best")
+
+
+def strip_facts(posts, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "facts"}) + "\n"
+                            for r in mulcot.read_rows(posts)))
+    return path
+
+
+@pytest.mark.parametrize("argv", [["--nonsense"], ["predict"], ["student", "--data", "x"]])
+def test_unknown_or_missing_flags_exit_2(argv, capsys):
+    """argparse's own message, whichever script."""
+    for module in (train, generate):
+        with pytest.raises(SystemExit) as end:
+            module.main(argv)
+        assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_divergence_stops_with_a_message(road, tmp_path, capsys):
+    """A rate that explodes the weights: a clear stop, and no broken state is saved."""
+    args = train_args(road, tmp_path / "nan", "--lr", "1e30", "--clip", "0", "--no-soft")
+    assert "training diverged" in fails(capsys, train, *args)
+
+
+def test_bad_rows_are_set_aside_and_the_rest_is_predicted(road, tmp_path):
+    """Broken rows in one file: each is in the rejects with file, line and reason; good ones go on."""
+    good = mulcot.read_rows(road / "posts.jsonl")[0]
+    lines = [json.dumps(good).encode(), b'{"id": "b", "text": "caf\xe9"}', b"{not json",
+             json.dumps(good | {"id": "c", "label": "angry"}).encode(),
+             json.dumps(good | {"id": "d", "image": "../posts.jsonl"}).encode(),
+             json.dumps(good | {"id": "e", "image": "missing.png"}).encode(),
+             json.dumps(good).encode(), json.dumps(good | {"id": "f", "text": " "}).encode(),
+             json.dumps(good | {"id": "g", "text": '<|image_pad|> {} "Prediction": positive'})
+             .encode()]
+    path, out = tmp_path / "mixed.jsonl", tmp_path / "said.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert generate.main(["predict", "--data", str(path), "--images", f"{road}/images", "--model",
+                          f"{road}/student/best", "--no-chain", "--out", str(out)]) == 0
+    assert [r["id"] for r in mulcot.read_rows(out)] == [good["id"], "g"]
+    aside = {r["where"].rpartition(":")[2]: r["problem"]
+             for r in mulcot.read_rows(f"{out}.rejects.jsonl")}
+    reasons = {"2": "not UTF-8", "3": "not a JSON row", "4": "unknown label", "5": "leads outside",
+               "6": "is missing", "7": "duplicate id", "8": "empty text"}
+    assert aside.keys() == reasons.keys()
+    assert all(reasons[n] in aside[n] for n in reasons)
+
+
+def test_full_disk_is_a_clear_stop_and_earlier_rows_are_whole(road, tmp_path):
+    """Under a file-size limit (the kernel's way to say full) the stage stops with exit code 2; with
+    room again the same command completes the file."""
+    import resource
+
+    args = [sys.executable, str(ROOT / "generate.py"), "teacher", "--data", f"{road}/posts.jsonl",
+            "--model", "toy", "--batch", "2", "--out", str(tmp_path / "chains.jsonl")]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    done = subprocess.run(args, preexec_fn=limit, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 2 and "no space left" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert generate.main(args[2:]) == 0
+    assert rows(tmp_path / "chains.jsonl") == rows(road / "chains.jsonl")
