@@ -28,6 +28,7 @@ from mulcot import (
 
 
 def parse_args(argv=None):
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = p.add_argument
@@ -198,7 +199,8 @@ def prediction_rows(path):
             raise InputError(f"{path}:{n}: prediction {row['prediction']!r} is none of "
                              f"{', '.join(LABELS)} or null")
         probs = row.get("probs") or [0, 0, 0]
-        if len(probs) != 3 or not all(isinstance(p, (int, float)) for p in probs):
+        numbers = isinstance(probs, list) and all(isinstance(p, (int, float)) for p in probs)
+        if not numbers or len(probs) != 3:
             raise InputError(f"{path}:{n}: probs must be three numbers")
         rows[str(row["id"])] = row
     return rows
@@ -225,9 +227,20 @@ def run_metrics(path, gold, references):
     return metrics, rows, wanted
 
 
+def chain_rows(path):
+    """Rows that hold an id and a chain, checked."""
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: run generate.py teacher first")
+    rows = read_rows(path)
+    for n, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and "id" in row and isinstance(row.get("cot"), str)):
+            raise InputError(f"{path}:{n}: needs id and cot")
+    return rows
+
+
 def teacher_metrics(path):
     """How the teacher's kept chains came about."""
-    rows = read_rows(path)
+    rows = chain_rows(path)
     stages, tries = Counter(row.get("stage") for row in rows), [row.get("tries", 1) for row in rows]
     return dict(kept=len(rows), unaided=stages[1], label_conditioned=stages[2],
                 set_aside=len(read_rows(f"{path}.rejects.jsonl")),
@@ -252,15 +265,22 @@ def table(runs):
 
 def evaluate(args):
     """Table, metrics.json and report.html of the given runs."""
-    gold = {p.id: p for p in read_posts(args.gold, args.images, []) if p.label}
+    aside = []
+    gold = {p.id: p for p in read_posts(args.gold, args.images, aside) if p.label}
+    for where, why in aside[:5]:
+        print(f"set aside  {where}: {why}")
+    if aside:
+        print(f"warning: {len(aside)} gold rows cannot be read and are in no number below")
     if not gold:
         raise InputError(f"{args.gold} has no labelled post")
     references = {p.id: p.cot for p in gold.values() if p.cot}
     for path in args.references:
-        references |= {str(row["id"]): row["cot"] for row in read_rows(path) if row.get("cot")}
+        references |= {str(row["id"]): row["cot"] for row in chain_rows(path)}
     runs, shown = {}, None
     for spec in args.predictions:
         name, path = spec.split("=", 1) if "=" in spec else (Path(spec).stem, spec)
+        if name in ("", "majority", "signatures", "teacher", *runs):
+            raise InputError(f"run name {name!r} is taken: name the files apart, NAME=FILE")
         runs[name], rows, wanted = run_metrics(path, gold, references)
         shown = shown or (name, rows, wanted)
     runs = {"majority": majority_metrics([p.label for p in shown[2]])} | runs
@@ -341,9 +361,8 @@ def report(runs, rows, shown, references, most):
 def card(post, row, reference):
     """One post: image, text with the aspect marked, verdicts, probabilities and chains."""
     esc, prediction = html.escape, row.get("prediction")
-    text = esc(post.text)
-    if post.aspect:
-        text = text.replace(esc(post.aspect), f"<mark>{esc(post.aspect)}</mark>")
+    pieces = post.text.split(post.aspect) if post.aspect else [post.text]
+    text = f"<mark>{esc(post.aspect or '')}</mark>".join(map(esc, pieces))
     image = f'<img alt="" loading=lazy src="{thumbnail(post.image)}">' if post.image else ""
     bar = "".join(f'<i class={x} style="width:{p:.1%}" title="{x} {p:.1%}"></i>'
                   for x, p in zip(LABELS, row.get("probs") or []))
@@ -376,6 +395,7 @@ def thumbnail(path, side=112):
 
 
 def main(argv=None):
+    """Runs the command line; returns the exit code."""
     return run_stage(evaluate, parse_args(argv))
 
 

@@ -31,6 +31,7 @@ from mulcot import (
 
 
 def parse_args(argv=None):
+    """The command line."""
     yes_no, show = argparse.BooleanOptionalAction, argparse.ArgumentDefaultsHelpFormatter
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                   epilog="`generate.py STAGE --help` lists a stage's flags.")
@@ -104,6 +105,9 @@ def posts_of(args, keep=lambda post: True):
     rejects, posts = [], []
     for path in args.data:
         posts += read_posts(path, args.images, rejects)
+    twice = [i for i, n in Counter(p.id for p in posts).items() if n > 1]
+    if twice:
+        raise InputError(f"id {twice[0]!r} occurs in two --data files: ids name posts later on")
     split = getattr(args, "split", "all")
     if split != "all" and any(p.split for p in posts):
         posts = [p for p in posts if p.split == split]
@@ -153,7 +157,7 @@ def toy(args):
     warmup = toy_warmup(images, args.warmup, args.seed + 1)
     for name, rows in (("posts", posts), ("warmup", warmup)):
         lines = "".join(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in rows)
-        write_atomic(f"{args.out}/{name}.jsonl", lambda part: Path(part).write_text(lines))
+        write_atomic(f"{args.out}/{name}.jsonl", lambda part: Path(part).write_text(lines, "utf-8"))
     print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
     print(f"wrote {len(posts)} posts and {len(warmup)} warm-up rows to {args.out}")
 
@@ -350,6 +354,7 @@ def predict_one(args):
 
 
 def main(argv=None):
+    """Runs the command line; returns the exit code."""
     args = parse_args(argv)
     stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict)
     return run_stage(stages[args.stage], args)

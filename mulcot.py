@@ -52,13 +52,14 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import requests
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -71,7 +72,8 @@ class InputError(ValueError):
 
 
 # ================================================================================================
-# §1 Posts [needs: json, csv, os, re, random, hashlib, dataclass, field, Path, Image, ImageDraw, ImageOps]
+# §1 Posts [needs: hashlib, json, os, re, dataclass, field, Path, Image, ImageOps, LABELS,
+#    InputError]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -105,7 +107,8 @@ class Post:
 def safe_path(name, folder):
     """A manifest's image name as a path inside `folder`; anything that leads outside is refused."""
     root = os.path.realpath(folder)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or os.path.isabs(name) or "\\" in name:
+    odd = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or "\\" in name or "\0" in name
+    if odd or os.path.isabs(name):
         raise InputError(f"image {name!r} must be a plain name inside {folder}: no URL, no "
                          "absolute path")
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
@@ -127,8 +130,7 @@ def load_image(path):
         raise InputError(f"image {path} is missing: check --images") from None
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError,
-            Image.DecompressionBombError) as e:  # Pillow's ways to say broken
+    except Exception as e:  # trap: broken EXIF alone raises struct.error or TypeError in Pillow
         raise InputError(f"image {path} cannot be read ({e}): replace it or drop its row") from None
 
 
@@ -176,12 +178,17 @@ def _to_post(row, images):
     """A row dict of any source -> a checked Post."""
     if not isinstance(row, dict):
         raise InputError(f"expected an object with at least id and text, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # trap: JSON can spell it, tokenizers and files refuse it
+        raise InputError("half of a surrogate pair (\\ud8…): remove it") from None
+    for key in ("aspect", "split", "cot"):
+        if not isinstance(row.get(key), (str, type(None))):
+            raise InputError(f"{key} must be a string, got {row[key]!r}")
     row = dict(row)
     text, aspect, label = row.pop("text", None), row.pop("aspect", None), row.pop("label", None)
     if not isinstance(text, str) or not text.strip():
         raise InputError("empty text: every post needs words")
-    if not (aspect is None or isinstance(aspect, str)):
-        raise InputError(f"aspect must be a string, got {aspect!r}")
     aspect = aspect.strip() or None if aspect else None
     if label is not None:
         label = str(label).strip().lower()
@@ -303,8 +310,9 @@ def _mvsa_rows(folder):
         rows.append((where, line))
     good = [row for _, row in rows if isinstance(row, dict)]
     good.sort(key=lambda row: hashlib.sha256(f"mvsa:{row['id']}".encode()).digest())
+    tenth = len(good) // 10
     for i, row in enumerate(good):
-        row["split"] = {0: "test", 1: "dev"}.get(i // max(1, len(good) // 10), "train")
+        row["split"] = "test" if i < tenth else "dev" if i < 2 * tenth else "train"
     return rows
 
 
@@ -410,7 +418,7 @@ def parse_reasoning(text):
     ends = [m.start() for m in opens[1:]] + [len(text)]
     fields = {}
     for m, end in zip(opens, ends):
-        fields[m[1] or m[2]] = _clean(text[m.end():end])
+        fields[m[1] or m[2]] = _clean(text[m.end():end], '"' in m[0])
     said = fields.get("Prediction", "" if fields else text.strip())
     first_line = said.split("\n", 1)[0].lower()
     named = set(_LABEL_WORD.findall(first_line))
@@ -426,22 +434,20 @@ def parse_reasoning(text):
     return Reasoning(fields, prediction, problem is None, problem)
 
 
-def _clean(value):
+def _clean(value, quoted):
     """A field's text without its dress: quotes, commas, braces, fences, rules, the next heading's
     hashes."""
-    value = value.strip()
     value = re.sub(r"```\w{0,10}", "", value).strip().strip("*").strip()
-    quoted = value.startswith('"')
-    value = value.rstrip("#-*}],; \t\r\n") if not quoted else value.strip("}],; \t\r\n")
-    if quoted:
-        value = value[1:].rstrip()
+    value = value.rstrip("#-*}],; \t\r\n")
+    if value.startswith('"') and (quoted or value.find('"', 1) in (-1, len(value) - 1)):
+        value = value[1:]  # trap: behind a Markdown heading a first quote may open a quotation
         value = value[:-1] if value.endswith('"') and not value.endswith('\\"') else value
     if "\\" in value:
         try:
             value = json.loads(f'"{value}"', strict=False)
         except ValueError:
             value = value.replace('\\"', '"').replace("\\n", "\n")
-    return value.strip()
+    return value.encode("utf-8", "replace").decode().strip()  # half a pair fits into no file
 
 
 def check_answer(text, label, finish="stop"):
@@ -467,7 +473,8 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, io, json, os, random, time, threading, email, dataclass, hashlib, requests, Image, ImageOps, InputError, LABELS, §1, §2]
+# §3 Teacher [needs: base64, io, os, random, re, time, dataclass, parsedate_to_datetime, requests,
+#    InputError, §1, §2]
 # ================================================================================================
 
 
@@ -559,7 +566,9 @@ class Endpoint:
                              "--allow-http")
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.timeout, self.max_retries = timeout, max_retries
-        self._key, self._session = os.environ.get("OPENAI_API_KEY", ""), requests.Session()
+        self._key, self._session = os.environ.get("OPENAI_API_KEY", "").strip(), requests.Session()
+        if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
+            raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
 
     def __call__(self, request):
         """Request -> Answer. Retries 408/409/429/5xx, time-outs and broken replies with jittered
@@ -576,12 +585,12 @@ class Endpoint:
                                            timeout=self.timeout, allow_redirects=False)
                 if reply.status_code == 200:
                     return _read_reply(reply.json())
-                problem = self._clean(f"HTTP {reply.status_code}: {reply.text[:300]}")
+                problem = f"HTTP {reply.status_code}: {self._clean(reply.text)[:300]}"
                 if reply.status_code not in self.RETRIED:
                     raise InputError(f"{self.url} refused: {problem}")
-                after = reply.headers.get("Retry-After", "")
-                wait = max(wait, float(after)) if after.replace(".", "", 1).isdigit() else wait
-            except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as e:
+                wait = max(wait, _retry_after(reply.headers.get("Retry-After", "")))
+            except (requests.RequestException, ValueError, LookupError, TypeError,
+                    AttributeError) as e:
                 if isinstance(e, InputError):
                     raise
                 problem = self._clean(f"{type(e).__name__}: {e}")
@@ -594,6 +603,16 @@ class Endpoint:
         return text.replace(self._key, "***") if self._key else text
 
 
+def _retry_after(said):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 if it cannot be read."""
+    if re.fullmatch(r"\d{1,9}(\.\d{0,9})?", said):
+        return float(said)
+    try:
+        return parsedate_to_datetime(said).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+
+
 def _read_reply(reply):
     """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty
     answer."""
@@ -601,6 +620,8 @@ def _read_reply(reply):
     content = choice["message"].get("content") or ""
     if isinstance(content, list):  # some servers answer in content parts
         content = "".join(part.get("text") or "" for part in content)
+    if not isinstance(content, str):
+        raise TypeError(f"content is a {type(content).__name__}")
     return Answer(content, choice.get("finish_reason") or "stop", usage.get("prompt_tokens") or 0,
                   usage.get("completion_tokens") or 0)
 
@@ -623,11 +644,12 @@ def data_url(path, max_side=1120):
 
 
 # ================================================================================================
-# §4 Tokens [needs: hashlib, torch, dataclass, OrderedDict, InputError, §1, §2]
+# §4 Tokens [needs: OrderedDict, dataclass, torch, §1, §2]
 # ================================================================================================
 
 IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+VISION_PAD, IMAGE_PAD, VIDEO_PAD = "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"
 SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's own chat template puts first
 
 
@@ -776,8 +798,7 @@ def branch_mask(branch, dtype):
     T = branch.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
     key, query = branch[:, None, :], branch[:, :, None]  # (B, 1, T), (B, T, 1)
-    seen = causal & ((key == 0) | (key == query)) & (key != -1)
-    seen |= torch.eye(T, dtype=torch.bool, device=branch.device)  # trap: a row without any is NaN
+    seen = causal & ((key == 0) | (key == query))  # padding (-1) sees itself: no row turns NaN
     mask = torch.zeros(seen.shape, dtype=dtype, device=branch.device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -803,7 +824,8 @@ def show_tokens(batch, tokenizer, row=0):
 
 
 # ================================================================================================
-# §5 LoRA [needs: json, math, os, re, contextlib, torch, nn, F, load_file, save_file, InputError]
+# §5 LoRA [needs: contextlib, json, math, os, re, Path, torch, F, SafetensorError, load_file,
+#    save_file, nn, InputError, §9]
 # ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -916,6 +938,8 @@ def load_adapter(model, folder):
     except FileNotFoundError as e:
         missing = e.filename or file
         raise InputError(f"{folder} is no adapter folder: {missing} is missing") from None
+    except (ValueError, SafetensorError) as e:
+        raise InputError(f"{folder} holds a damaged adapter: {e}") from None
     odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                        "modules_to_save", "lora_bias") if config.get(k)]
     if odd or config.get("bias", "none") != "none" or config.get("peft_type") != "LORA":
@@ -954,7 +978,7 @@ def _spellings(name):
 
 
 # ================================================================================================
-# §6 Model [needs: os, json, torch, Path, InputError, LABELS, §1, §2, §3, §4, §5]
+# §6 Model [needs: json, os, re, Path, torch, LABELS, InputError, §2, §4, §5]
 # ================================================================================================
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None):
@@ -998,7 +1022,12 @@ def base_of(name):
     """The model that a hub name or folder stands for: itself, or the base of an adapter folder."""
     base, config = str(name), Path(name, "adapter_config.json")
     if config.exists():
-        base = json.loads(config.read_text())["base_model_name_or_path"]
+        try:
+            base = str(json.loads(config.read_text())["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{config} does not name its base_model_name_or_path") from None
+        if os.path.realpath(base) == os.path.realpath(name):
+            raise InputError(f"{name} holds a model and its adapter: give each its own folder")
     if not os.path.isdir(base) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         raise InputError(f"model {base!r} is neither a folder nor a hub name such as "
                          "Qwen/Qwen2.5-VL-3B-Instruct")
@@ -1043,19 +1072,24 @@ def label_branches():
     return [(task_format("label"), render_label(label)) for label in LABELS]
 
 
-def training_branches(post, processor, max_answer=512):
-    """(the two training tasks of a labelled post with a chain: reasoning, then label; why not). The
-    chain is brought into the one written form; choice: one that contradicts its label is unfit."""
-    if post.label is None or not post.cot:
-        return None, "no label" if post.label is None else "no cot: run generate.py teacher first"
+def training_branches(post, processor, max_answer=512, reasoning=True):
+    """(the training tasks of a labelled post: reasoning, then label; why it has none). The chain is
+    brought into the one written form; choice: one that contradicts its label is unfit. Without
+    `reasoning` the label task alone, whatever the chain."""
+    if post.label is None:
+        return None, "no label"
+    label_task = (task_format("label"), render_label(post.label))
+    if not reasoning:
+        return [label_task], None
+    if not post.cot:
+        return None, "no cot: run generate.py teacher first"
     parsed, problem = check_answer(post.cot, post.label)
     if problem:
         return None, f"chain unfit: {problem}"
     chain = render_reasoning(parsed.fields)
     if len(processor.text_ids(chain)) >= max_answer:
         return None, f"chain longer than --max-answer {max_answer} tokens"
-    tasks = [(task_format("reason"), chain), (task_format("label"), render_label(post.label))]
-    return tasks, None
+    return [(task_format("reason"), chain), label_task], None
 
 
 @torch.no_grad()
@@ -1069,7 +1103,7 @@ def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.
     ids = torch.tensor([[processor.pad] * (T - len(r)) + r for r in rows], device=device)  # (B, T)
     real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=device)
     images = [e for e in examples if e.pixels is not None]
-    config, extra = model.config, {}
+    extra = {}
     if images:
         extra = dict(pixel_values=torch.cat([e.pixels for e in images]).to(device, model.dtype),
                      image_grid_thw=torch.stack([e.grid for e in images]).to(device),
@@ -1077,8 +1111,8 @@ def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.
     sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     if temperature:
         sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
-    never = [config.image_token_id, config.video_token_id, config.vision_start_token_id,
-             config.vision_end_token_id]
+    never = [VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
+    never = processor.tokenizer.convert_tokens_to_ids(never)
     out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens,
                          eos_token_id=[processor.im_end, processor.pad],
                          pad_token_id=processor.pad, repetition_penalty=1.0, use_cache=True,
@@ -1160,7 +1194,8 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
 
 
 # ================================================================================================
-# §9 Files [needs: errno, hashlib, json, os, random, sys, torch, Path, safe_open, save_file, InputError]
+# §9 Files [needs: errno, hashlib, json, os, random, sys, Path, torch, safe_open, save_file,
+#    InputError]
 # ================================================================================================
 
 
@@ -1187,7 +1222,7 @@ def read_rows(path):
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
                 rows.append(json.loads(line))
@@ -1215,7 +1250,7 @@ class RowWriter:
         self.key = key
 
     def write(self, row):
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         self.file.write(line)
         self.file.flush()
         self.done.add(row.get(self.key))
@@ -1350,7 +1385,8 @@ def run_stage(stage, args):
 
 
 # ================================================================================================
-# §10 The embedded default [needs: json, os, random, re, torch, Image, ImageDraw, InputError, LABELS, §1, §2, §3, §4]
+# §10 The embedded default [needs: json, os, random, re, torch, Image, ImageDraw, LABELS,
+#    InputError, §1, §2, §3, §4]
 # ================================================================================================
 
 # A toy world in which a post's sentiment needs its words and its picture, its teacher, and tiny
@@ -1542,8 +1578,8 @@ def tiny_tokenizer(corpus, vocab_size=1000):
     `corpus`."""
     from transformers import Qwen2Tokenizer
 
-    special = [PAD_TOKEN, IM_START, IM_END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD,
-               "<|video_pad|>"]
+    special = [PAD_TOKEN, IM_START, IM_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD,
+               VIDEO_PAD]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         corpus, vocab_size, new_special_tokens=special[1:], show_progress=False)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -1586,7 +1622,7 @@ def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
                   out_hidden_size=shape["hidden"], fullatt_block_indexes=[1], window_size=112,
                   patch_size=14, spatial_merge_size=2, initializer_range=0.1)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
-                              image_token_id=ids(IMAGE_PAD), video_token_id=ids("<|video_pad|>"),
+                              image_token_id=ids(IMAGE_PAD), video_token_id=ids(VIDEO_PAD),
                               vision_start_token_id=ids(VISION_START),
                               vision_end_token_id=ids(VISION_END))
     with torch.random.fork_rng():

@@ -36,6 +36,7 @@ from mulcot import (
 
 
 def parse_args(argv=None):
+    """The command line."""
     yes_no, show = argparse.BooleanOptionalAction, argparse.ArgumentDefaultsHelpFormatter
     top = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=show,
@@ -111,7 +112,7 @@ def training_items(args, processor):
     items, aside = [], []
     for path in args.data:
         for post in read_posts(path, args.images, aside):
-            problem, branches = usable(args, post, processor)
+            branches, problem = usable(args, post, processor)
             if problem:
                 aside.append((f"{path}: {post.id}", problem))
             elif branches:
@@ -127,14 +128,13 @@ def training_items(args, processor):
 
 
 def usable(args, post, processor):
-    """(why not, or None; the post's branches, or None where a flag leaves the row out)."""
+    """(the post's branches, or None; why not, or None where a flag leaves the row out)."""
     if args.stage == "base":
         branches = post.extra.get("branches")
-        return (None if branches else "no branches: the base stage reads warmup.jsonl"), branches
+        return branches, None if branches else "no branches: the base stage reads warmup.jsonl"
     if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
         return None, None
-    branches, problem = training_branches(post, processor, args.max_answer)
-    return problem, branches if args.reasoning or problem else branches[1:]
+    return training_branches(post, processor, args.max_answer, args.reasoning)
 
 
 def dev_posts(args):
@@ -514,6 +514,7 @@ def demo(args):
 
 
 def main(argv=None):
+    """Runs the command line; returns the exit code."""
     args = parse_args(argv)
     return run_stage(train if args.stage else demo, args)
 

@@ -95,7 +95,7 @@ PAIRS = [mixed(seed) for seed in range(300)] + [(s, s) for s in SENTENCES] + [
 def test_bleu_equals_sacrebleu():
     """Sentence BLEU-4 without smoothing, for texts, entities, numbers, punctuation, nothing."""
     empty = [("", ""), ("", "a b c d"), ("a b c d", ""), (" \n", "a b c d e")]
-    empty += [("a b c d \n", "a b c d")]
+    empty += [("a b c d \n", "a b c d"), ("a & b <c> \"", "a &amp; b &lt;c&gt; &quot;")]
     values = []
     for ours, theirs in PAIRS + empty:
         true = sacrebleu.sentence_bleu(ours, [theirs], smooth_method="none",

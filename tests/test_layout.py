@@ -32,8 +32,13 @@ def mixed(tmp_path_factory):
             for i, size in enumerate(sizes)]
 
 
+def two_tasks(cot, label):
+    return [(mulcot.task_format("reason"), cot),
+            (mulcot.task_format("label"), mulcot.render_label(label))]
+
+
 def encode_all(posts, processor):
-    return [mulcot.encode(p, mulcot.chain_branches(COT, mulcot.LABELS[i % 3]), processor)
+    return [mulcot.encode(p, two_tasks(COT, mulcot.LABELS[i % 3]), processor)
             for i, p in enumerate(posts)]
 
 
@@ -163,8 +168,7 @@ def test_user_text_never_becomes_a_control_token(student, mixed, place):
     plain, nasty = (
         mulcot.encode(Post("x", words if place == "text" else "day", mixed[0].image,
                            words if place == "aspect" else "Rex"),
-                      mulcot.chain_branches(words if place == "answer" else COT, "neutral"),
-                      processor)
+                      two_tasks(words if place == "answer" else COT, "neutral"), processor)
         for words in ("plain words", NASTY))
     for a, b in zip([plain.prefix] + [ids for ids, _ in plain.branches],
                     [nasty.prefix] + [ids for ids, _ in nasty.branches]):
@@ -183,7 +187,7 @@ def hidden_of(model, processor, examples, k):
 
 def test_sister_branches_are_unseen(student, posts):
     """Another answer, of another length, in branch 1 leaves branch 2 and the prefix as they are."""
-    long, short = (mulcot.encode(posts[0], mulcot.chain_branches(cot, "neutral"), student[1])
+    long, short = (mulcot.encode(posts[0], two_tasks(cot, "neutral"), student[1])
                    for cot in (COT, "no"))
     for k in (0, 2):
         a, b = (hidden_of(*student, [e], k) for e in (long, short))

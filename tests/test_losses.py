@@ -166,6 +166,11 @@ def test_no_positions_give_zero_with_a_gradient():
 
 # ---- soft labels as files
 
+def two_tasks(cot, label):
+    return [(mulcot.task_format("reason"), cot),
+            (mulcot.task_format("label"), mulcot.render_label(label))]
+
+
 def soft_folder(toy, rows, out, *options):
     code = generate.main(["soft", "--data", str(rows), "--images", str(toy / "images"), "--device",
                           "cpu", "--model", str(toy / "assistant"), "--out", str(out), *options])
@@ -178,8 +183,8 @@ def rows(toy, posts, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "chains.jsonl"
     with open(path, "w") as f:
         for i, post in enumerate(posts[:8]):
-            cot = mulcot.render_reasoning({name: f"{name} of {post.text}. " * (1 + (i + j) % 3)
-                                           for j, name in enumerate(mulcot.FIELDS)})
+            said = [" ".join([f"It says {post.text}."] * (1 + (i + j) % 3)) for j in range(4)]
+            cot = mulcot.render_reasoning(dict(zip(mulcot.FIELDS, said + [post.label])))
             f.write(json.dumps(post.row() | dict(cot=cot, image=None if i in (2, 5)
                                                  else post.row()["image"])) + "\n")
     return path
@@ -187,7 +192,7 @@ def rows(toy, posts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(toy, rows, student):
-    return [mulcot.encode(p, mulcot.chain_branches(p.cot, p.label), student[1])
+    return [mulcot.encode(p, two_tasks(p.cot, p.label), student[1])
             for p in mulcot.read_posts(rows, toy / "images")]
 
 
@@ -256,7 +261,7 @@ def test_stale_soft_labels_are_not_found(toy, rows, student, soft_of):
     post, other = mulcot.read_posts(rows, toy / "images")[:2]
     encoded = lambda **changed: mulcot.encode(
         mulcot.Post(**vars(post) | changed),
-        mulcot.chain_branches(changed.get("cot", post.cot), changed.get("label", post.label)),
+        two_tasks(changed.get("cot", post.cot), changed.get("label", post.label)),
         processor)
     same = SoftLabels.names(encoded())
     assert all(len(soft.read(name)) == 3 for name in same[1:])
@@ -388,7 +393,7 @@ def test_step_loss_without_soft_labels_or_reasoning(toy, rows, learner, student,
     both, _ = run_step(student_args(), learner, examples, 4, student[1].pad)
     assert set(both) == {"loss", "ce_reason", "ce_label"}
     assert both["loss"] == pytest.approx(0.8 * both["ce_reason"] + 0.2 * both["ce_label"])
-    only = [mulcot.encode(p, mulcot.chain_branches(p.cot, p.label)[1:], student[1])
+    only = [mulcot.encode(p, two_tasks(p.cot, p.label)[1:], student[1])
             for p in mulcot.read_posts(rows, toy / "images")]
     label, _ = run_step(student_args("--no-soft", "--no-reasoning"), learner, only, 4,
                         student[1].pad)

@@ -147,6 +147,7 @@ def mvsa(folder, table):
     ("positive,neutral neutral,neutral negative,neutral", None),
     ("neutral,negative neutral,negative positive,positive", "negative"),
     ("neutral,negative neutral,neutral neutral,positive", None),
+    ("positive,neutral negative,neutral", None),
     ("positive,negative positive,negative neutral,neutral", None)])
 def test_mvsa_rule(pairs, label):
     """Majority per modality; positive against negative drops out; a polar label beats neutral."""
