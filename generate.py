@@ -15,19 +15,22 @@ import argparse
 import json
 import random
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, InputError, Post, RowWriter, SoftLabels, ToyTeacher, answer_all,
-    check_answer, collate, digest, encode, fingerprint, forward_branches, generate_text,
-    label_branches, load_image, load_model, parse_reasoning, read_posts, render_reasoning,
-    run_stage, score_labels, task_format, top_k_soft, toy_posts, toy_warmup, training_branches,
-    two_stage_cot, write_atomic)
+    LABELS, Answer, Endpoint, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
+    Unreachable, answer_all, build_messages, check_answer, collate, digest, encode, fingerprint,
+    forward_branches, generate_text, label_branches, load_image, load_model, parse_reasoning,
+    read_posts, read_rows, render_reasoning, run_stage, score_labels, task_format, top_k_soft,
+    toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
 
 
 def parse_args(argv=None):
@@ -63,6 +66,12 @@ def parse_args(argv=None):
                             "the key is read from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
     flag("--split", default="train", help="only posts of this split, where posts have one, or all")
+    flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
+    flag("--workers", type=int, default=8, help="--endpoint: calls at once")
+    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
+    flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
+    flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
+    flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
     flag("--max-tries", type=int, default=3, help="answers asked for in each stage (ARC)")
     flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
     flag("--stage2", action=yes_no, default=True, help="--no-stage2: unaided chains only")
@@ -134,11 +143,15 @@ def fixed_batches(posts, size, done):
             yield a // size, batch
 
 
-def new_row(post, args, source, began, batch, **more):
-    """The post's row with what a model said about it; `seconds` is its share of the batch."""
+def new_row(post, args, source, **more):
+    """The post's row with what a model said about it."""
     row = post.row() | dict(source=source, model=str(args.model)) | more
-    row["seconds"] = round((time.time() - began) / len(batch), 4)
     return row if row.get("cot") else {k: v for k, v in row.items() if k != "cot"}
+
+
+def share(began, batch):
+    """Seconds since `began` for each of the batch."""
+    return round((time.time() - began) / len(batch), 4)
 
 
 def closing(out):
@@ -167,38 +180,60 @@ def toy(args):
 
 def teacher(args):
     """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations."""
-    posts, ask = posts_of(args, lambda p: p.label), teacher_of(args)
-    counts, size = Counter(), 1 if args.endpoint else args.batch
-    bar = tqdm(total=len(posts), desc="teacher", unit="post")
-    with RowWriter(args.out) as kept, RowWriter(f"{args.out}.rejects.jsonl") as aside, bar:
-        bar.update(len([p for p in posts if p.id in kept.done | aside.done]))
-        for _, batch in fixed_batches(posts, size, kept.done | aside.done):
-            began, done = time.time(), kept.done | aside.done
-            asked = [two_stage_cot(p, args.max_tries, args.max_new_tokens, args.stage2)
-                     for p in batch]
-            results = dict(answer_all(asked, ask))
-            for i, post in enumerate(batch):
-                if post.id in done:
-                    continue
-                attempts = results[i].pop("attempts")
-                row = new_row(post, args, "teacher", began, batch, **results[i])
-                if "cot" in row:
-                    kept.write(row)
-                else:
-                    aside.write(row | dict(attempts=attempts))
-                counts[f"stage {row['stage']}" if "cot" in row else "set aside"] += 1
-                counts["asked again"] += row["tries"] - row["stage"]
-                bar.update()
-            bar.set_postfix(counts)
+    posts = posts_of(args, lambda p: p.label)
+    if args.endpoint and not args.allow_test and any(p.split == "test" for p in posts):
+        raise InputError("these are posts of split test, and stage 2 would send their labels: choose "
+                         "another --split, or say --allow-test")
+    if args.dry_run:
+        return dry_run(args, posts)
+    counts, began, bar = Counter(), time.time(), tqdm(desc="teacher", unit="post", smoothing=0.02)
+    rejects = f"{args.out}.rejects.jsonl"
+    with RowWriter(args.out) as kept, RowWriter(rejects) as aside, bar:
+        todo = [p for p in posts if p.id not in kept.done | aside.done]
+        bar.reset(len(posts))
+        bar.update(len(posts) - len(todo))
+        results = from_endpoint if args.endpoint else from_batches
+        for post, result in results(args, posts, kept.done | aside.done, counts):
+            row = new_row(post, args, "teacher", **result)
+            if "cot" in row:
+                del row["attempts"]
+                kept.write(row)
+            else:
+                aside.write(row)
+            counts[f"stage {row['stage']}" if "cot" in row else "set aside"] += 1
+            counts["asked again"] += max(0, row["tries"] - row["stage"])
+            counts.update({f"{k} tokens": row[f"tokens_{k}"] for k in ("in", "out")})
+            bar.update()
+            bar.set_postfix({k: counts[k] for k in ("stage 1", "stage 2", "set aside")})
+    counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
     print("this run   " + "  ".join(f"{k} {v}" for k, v in sorted(counts.items())))
     closing(args.out)
 
 
-def teacher_of(args):
-    """ask(list of Requests) -> list of Answers: the toy teacher, an endpoint, a local model."""
-    if args.endpoint or args.model == "toy":
-        one = (Endpoint(args.endpoint, args.model, allow_http=args.allow_http) if args.endpoint
-               else ToyTeacher(args.skill, args.seed))
+def from_batches(args, posts, done, counts):
+    """(post, result) of the toy teacher or a local model, --batch posts at once."""
+    ask = local_teacher(args)
+    for _, batch in fixed_batches(posts, args.batch, done):
+        began = time.time()
+        asked = [two_stage_cot(p, args.max_tries, args.max_new_tokens, args.stage2) for p in batch]
+        results = dict(answer_all(asked, ask))
+        for i, post in enumerate(batch):
+            if post.id not in done:
+                counts["answers"] += results[i]["tries"]
+                counts.update(causes(results[i]))
+                yield post, results[i] | dict(seconds=share(began, batch))
+
+
+def causes(result):
+    """{why an answer was asked for again: how often} of a finished post."""
+    kinds = (str(a["problem"]).split(" ")[0] for a in result["attempts"] if a["problem"])
+    return Counter(f"answers: {kind}" for kind in kinds)
+
+
+def local_teacher(args):
+    """ask(list of Requests) -> list of Answers: the toy teacher or a local model."""
+    if args.model == "toy":
+        one = ToyTeacher(args.skill, args.seed)
         return lambda requests: [one(r) for r in requests]
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
 
@@ -220,6 +255,94 @@ def teacher_of(args):
     return ask
 
 
+class PaidCalls:
+    """Asks the endpoint, and keeps every answer in <out>.calls.jsonl before it is used: killed and
+    rerun, the stage pays for nothing twice but the calls that were in flight."""
+
+    def __init__(self, args, done, counts):
+        self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
+                                 allow_http=args.allow_http)
+        self.file, self.counts = RowWriter(f"{args.out}.calls.jsonl", "call"), counts
+        self.lock, self.known, self.spent = threading.Lock(), {}, 0
+        for row in read_rows(self.file.path):
+            answer = Answer(**row["answer"])
+            self.spent += answer.tokens_in + answer.tokens_out
+            if row["id"] not in done:  # finished posts need theirs no more
+                self.known[row["call"]] = answer
+
+    def __call__(self, request):
+        text = request.messages[-1]["content"][-1]["text"]
+        call = digest(self.endpoint.model, request.post.id, text, request.post.image,
+                      request.temperature, request.max_tokens)
+        if call in self.known:
+            return self.known.pop(call)
+        self.endpoint.pause(0)  # ends this dialogue if the stage is stopping
+        answer = self.endpoint(request)
+        with self.lock:
+            self.file.write(dict(call=call, id=request.post.id, answer=vars(answer)))
+            self.spent += answer.tokens_in + answer.tokens_out
+            self.counts["answers"] += 1
+        return answer
+
+
+def from_endpoint(args, posts, done, counts):
+    """(post, result) as they are finished, --workers dialogues at once. What the server refuses is
+    a result without a chain; when it stops answering, or the budget is spent, so does the stage."""
+    calls, down = PaidCalls(args, done, counts), []
+    todo = islice((p for p in posts if p.id not in done), args.max_posts or None)
+
+    def talk(post):
+        began = time.time()
+        asked = two_stage_cot(post, args.max_tries, args.max_new_tokens, args.stage2)
+        (_, result), = answer_all([asked], lambda requests: [calls(requests[0])])
+        return result | dict(seconds=share(began, [post]))
+
+    running = {}
+    with calls.file, ThreadPoolExecutor(args.workers) as pool:
+        try:
+            while True:
+                spent = args.budget_tokens and calls.spent >= args.budget_tokens
+                room = 0 if spent else 2 * args.workers - len(running)
+                running |= {pool.submit(talk, post): post for post in islice(todo, room)}
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    post = running.pop(future)
+                    try:
+                        result, down = future.result(), []
+                        counts.update(causes(result))
+                    except Refused as e:
+                        result = dict(cot=None, stage=0, tries=0, problem=str(e), tokens_in=0,
+                                      tokens_out=0)
+                    except Unreachable as e:  # this post, or the whole server?
+                        down.append(post)
+                        counts["failed, to be asked again"] += 1
+                        if len(down) > args.workers:
+                            raise InputError(f"{len(down)} posts in a row failed: {e}") from None
+                        continue
+                    yield post, result
+        finally:
+            calls.endpoint.stop.set()
+    counts.update({f"retries: {k}": n for k, n in calls.endpoint.retries.items()})
+    if args.budget_tokens and calls.spent >= args.budget_tokens:
+        print(f"stopped    {calls.spent} tokens spent of --budget-tokens {args.budget_tokens}")
+
+
+def dry_run(args, posts):
+    """One prompt of each kind as it would be sent, and what the whole stage would cost."""
+    post = posts[0]
+    for task, gold in (("predict", None), ("explain", post.label)):
+        text = build_messages(post, task, gold)[0]["content"][-1]["text"]
+        print(f"---- {task} ----\n[image {post.image}]\n{text}\n")
+    known = [row["answer"] for row in read_rows(f"{args.out}.calls.jsonl")]
+    tokens = [len(text) // 4 + 400, 300]  # words, a picture of moderate size, a chain of 200 words
+    if known:
+        tokens = [sum(a[f"tokens_{k}"] for a in known) // len(known) for k in ("in", "out")]
+    print(f"{len(posts)} posts, about {round(1.5 * len(posts))} calls of {tokens[0]} tokens in and "
+          f"{tokens[1]} out ({'as measured so far' if known else 'a guess'}), "
+          f"{round(1.5 * len(posts) * sum(tokens)):,} tokens in all; nothing was sent")
+
+
 # ---- augment and soft --------------------------------------------------------------------------
 
 
@@ -238,8 +361,9 @@ def augment(args):
                 if post.id in done:
                     continue
                 parsed, problem = check_answer(text, post.label, finish)
-                row = new_row(post, args, "assistant", began, batch, raw=text, stage=1, tries=1,
+                row = new_row(post, args, "assistant", raw=text, stage=1, tries=1,
                               prediction=parsed.prediction, problem=problem,
+                              seconds=share(began, batch),
                               cot=None if problem else render_reasoning(parsed.fields))
                 (aside if problem else kept).write(row)
             bar.update(len(batch))
@@ -252,7 +376,7 @@ def soft(args):
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
     rows = []  # the branches that train.py will ask for
     for path in args.data:
-        for post in read_posts(path, args.images, []):
+        for post in read_posts(path, args.images, [], may_be_empty=len(args.data) > 1):
             branches, problem = training_branches(post, processor, args.max_answer)
             rows += [] if problem else [(post, branches)]
     assistant, tokenizer = fingerprint(model, processor.tokenizer)
@@ -299,7 +423,8 @@ def predict(args):
             began, done = time.time(), set(kept.done)
             for post, said in zip(batch, predict_batch(args, model, processor, batch)):
                 if post.id not in done:
-                    kept.write(new_row(post, args, args.source, began, batch, **said, cot=None))
+                    said["seconds"] = share(began, batch)
+                    kept.write(new_row(post, args, args.source, **said, cot=None))
             bar.update(len(batch))
     closing(args.out)
 

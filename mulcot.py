@@ -49,8 +49,9 @@ import os
 import random
 import re
 import sys
+import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -134,7 +135,7 @@ def load_image(path):
         raise InputError(f"image {path} cannot be read ({e}): replace it or drop its row") from None
 
 
-def read_posts(path, images=None, rejects=None):
+def read_posts(path, images=None, rejects=None, may_be_empty=False):
     """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, or an MVSA
     folder as downloaded. `images`: their folder (default: `images/` beside the file, else the
     file's own folder). Bad rows are appended to `rejects` as (where, reason); with rejects=None
@@ -168,7 +169,7 @@ def read_posts(path, images=None, rejects=None):
             if rejects is None:
                 raise InputError(f"{where}: {e}") from None
             rejects.append((where, str(e)))
-    if not posts:
+    if not posts and not may_be_empty:
         why = f"; {len(rejects)} bad rows, first {': '.join(rejects[0])}" if rejects else ""
         raise InputError(f"{path} holds no usable post{why}")
     return posts
@@ -473,8 +474,8 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, io, os, random, re, time, dataclass, parsedate_to_datetime, requests,
-#    InputError, §1, §2]
+# §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
+#    parsedate_to_datetime, Path, requests, Image, InputError, §1, §2]
 # ================================================================================================
 
 
@@ -509,28 +510,27 @@ def two_stage_cot(post, max_tries=3, max_tokens=512, stage2=True):
     it; ARC repeats what is incomplete. choice: a retry raises the temperature (0, 0.4, 0.8 …), or
     doubles the token budget after a truncated answer; a stage-2 chain that contradicts its label
     is asked again too."""
-    attempts, tokens_in, tokens_out = [], 0, 0
+    attempts, used = [], [0, 0]
     for stage, task in ((1, "predict"), (2, "explain"))[: 2 if stage2 else 1]:
-        budget, problem = max_tokens, None
+        budget = max_tokens
         messages = build_messages(post, task, post.label if task == "explain" else None)
+        prompt = hashlib.sha256(messages[-1]["content"][-1]["text"].encode()).hexdigest()[:16]
         for attempt in range(max_tries):
             answer = yield Request(post, messages, 0.4 * attempt, budget)
-            tokens_in, tokens_out = tokens_in + answer.tokens_in, tokens_out + answer.tokens_out
+            used = [used[0] + answer.tokens_in, used[1] + answer.tokens_out]
             parsed, problem = check_answer(answer.text, post.label, answer.finish)
-            attempts.append(dict(stage=stage, temperature=0.4 * attempt, raw=answer.text,
-                                 problem=problem))
+            attempts.append(dict(stage=stage, temperature=0.4 * attempt, max_tokens=budget,
+                                 problem=problem, raw=answer.text))
+            row = dict(raw=answer.text, stage=stage, label_conditioned=stage == 2,
+                       tries=len(attempts), problem=problem, prompt=prompt, tokens_in=used[0],
+                       tokens_out=used[1], attempts=attempts)
             if problem is None:
-                return dict(cot=render_reasoning(parsed.fields), raw=answer.text,
-                            prediction=parsed.prediction,
-                            stage=stage, tries=len(attempts), problem=None, attempts=attempts,
-                            tokens_in=tokens_in, tokens_out=tokens_out)
+                return dict(cot=render_reasoning(parsed.fields), prediction=parsed.prediction) | row
             if answer.finish == "length":
                 budget *= 2
             elif stage == 1 and parsed.complete:
                 break  # a whole but wrong answer is what stage 2 is for
-    return dict(cot=None, raw=attempts[-1]["raw"], prediction=None, stage=stage,
-                tries=len(attempts),
-                problem=problem, attempts=attempts, tokens_in=tokens_in, tokens_out=tokens_out)
+    return dict(cot=None, prediction=None) | row
 
 
 def answer_all(dialogues, ask):
@@ -549,9 +549,22 @@ def answer_all(dialogues, ask):
         pending = still
 
 
+class Refused(InputError):
+    """The server will not answer this one request (400, 413, 422 …); others may fare better."""
+
+
+class Unreachable(InputError):
+    """The server gave no usable answer, however often it was asked."""
+
+
+class Stopped(InputError):
+    """Asked to stop between two calls."""
+
+
 class Endpoint:
     """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
-    requests. The key is read from OPENAI_API_KEY and is cut out of every error text."""
+    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and is cut out
+    of every error text. `retries` counts what went wrong, `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
@@ -566,38 +579,59 @@ class Endpoint:
                              "--allow-http")
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.timeout, self.max_retries = timeout, max_retries
-        self._key, self._session = os.environ.get("OPENAI_API_KEY", "").strip(), requests.Session()
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
+        self.retries, self.stop = Counter(), threading.Event()
+        self._own, self._open_at = threading.local(), 0.0  # a session per thread; shared pause
 
     def __call__(self, request):
-        """Request -> Answer. Retries 408/409/429/5xx, time-outs and broken replies with jittered
-        exponential back-off, at least as long as Retry-After says; any other 4xx raises InputError
-        with the server's words."""
+        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
+        jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
+        401, 403, 404 InputError, the rest Refused; after the last retry Unreachable."""
         messages = [dict(m, content=[_wire(p) for p in m["content"]]) for m in request.messages]
         body = dict(model=self.model, messages=messages, temperature=request.temperature,
                     max_tokens=request.max_tokens)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        ready_at, problem = 0.0, None
         for attempt in range(self.max_retries + 1):
-            wait = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+            delay = max(ready_at, self._open_at) - time.monotonic()
+            if delay > 0:
+                self.pause(delay)
             try:
-                reply = self._session.post(self.url, json=body, headers=headers,
-                                           timeout=self.timeout, allow_redirects=False)
-                if reply.status_code == 200:
-                    return _read_reply(reply.json())
-                problem = f"HTTP {reply.status_code}: {self._clean(reply.text)[:300]}"
-                if reply.status_code not in self.RETRIED:
-                    raise InputError(f"{self.url} refused: {problem}")
-                wait = max(wait, _retry_after(reply.headers.get("Retry-After", "")))
+                return self._post(body)
             except (requests.RequestException, ValueError, LookupError, TypeError,
                     AttributeError) as e:
-                if isinstance(e, InputError):
+                if isinstance(e, InputError) and not isinstance(e, Unreachable):
                     raise
-                problem = self._clean(f"{type(e).__name__}: {e}")
-            if attempt < self.max_retries:
-                time.sleep(wait)
-        raise InputError(f"{self.url} failed {self.max_retries + 1} times, last: {problem}; run "
-                         "again to go on")
+                problem = str(e) if isinstance(e, Unreachable) else f"{type(e).__name__}: {e}"
+            self.retries[problem.split(":")[0]] += 1
+            ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+        raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
+                          f"{self._clean(problem)}; run again to go on")
+
+    def _post(self, body):
+        """One call. Raises Unreachable for a status that is worth another try."""
+        if not hasattr(self._own, "session"):
+            self._own.session = requests.Session()
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        reply = self._own.session.post(self.url, json=body, headers=headers, timeout=self.timeout,
+                                       allow_redirects=False)
+        if reply.status_code == 200:
+            return _read_reply(reply.json())
+        problem = f"HTTP {reply.status_code}: {self._clean(reply.text)[:300]}"
+        if reply.status_code in self.RETRIED:
+            after = _retry_after(reply.headers.get("Retry-After", ""))
+            if after > 3600:
+                raise InputError(f"{self.url} asks to wait {after:.0f} s: run again later")
+            self._open_at = max(self._open_at, time.monotonic() + after)
+            raise Unreachable(problem)
+        final = reply.status_code in (401, 403, 404) or reply.status_code < 400
+        raise (InputError if final else Refused)(f"{self.url} refused: {problem}")
+
+    def pause(self, seconds):
+        """Sleeps, unless told to stop."""
+        if self.stop.wait(seconds):
+            raise Stopped("stopped")
 
     def _clean(self, text):
         return text.replace(self._key, "***") if self._key else text
@@ -634,13 +668,19 @@ def _wire(part):
 
 
 def data_url(path, max_side=1120):
-    """The image as a JPEG data URL: upright, without metadata (GPS!), its longer side at most
-    max_side."""
-    image = load_image(path)
-    image.thumbnail((max_side, max_side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    """The image as a data URL: upright, its longer side at most max_side, without metadata (GPS!).
+    A JPEG or PNG that is all that already goes as it is, anything else is written anew as JPEG."""
+    image, harmless = load_image(path), {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi"}
+    with Image.open(path) as file:
+        kind, clean = file.format, set(file.info) <= harmless and not file.getexif()
+    if kind in ("JPEG", "PNG") and clean and max(image.size) <= max_side:
+        data = Path(path).read_bytes()
+    else:
+        image.thumbnail((max_side, max_side))
+        buffer, kind = io.BytesIO(), "JPEG"
+        image.save(buffer, kind, quality=92)
+        data = buffer.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
 
 
 # ================================================================================================
@@ -1240,14 +1280,14 @@ class RowWriter:
     def __init__(self, path, key="id"):
         self.path = str(path)
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self.file = open(self.path, "ab+")
+        self.file, self.key, self.done, keep = open(self.path, "ab+"), key, set(), 0
         self.file.seek(0)
-        whole = self.file.read()
-        keep = whole.rfind(b"\n") + 1
+        for line in self.file:
+            if line.endswith(b"\n"):
+                keep += len(line)
+                self.done.add(json.loads(line).get(key))
         self.file.truncate(keep)
         self.file.seek(0, os.SEEK_END)
-        self.done = {json.loads(line).get(key) for line in whole[:keep].splitlines()}
-        self.key = key
 
     def write(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")

@@ -111,7 +111,7 @@ def training_items(args, processor):
     """[(post, branches)] of all rows; what cannot be used is set aside with its reason."""
     items, aside = [], []
     for path in args.data:
-        for post in read_posts(path, args.images, aside):
+        for post in read_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
             branches, problem = usable(args, post, processor)
             if problem:
                 aside.append((f"{path}: {post.id}", problem))

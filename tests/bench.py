@@ -1,0 +1,96 @@
+"""Speed, measured side by side. Not a test: `python tests/bench.py teacher`.
+
+teacher: `generate.py teacher` against a server on this machine that takes 200 ms for each call and
+has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A right and whole answer after 200 ms; the label stands in the post's text."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        label = text.partition("label is ")[2].split()[0].strip('\\"n')
+        names = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion")
+        chain = "\n".join(f'"{n}": "{"word " * 40}"' for n in names) + f'\n"Prediction": "{label}"'
+        reply = dict(choices=[dict(message=dict(content=chain), finish_reason="stop")],
+                     usage=dict(prompt_tokens=500, completion_tokens=250))
+        data = json.dumps(reply).encode()
+        time.sleep(0.2)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def server(connection):
+    ThreadingHTTPServer.request_queue_size = 128
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    connection.send(httpd.server_port)
+    httpd.serve_forever()
+
+
+def teacher(_):
+    """Kept posts per second for 1, 8 and 32 workers, and peak memory for 1,000 and 10,000 posts."""
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=server, args=(theirs,), daemon=True)
+    process.start()
+    port, rows = ours.recv(), []
+    with tempfile.TemporaryDirectory() as folder:
+        from PIL import Image
+
+        Image.effect_noise((280, 280), 90).convert("RGB").save(f"{folder}/x.jpg")
+        for workers, posts in ((1, 40), (8, 320), (32, 1280), (32, 10240)):
+            lines = (dict(id=i, text=f"post {i} whose label is neutral", image="x.jpg",
+                          label="neutral") for i in range(posts))
+            data = Path(folder, f"{workers}-{posts}.jsonl")
+            data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+            code = ("import sys, time, resource, generate; t = time.time(); generate.main(sys.argv[1:"
+                    "]); print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            out = subprocess.run(
+                [sys.executable, "-c", code, "teacher", "--data", str(data), "--images", folder,
+                 "--endpoint", f"http://127.0.0.1:{port}/v1", "--model", "slow", "--workers",
+                 str(workers), "--out", f"{folder}/{workers}-{posts}.out.jsonl"], cwd=ROOT,
+                capture_output=True, text=True, check=True)
+            seconds, memory = map(float, out.stdout.split("\n")[-2].split())
+            rate, ceiling = posts / seconds, workers / 0.2
+            rows.append((workers, posts, f"{rate:.1f}", f"{rate / ceiling:.2f}",
+                         f"{memory / 1024:.0f}"))
+    process.terminate()
+    return ("workers", "posts", "posts/s", "of workers/0.2 s", "peak MiB"), rows
+
+
+def main(argv=None):
+    """Prints one table per subject."""
+    subjects = dict(teacher=teacher)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
+    args = parser.parse_args(argv)
+    head, rows = subjects[args.subject](args)
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+if __name__ == "__main__":
+    main()
