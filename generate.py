@@ -286,9 +286,9 @@ class PaidCalls:
 
 
 def from_endpoint(args, posts, done, counts):
-    """(post, result) as they are finished, --workers dialogues at once. What the server refuses is
-    a result without a chain; when it stops answering, or the budget is spent, so does the stage."""
-    calls, down = PaidCalls(args, done, counts), []
+    """(post, result) as they are finished, --workers dialogues at once. A post that the server
+    refuses is set aside; when it answers none, or the budget is spent, the stage stops."""
+    calls, failed = PaidCalls(args, done, counts), []
     todo = islice((p for p in posts if p.id not in done), args.max_posts or None)
 
     def talk(post):
@@ -309,23 +309,34 @@ def from_endpoint(args, posts, done, counts):
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     post = running.pop(future)
                     try:
-                        result, down = future.result(), []
-                        counts.update(causes(result))
-                    except Refused as e:
-                        result = dict(cot=None, stage=0, tries=0, problem=str(e), tokens_in=0,
-                                      tokens_out=0)
-                    except Unreachable as e:  # this post, or the whole server?
-                        down.append(post)
-                        counts["failed, to be asked again"] += 1
-                        if len(down) > args.workers:
-                            raise InputError(f"{len(down)} posts in a row failed: {e}") from None
+                        result = future.result()
+                    except (Refused, Unreachable) as e:  # this post's fault, or the server's?
+                        failed.append((post, e))
+                        if len(failed) > args.workers:
+                            raise InputError(f"{len(failed)} posts in a row failed: {e}") from None
                         continue
+                    yield from set_aside(failed, counts)
+                    counts.update(causes(result))
+                    failed = []
                     yield post, result
+            if failed and not calls.spent:  # trap: a wrong --model may be a 400 for every post
+                raise InputError(f"no post was answered: {failed[0][1]}")
+            yield from set_aside(failed, counts)
         finally:
             calls.endpoint.stop.set()
     counts.update({f"retries: {k}": n for k, n in calls.endpoint.retries.items()})
     if args.budget_tokens and calls.spent >= args.budget_tokens:
         print(f"stopped    {calls.spent} tokens spent of --budget-tokens {args.budget_tokens}")
+
+
+def set_aside(failed, counts):
+    """(post, result) of posts that the server refused; unanswered ones are left for a rerun."""
+    for post, error in failed:
+        if isinstance(error, Unreachable):
+            counts["unanswered, run again"] += 1
+        else:
+            yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0,
+                             tokens_out=0)
 
 
 def dry_run(args, posts):

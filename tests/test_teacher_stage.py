@@ -175,6 +175,15 @@ def test_refused_post_is_set_aside_and_bad_key_stops(serve, world, tmp_path, cap
     assert "no, says 401" in said and KEY not in said and len(server.calls) <= 4
 
 
+def test_a_server_that_refuses_every_post_stops_the_stage(serve, world, tmp_path, capsys):
+    """Real servers answer 400 to a wrong model name: no post may be set aside for that."""
+    server, url = serve(lambda text: 400)
+    for more in ((), ("--max-posts", "3")):
+        assert generate.main(command(world, url, tmp_path / "a.jsonl", *more)) == 2
+        assert "no, says 400" in capsys.readouterr().err
+        assert ids(tmp_path / "a.jsonl.rejects.jsonl") == []
+
+
 def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, world, tmp_path):
     """No post is set aside for a dead server; when it is back the same command completes."""
     answering = []
