@@ -2,7 +2,7 @@
 
     python eval.py predictions.jsonl --gold test.tsv --images img --out results
     python eval.py student=s.jsonl assistant=a.jsonl --gold posts.jsonl --out results \\
-        --references chains.jsonl
+        --references references.jsonl
     python eval.py predictions.jsonl --gold posts.jsonl --out results --cards 1000
 
 Last line: `wrote results/metrics.json and results/report.html`. A prediction row needs id and
@@ -214,7 +214,9 @@ def run_metrics(path, gold, references):
     if not splits:
         raise InputError(f"{path}: no id occurs among the labelled gold posts: wrong --gold?")
     wanted = [p for p in gold.values() if p.split in splits]
-    missing = [p.id for p in wanted if p.id not in rows]
+    missing, foreign = [p.id for p in wanted if p.id not in rows], rows.keys() - gold.keys()
+    if foreign:
+        print(f"warning: {path}: {len(foreign)} rows have no labelled gold post: left out")
     if missing:
         print(f"warning: {path} lacks {len(missing)} of {len(wanted)} gold posts, first "
               f"{missing[0]}: counted as unparsed")
@@ -244,7 +246,7 @@ def teacher_metrics(path):
     stages, tries = Counter(row.get("stage") for row in rows), [row.get("tries", 1) for row in rows]
     return dict(kept=len(rows), unaided=stages[1], label_conditioned=stages[2],
                 set_aside=len(read_rows(f"{path}.rejects.jsonl")),
-                answers_per_post=sum(tries) / max(len(rows), 1))
+                answers_per_kept_chain=sum(tries) / max(len(rows), 1))
 
 
 COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
@@ -275,7 +277,10 @@ def evaluate(args):
         raise InputError(f"{args.gold} has no labelled post")
     references = {p.id: p.cot for p in gold.values() if p.cot}
     for path in args.references:
-        references |= {str(row["id"]): row["cot"] for row in chain_rows(path)}
+        told = {str(row["id"]): row["cot"] for row in chain_rows(path)}
+        references |= told
+        if not told.keys() & gold.keys():
+            print(f"warning: no row of {path} has the id of a gold post: not compared")
     runs, shown = {}, None
     for spec in args.predictions:
         name, path = spec.split("=", 1) if "=" in spec else (Path(spec).stem, spec)

@@ -13,6 +13,7 @@ run again with the same command it skips what is done and ends with the same row
 
 import argparse
 import json
+import os
 import random
 import sys
 import threading
@@ -27,10 +28,24 @@ from tqdm import tqdm
 
 from mulcot import (
     LABELS, Answer, Endpoint, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
-    Unreachable, answer_all, build_messages, check_answer, collate, digest, encode, fingerprint,
-    forward_branches, generate_text, label_branches, load_image, load_model, parse_reasoning,
-    read_posts, read_rows, render_reasoning, run_stage, score_labels, task_format, top_k_soft,
-    toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
+    Unreachable, answer_all, build_messages, check_answer, check_settings, collate, digest, encode,
+    fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
+    parse_reasoning, read_posts, read_rows, render_reasoning, run_stage, score_labels, task_format,
+    top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def above_zero(text):
+    """An argparse type: a number above 0."""
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
 
 
 def parse_args(argv=None):
@@ -52,7 +67,7 @@ def parse_args(argv=None):
             flag("--images", help="images folder (default: images/ beside the posts, or theirs)")
             flag("--model", required=True, help="hub name, model folder or adapter folder")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, …")
-            flag("--batch", type=int, default=24, help="posts at once (authors: 24)")
+            flag("--batch", type=positive, default=24, help="posts at once (authors: 24)")
             flag("--max-pixels", type=int, default=0,
                  help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
         return flag
@@ -67,22 +82,23 @@ def parse_args(argv=None):
     flag("--allow-http", action="store_true", help="plain http to another machine")
     flag("--split", default="train", help="only posts of this split, where posts have one, or all")
     flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
-    flag("--workers", type=int, default=8, help="--endpoint: calls at once")
+    flag("--workers", type=positive, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
     flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
     flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
     flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
-    flag("--max-tries", type=int, default=3, help="answers asked for in each stage (ARC)")
+    flag("--max-tries", type=positive, default=3, help="answers asked for in each stage (ARC)")
     flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
     flag("--stage2", action=yes_no, default=True, help="--no-stage2: unaided chains only")
     flag("--skill", type=float, default=0.6, help="--model toy: share of posts right unaided")
 
     flag = stage("augment", "one more chain per training post by the assistant, kept if right")
+    flag("--split", default="train", help="only posts of this split, where posts have one, or all")
     flag("--temperature", type=float, default=0.7, help="of sampling")
     flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
 
     flag = stage("soft", "the assistant's distributions at the supervised positions")
-    flag("--temperature", type=float, default=2.0, help="τ (paper: 2)")
+    flag("--temperature", type=above_zero, default=2.0, help="τ (paper: 2)")
     flag("--top-k", type=int, default=64, help="likeliest tokens kept; the rest is one more bin")
     flag("--kl-positions", choices=("response", "all"), default="response",
          help="all: prompt and image positions too, near to what the authors' script does")
@@ -103,6 +119,8 @@ def parse_args(argv=None):
     args = top.parse_args(argv)
     if args.stage == "predict" and not (args.text or (args.data and args.out)):
         top.error("predict needs --data and --out, or one post in --text (and --image, --aspect)")
+    if args.stage == "predict" and args.text and args.data:
+        top.error("--text (one post) and --data (many) exclude each other")
     return args
 
 
@@ -113,13 +131,17 @@ def posts_of(args, keep=lambda post: True):
     """Posts of --data and --split; unreadable rows go to <out>.rejects.jsonl, once."""
     rejects, posts = [], []
     for path in args.data:
+        if os.path.realpath(path) == os.path.realpath(args.out):
+            raise InputError(f"--out {args.out} is one of the --data files: choose another")
         posts += read_posts(path, args.images, rejects)
     twice = [i for i, n in Counter(p.id for p in posts).items() if n > 1]
     if twice:
         raise InputError(f"id {twice[0]!r} occurs in two --data files: ids name posts later on")
     split = getattr(args, "split", "all")
-    if split != "all" and any(p.split for p in posts):
+    splits = {p.split for p in posts if p.split}
+    if split != "all" and splits:
         posts = [p for p in posts if p.split == split]
+    check_settings(f"{args.out}.settings.json", settings_of(args), os.path.exists(args.out))
     with RowWriter(f"{args.out}.rejects.jsonl", "where") as aside:
         for where, why in rejects:
             if where not in aside.done:
@@ -129,8 +151,21 @@ def posts_of(args, keep=lambda post: True):
     posts = [p for p in posts if keep(p)]
     if not posts:
         raise InputError(f"{', '.join(args.data)}: no post of split {split!r} that the "
-                         f"{args.stage} stage can use")
+                         f"{args.stage} stage can use (splits there: {sorted(splits) or 'none'})")
     return posts
+
+
+KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
+        "max_pixels", "stage2", "skill")  # settings that a rerun onto the same --out must share
+
+
+def settings_of(args):
+    """What decides the rows of a stage, the adapter's weights among it."""
+    settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
+    file = Path(args.model, "adapter_model.safetensors")
+    if file.exists():
+        adapter = digest(file.read_bytes())
+    return settings | {"adapter": adapter}
 
 
 def fixed_batches(posts, size, done):
@@ -143,9 +178,14 @@ def fixed_batches(posts, size, done):
             yield a // size, batch
 
 
+SAID = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage", "tries",
+        "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt"}
+
+
 def new_row(post, args, source, **more):
-    """The post's row with what a model said about it."""
-    row = post.row() | dict(source=source, model=str(args.model)) | more
+    """The post's row with what a model said about it, and nothing that another model said."""
+    row = {k: v for k, v in post.row().items() if k not in SAID}
+    row |= dict(source=source, model=str(args.model)) | more
     return row if row.get("cot") else {k: v for k, v in row.items() if k != "cot"}
 
 
@@ -166,6 +206,8 @@ def closing(out):
 def toy(args):
     """posts.jsonl, warmup.jsonl and images/ of the synthetic world."""
     sizes, images = dict(train=args.train, dev=args.dev, test=args.test), f"{args.out}/images"
+    settings = dict(sizes, warmup=args.warmup, seed=args.seed)
+    check_settings(f"{args.out}/toy.json", settings, os.path.exists(f"{args.out}/posts.jsonl"))
     posts = toy_posts(images, sizes, args.seed)
     warmup = toy_warmup(images, args.warmup, args.seed + 1)
     for name, rows in (("posts", posts), ("warmup", warmup)):
@@ -182,8 +224,8 @@ def teacher(args):
     """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations."""
     posts = posts_of(args, lambda p: p.label)
     if args.endpoint and not args.allow_test and any(p.split == "test" for p in posts):
-        raise InputError("these are posts of split test, and stage 2 would send their labels: choose "
-                         "another --split, or say --allow-test")
+        raise InputError("these are posts of split test, and stage 2 would send their labels: "
+                         "choose another --split, or say --allow-test")
     if args.dry_run:
         return dry_run(args, posts)
     counts, began, bar = Counter(), time.time(), tqdm(desc="teacher", unit="post", smoothing=0.02)
@@ -385,11 +427,18 @@ def augment(args):
 def soft(args):
     """The assistant's softened distributions for both tasks of every row, taken in eval mode."""
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
-    rows = []  # the branches that train.py will ask for
+    rows, aside = [], []  # the branches that train.py will ask for
     for path in args.data:
-        for post in read_posts(path, args.images, [], may_be_empty=len(args.data) > 1):
+        for post in read_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
             branches, problem = training_branches(post, processor, args.max_answer)
-            rows += [] if problem else [(post, branches)]
+            if problem:
+                aside.append((f"{path}: {post.id}", problem))
+            else:
+                rows.append((post, branches))
+    for where, why in aside[:5]:
+        print(f"set aside  {where}: {why}")
+    if not rows:
+        raise InputError(f"{', '.join(args.data)}: no row with a usable chain and label")
     assistant, tokenizer = fingerprint(model, processor.tokenizer)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
     cache = SoftLabels(args.out, dict(

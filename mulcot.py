@@ -126,6 +126,9 @@ def load_image(path):
                 raise InputError(f"image {path} has {image.width} x {image.height} pixels, the "
                                  "cap is "
                                  f"{MAX_IMAGE_PIXELS:,}: shrink it")
+            if max(image.size) > 200 * min(image.size):
+                raise InputError(f"image {path} is {image.width} x {image.height}: image "
+                                 "processors refuse shapes beyond 200 : 1, crop it")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing: check --images") from None
@@ -955,11 +958,12 @@ def save_adapter(model, folder):
     """`adapter_model.safetensors` + `adapter_config.json` as PEFT writes and reads them."""
     layers = _layers(model)
     assert layers, "save_adapter on a model without adapters"
-    one = next(iter(layers.values()))
+    one, base = next(iter(layers.values())), model.config._name_or_path
     os.makedirs(folder, exist_ok=True)
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=one.rank, lora_alpha=one.alpha,
                   lora_dropout=one.dropout.p, bias="none", target_modules=sorted(layers),
-                  base_model_name_or_path=model.config._name_or_path, inference_mode=True)
+                  base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
+                  inference_mode=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(model).items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"),
                  lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -1028,6 +1032,8 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: this torch sees no GPU; use cpu")
     base, processor = base_of(name), load_processor(name, max_pixels)
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
@@ -1050,7 +1056,8 @@ def load_processor(name, max_pixels=None):
     base = base_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        images = AutoImageProcessor.from_pretrained(base, backend="pil")
+        trained = Path(name, "preprocessor_config.json").exists()  # the image size of training
+        images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")
     except (OSError, ValueError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
     if max_pixels:
@@ -1068,6 +1075,8 @@ def base_of(name):
             raise InputError(f"{config} does not name its base_model_name_or_path") from None
         if os.path.realpath(base) == os.path.realpath(name):
             raise InputError(f"{name} holds a model and its adapter: give each its own folder")
+    if Path(name, "best", "adapter_config.json").exists():
+        raise InputError(f"{name} is a training run: use {name}/best")
     if not os.path.isdir(base) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         raise InputError(f"model {base!r} is neither a folder nor a hub name such as "
                          "Qwen/Qwen2.5-VL-3B-Instruct")
@@ -1282,10 +1291,16 @@ class RowWriter:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self.file, self.key, self.done, keep = open(self.path, "ab+"), key, set(), 0
         self.file.seek(0)
-        for line in self.file:
-            if line.endswith(b"\n"):
-                keep += len(line)
-                self.done.add(json.loads(line).get(key))
+        for n, line in enumerate(self.file, 1):
+            try:
+                if line.endswith(b"\n"):
+                    self.done.add(json.loads(line).get(key))
+                    keep += len(line)
+                elif not line.startswith(b"{") or not self.path.endswith(".jsonl"):
+                    raise ValueError("neither a whole row nor the start of one")
+            except (ValueError, AttributeError) as e:  # trap: truncating would eat a user's file
+                raise InputError(f"{path}:{n} is no row of ours ({e}): choose another "
+                                 "--out") from None
         self.file.truncate(keep)
         self.file.seek(0, os.SEEK_END)
 
@@ -1303,7 +1318,7 @@ class RowWriter:
 
 
 def seed_everything(seed):
-    """Python, numpy (through torch's loaders) and torch."""
+    """Python's and torch's random numbers."""
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -1336,6 +1351,19 @@ def tokenizer_hash(tokenizer):
     """Names a vocabulary. trap: between different tokenizers equal-looking ids give silent
     nonsense."""
     return digest(sorted(tokenizer.get_vocab().items()))
+
+
+def check_settings(file, settings, begun):
+    """Writes what a stage was started with; a rerun onto what others began is refused, since rows
+    and weights of two settings would mix. `begun`: whether there is something to go on with."""
+    settings = json.loads(json.dumps(settings))
+    if begun and os.path.exists(file):
+        was = json.loads(Path(file).read_text())
+        for k in settings:
+            if was.get(k) != settings[k]:
+                raise InputError(f"{file}: this --out was begun with {k} = {was.get(k)!r}, not "
+                                 f"{settings[k]!r}: delete it or choose another --out")
+    write_json(file, settings)
 
 
 class SoftLabels:
@@ -1410,8 +1438,9 @@ def run_stage(stage, args):
         return 0
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as e:
-        print(f"error: {e.strerror}: {e.filename}: choose another path", file=sys.stderr)
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
+            FileNotFoundError) as e:
+        print(f"error: {e.strerror}: {e.filename!r}: choose another path", file=sys.stderr)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -8,8 +8,9 @@
 
 Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
-state.pt (to resume from), best/ and last/ (adapters). Killed and run again with the same command
-it goes on and ends with the same result.
+lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters; base: last/
+is a whole model, from the random one in init/). Killed and run again with the same command it goes
+on and ends with the same result.
 """
 
 import argparse
@@ -28,11 +29,18 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SYSTEM, TINY, InputError, SoftLabels, add_lora, build_messages, collate,
-    dense_ce_kl, encode, forward_branches, label_branches, load_model, load_processor,
+    LABELS, SYSTEM, TINY, InputError, SoftLabels, add_lora, build_messages, check_settings, collate,
+    dense_ce_kl, digest, encode, forward_branches, label_branches, load_model, load_processor,
     multitask_loss, read_posts, read_rows, render_label, run_stage, save_adapter, score_labels,
     seed_everything, show_tokens, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches,
     write_atomic, write_json)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -55,17 +63,18 @@ def parse_args(argv=None):
         flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
         flag("--out", required=True, help="folder for adapters, log and resume state")
         flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)")
-        flag("--epochs", type=int, default=20, help="passes over the data (paper: 20)")
-        flag("--batch", type=int, default=2, help="posts per micro-batch (paper: 2)")
-        flag("--accumulate", type=int, default=20, help="micro-batches per step (paper: 20)")
+        flag("--epochs", type=positive, default=20, help="passes over the data (paper: 20)")
+        flag("--batch", type=positive, default=2, help="posts per micro-batch (paper: 2)")
+        flag("--accumulate", type=positive, default=20, help="micro-batches per step (paper: 20)")
         flag("--lr", type=float, default=3e-4, help="peak rate of AdamW (paper: 3e-4)")
         flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
         flag("--schedule", choices=("plateau", "cosine"), default="plateau",
-             help="plateau: halve after 2 epochs without better dev accuracy (paper); cosine: to 0")
+             help="plateau: halve at the 3rd epoch in a row without better dev accuracy (paper: "
+                  "patience 2); cosine: to 0")
         flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (paper: 0)")
         flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
         flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
-        flag("--log-every", type=int, default=10, help="steps per log line")
+        flag("--log-every", type=positive, default=10, help="steps per log line")
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, …")
         flag("--gradient-checkpointing", action=yes_no, default=False, help="less memory, slower")
         flag("--show", type=int, default=0, metavar="N",
@@ -75,7 +84,7 @@ def parse_args(argv=None):
             continue
         flag("--dev", required=True, help="posts to select on (split dev, where splits are given)")
         flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
-        flag("--rank", type=int, default=16, help="of LoRA (paper: 16)")
+        flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
         flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
         flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
              help="on LoRA's inputs (paper: 0.2 assistant, 0.05 student)")
@@ -132,6 +141,8 @@ def usable(args, post, processor):
     if args.stage == "base":
         branches = post.extra.get("branches")
         return branches, None if branches else "no branches: the base stage reads warmup.jsonl"
+    if post.split in ("dev", "test"):
+        return None, f"split {post.split} is not for training"
     if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
         return None, None
     return training_branches(post, processor, args.max_answer, args.reasoning)
@@ -139,7 +150,12 @@ def usable(args, post, processor):
 
 def dev_posts(args):
     """Labelled posts to select on: those of split dev, or all where no row has a split."""
-    posts = [p for p in read_posts(args.dev, args.images, []) if p.label]
+    aside = []
+    posts = [p for p in read_posts(args.dev, args.images, aside) if p.label]
+    for where, why in aside[:5]:
+        print(f"set aside  {where}: {why}")
+    if aside:
+        print(f"set aside  {len(aside)} of the dev rows")
     chosen = [p for p in posts if p.split == "dev"] or [p for p in posts if p.split is None]
     if not chosen:
         raise InputError(f"{args.dev} has no labelled post of split dev to select on")
@@ -239,13 +255,13 @@ def evaluate(args, model, processor, posts, batch=16):
     return right.total() / len(gold), f1
 
 
-def build(args):
+def build(args, folder):
     """(model in train mode, processor, what is trained {name: parameter})."""
-    if args.stage == "base":
-        model, processor = load_model(random_init(args), args.device)
+    if args.stage == "base":  # all weights are trained: in fp32, also on a GPU
+        model, processor = load_model(folder, args.device, torch.float32)
         model.requires_grad_(True)
     else:
-        model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+        model, processor = load_model(folder, args.device, max_pixels=args.max_pixels)
         names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
         write_json(Path(args.out, "lora_modules.json"), names)
         kinds = Counter(name.rpartition(".")[2] for name in names)
@@ -289,20 +305,6 @@ def open_soft(args, processor, model):
     return soft
 
 
-def check_settings(args):
-    """Saves the settings as config.json; refuses to go on with a run that had others."""
-    file, free = Path(args.out, "config.json"), ("out", "show", "device", "log_every")
-    settings = {k: v for k, v in vars(args).items() if k not in free}
-    if Path(args.out, "state.pt").exists() and file.exists():
-        was = json.loads(file.read_text())
-        for k in settings:
-            if was.get(k) != settings[k]:
-                raise InputError(f"{args.out} was trained with {k} = {was.get(k)!r}, not "
-                                 f"{settings[k]!r}: delete it or choose another --out")
-    write_json(file, settings)
-    print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
-
-
 class Log:
     """One fixed-field line per interval, the same row in log.jsonl; later rows go on resume."""
 
@@ -337,20 +339,27 @@ def learning_rate(args, step, total):
     return args.lr * rise if step <= args.warmup * total else None
 
 
+FREE = ("out", "show", "device", "log_every", "images")  # settings that may change in a rerun
+
+
 def train(args):
     """The one loop: micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
     if args.show:
         return show_examples(args)
-    check_settings(args)
-    seed_everything(args.seed)
     out, state_file = Path(args.out), Path(args.out, "state.pt")
+    folder = random_init(args) if args.stage == "base" else args.model
+    items = training_items(args, load_processor(folder, getattr(args, "max_pixels", None)))
+    dev = dev_posts(args) if args.stage != "base" else []
+    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
+        "rows": digest([(p.id, b) for p, b in items]), "dev_rows": digest([p.id for p in dev])}
+    check_settings(out / "config.json", settings, state_file.exists())
+    print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state and state["finished"]:
         print(f"finished   {out} is complete; delete it to train anew\n{state['finished']}")
         return
-    model, processor, trained = build(args)
-    items = training_items(args, processor)
-    dev = dev_posts(args) if args.stage != "base" else []
+    seed_everything(args.seed)
+    model, processor, trained = build(args, folder)
     soft = open_soft(args, processor, model)
     size = args.batch * args.accumulate
     per_epoch = math.ceil(len(items) / size)
@@ -414,7 +423,9 @@ def train(args):
             if [accuracy, f1] > best[:2]:
                 best = [accuracy, f1, step]
                 save_adapter(model, out / "best")
+                processor.image_processor.save_pretrained(out / "best")  # its image size
             save_adapter(model, out / "last")
+            processor.image_processor.save_pretrained(out / "last")
         if step % per_epoch == 0 or (args.save_every and step % args.save_every == 0):
             save()
     bar.close()
@@ -465,6 +476,7 @@ def save_base(model, processor, out):
 
 def demo_commands(out, seed):
     """The stages of the embedded default, each as a user would type it."""
+    out = shlex.quote(out)
     posts, chains, more = f"{out}/posts.jsonl", f"{out}/chains.jsonl", f"{out}/augmented.jsonl"
     base = f"--data {out}/warmup.jsonl --epochs 3 --lr 0.002 --log-every 40"
     lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20"

@@ -297,7 +297,7 @@ def test_references_and_teacher_rows(gold, tmp_path, capsys):
     metrics = evaluate(gold, path, more=["--references", str(chains), "--chains", str(chains)])[1]
     assert metrics["s"]["referenced"] == 4
     assert metrics["teacher"] == dict(kept=2, unaided=1, label_conditioned=1, set_aside=1,
-                                      answers_per_post=2.5)
+                                      answers_per_kept_chain=2.5)
     assert "2 chains kept, 1 unaided, 1 label-conditioned, 1 set aside" in capsys.readouterr().out
 
 
