@@ -230,7 +230,7 @@ def teacher(args):
         return dry_run(args, posts)
     counts, began, bar = Counter(), time.time(), tqdm(desc="teacher", unit="post", smoothing=0.02)
     rejects = f"{args.out}.rejects.jsonl"
-    with RowWriter(args.out) as kept, RowWriter(rejects) as aside, bar:
+    with bar, RowWriter(args.out) as kept, RowWriter(rejects) as aside:
         todo = [p for p in posts if p.id not in kept.done | aside.done]
         bar.reset(len(posts))
         bar.update(len(posts) - len(todo))
@@ -404,7 +404,7 @@ def augment(args):
     posts = posts_of(args, lambda p: p.label)
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
     bar = tqdm(total=len(posts), desc="augment", unit="post")
-    with RowWriter(args.out) as kept, RowWriter(f"{args.out}.rejects.jsonl") as aside, bar:
+    with bar, RowWriter(args.out) as kept, RowWriter(f"{args.out}.rejects.jsonl") as aside:
         for n, batch in fixed_batches(posts, args.batch, kept.done | aside.done):
             began, done = time.time(), kept.done | aside.done
             torch.manual_seed(args.seed * 100_003 + n)
@@ -478,7 +478,7 @@ def predict(args):
         return predict_one(args)
     posts = controlled(posts_of(args), args)
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
-    with RowWriter(args.out) as kept, tqdm(total=len(posts), desc="predict", unit="post") as bar:
+    with tqdm(total=len(posts), desc="predict", unit="post") as bar, RowWriter(args.out) as kept:
         for _, batch in fixed_batches(posts, args.batch, kept.done):
             began, done = time.time(), set(kept.done)
             for post, said in zip(batch, predict_batch(args, model, processor, batch)):

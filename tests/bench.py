@@ -8,6 +8,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,11 @@ class Slow(BaseHTTPRequestHandler):
     """A right and whole answer after 200 ms; the label stands in the post's text."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # header and body in one packet, as real servers send them (no 40 ms of Nagle)
 
     def do_POST(self):
         text = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        label = text.partition("label is ")[2].split()[0].strip('\\"n')
+        label = re.search(r"label is (\w+)", text)[1]
         names = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion")
         chain = "\n".join(f'"{n}": "{"word " * 40}"' for n in names) + f'\n"Prediction": "{label}"'
         reply = dict(choices=[dict(message=dict(content=chain), finish_reason="stop")],
@@ -60,7 +62,7 @@ def teacher(_):
         from PIL import Image
 
         Image.effect_noise((280, 280), 90).convert("RGB").save(f"{folder}/x.jpg")
-        for workers, posts in ((1, 40), (8, 320), (32, 1280), (32, 10240)):
+        for workers, posts in ((1, 40), (8, 320), (32, 1280), (32, 5120)):
             lines = (dict(id=i, text=f"post {i} whose label is neutral", image="x.jpg",
                           label="neutral") for i in range(posts))
             data = Path(folder, f"{workers}-{posts}.jsonl")

@@ -280,3 +280,98 @@ def test_full_disk_is_a_clear_stop_and_earlier_rows_are_whole(road, tmp_path):
     assert "Traceback" not in done.stderr
     assert generate.main(args[2:]) == 0
     assert rows(tmp_path / "chains.jsonl") == rows(road / "chains.jsonl")
+
+
+# ---- what a fresh reader broke -------------------------------------------------------------------
+
+
+def test_out_never_eats_a_users_file(road, tmp_path, capsys):
+    """A JSON list, a note or the data itself as --out is refused and stays as it was."""
+    for name, text in (("list.json", '[{"id": 1}]'), ("note.txt", "one\ntwo")):
+        file = tmp_path / name
+        file.write_text(text)
+        assert "choose another --out" in fails(
+            capsys, generate, "teacher", "--data", road / "posts.jsonl", "--model", "toy", "--out",
+            file)
+        assert file.read_text() == text
+    assert "one of the --data files" in fails(
+        capsys, generate, "teacher", "--data", road / "posts.jsonl", "--model", "toy", "--out",
+        road / "posts.jsonl")
+
+
+def test_rows_of_two_models_never_mix(road, tmp_path, capsys):
+    """Another model, or the same folder with other weights, onto the same --out: refused."""
+    model, out = tmp_path / "model", tmp_path / "said.jsonl"
+    shutil.copytree(road / "student/best", model)
+    args = ["predict", "--data", f"{road}/posts.jsonl", "--no-chain", "--out", str(out), "--model"]
+    assert generate.main([*args, str(model)]) == 0
+    assert "begun with model" in fails(capsys, generate, *args, road / "base/student/last")
+    shutil.copy(road / "assistant/best/adapter_model.safetensors", model)
+    assert "begun with adapter" in fails(capsys, generate, *args, model)
+
+
+def test_rows_carry_nothing_that_another_model_said(road, tmp_path):
+    """Predicting over the teacher's rows leaves out their raw text, stage and tokens."""
+    assert generate.main(["predict", "--data", f"{road}/chains.jsonl", "--no-chain", "--model",
+                          f"{road}/student/best", "--out", str(tmp_path / "said.jsonl")]) == 0
+    row = mulcot.read_rows(tmp_path / "said.jsonl")[0]
+    assert not {"raw", "stage", "tries", "tokens_in", "cot", "problem"} & row.keys()
+
+
+def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
+    """augment asks about split train; train sets rows of other splits aside."""
+    out = tmp_path / "augmented.jsonl"
+    assert generate.main(["augment", "--data", f"{road}/posts.jsonl", "--model",
+                          f"{road}/assistant/best", "--max-new-tokens", "4", "--out",
+                          str(out)]) == 0
+    assert {r["split"] for r in mulcot.read_rows(f"{out}.rejects.jsonl")} == {"train"}
+    args = train_args(road, tmp_path / "t", "--no-soft", "--no-reasoning", "--epochs", "1")
+    args[2] = f"{road}/posts.jsonl"
+    assert train.main(args) == 0
+    assert "24 rows, 6 dev posts" in capsys.readouterr().out
+    aside = json.loads((tmp_path / "t/set_aside.json").read_text())
+    assert sum("split test is not for training" in why for _, why in aside) == 12
+
+
+def test_changed_rows_are_refused_on_resume(road, tmp_path, capsys):
+    """The settings hold a digest of the training rows, not their file's name."""
+    data = tmp_path / "rows.jsonl"
+    lines = (road / "chains.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    args = train_args(road, tmp_path / "t", "--no-soft", "--images", f"{road}/images")
+    args[2] = str(data)
+    assert train.main(args) == 0
+    data.write_text("".join(lines[:-1]))
+    assert "begun with rows" in fails(capsys, train, *args)
+
+
+def test_an_adapter_knows_its_base_and_image_size_from_anywhere(road, tmp_path, monkeypatch):
+    """Trained with --max-pixels, it predicts with that size, also from another directory."""
+    out = tmp_path / "small"
+    assert train.main(train_args(road, out, "--no-soft", "--max-pixels", "3136")) == 0
+    monkeypatch.chdir(tmp_path)
+    _, processor = mulcot.load_model("small/best")
+    assert processor.image_processor.size["longest_edge"] == 3136
+    with pytest.raises(mulcot.InputError, match="use small/best"):
+        mulcot.load_model("small")
+
+
+@pytest.mark.parametrize("flags", [["--batch", "0"], ["--epochs", "0"], ["--log-every", "-1"]])
+def test_numbers_out_of_range_are_refused(road, tmp_path, flags):
+    """argparse says so; no traceback later."""
+    with pytest.raises(SystemExit):
+        train.main(train_args(road, tmp_path, *flags))
+
+
+def test_demo_folder_with_blanks_and_another_seed(tmp_path, capsys):
+    """Commands are quoted; toy posts of another seed do not overwrite those of a run."""
+    import shlex
+
+    for command in train.demo_commands("my demo's", 1):
+        script, *argv = shlex.split(command)
+        {"train.py": train, "generate.py": generate, "eval.py": evaluation}[script].parse_args(argv)
+    toy = ["toy", "--train", "2", "--dev", "1", "--test", "1", "--warmup", "1", "--out", tmp_path]
+    assert generate.main([str(a) for a in toy]) == 0
+    before = (tmp_path / "posts.jsonl").read_bytes()
+    assert "begun with seed" in fails(capsys, generate, *toy, "--seed", "7")
+    assert (tmp_path / "posts.jsonl").read_bytes() == before
