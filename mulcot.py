@@ -22,7 +22,7 @@ Departures from the paper and from the authors' released scripts
     it. Equal to two passes (tested); the authors run each task by itself.
  2. Task weights 0.8 / 0.2 as the paper says; the released scripts sum the tasks 1 : 1.
  3. The KL term covers response tokens; the released script also averages prompt, image and padding
-    positions. `--kl-positions all` adds prompt and image positions, never padding.
+    positions. `generate.py soft --kl-positions all` adds prompt and image, never padding.
  4. Losses are means over all supervised tokens of an optimiser step, not means of means of
     micro-batches.
  5. LoRA adapts the language model only; suffix matching, as the authors do, also hits the vision
@@ -31,9 +31,16 @@ Departures from the paper and from the authors' released scripts
     for the rest; the authors run the assistant beside the student, full vocabulary, at every step.
  7. Chains are brought into one written form before training; those that contradict their label
     after all retries are set aside, label-conditioned ones too. The authors keep what came.
- 8. Labels are decided by scoring the three answers; `--decode greedy` generates, as the authors do.
+ 8. Labels are decided by scoring the three answers, on dev too; `--decode greedy` generates them,
+    as the authors do.
  9. The prompts are our own wording; field names and their order are the paper's.
 10. Gradients are clipped at norm 1 (`--clip 0` for the authors' unclipped run).
+11. Images keep their shape under a pixel cap; the paper resizes to 280 x 280. Give
+    `--max-pixels 78400` for as many visual tokens; without it the model's own cap holds.
+12. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL), not to the
+    smaller output layer (151,936): the rows between mean nothing.
+13. The assistant's chain per post is sampled at temperature 0.7, for posts whose teacher chain was
+    kept; the sources are silent on both.
 """
 
 from __future__ import annotations
