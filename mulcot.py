@@ -130,9 +130,8 @@ def load_image(path):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise InputError(f"image {path} has {image.width} x {image.height} pixels, the "
-                                 "cap is "
-                                 f"{MAX_IMAGE_PIXELS:,}: shrink it")
+                raise InputError(f"image {path} has {image.width} x {image.height} pixels, the cap "
+                                 f"is {MAX_IMAGE_PIXELS:,}: shrink it")
             if max(image.size) > 200 * min(image.size):
                 raise InputError(f"image {path} is {image.width} x {image.height}: image "
                                  "processors refuse shapes beyond 200 : 1, crop it")
@@ -334,16 +333,13 @@ def _mvsa_rows(folder):
 FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion",
           "Prediction")
 
-# choice: the wording is ours; sections, field names and their order are the paper's.
-# A prompt is PREFIX (task, post) + a format (one of FORMATS): tasks of one post share everything
-# up to the
+# choice: the wording is ours; sections, field names and their order are the paper's. A prompt is
+# PREFIX (task, post) + a format (one of FORMATS): tasks of one post share everything up to the
 # format. trap: the prefix ends in line breaks and a format starts with a letter, so that no token
-# of the
-# tokenizer spans the seam and the shared prefix equals the start of either whole prompt.
+# of the tokenizer spans the seam and the shared prefix equals the start of either whole prompt.
 TASK = "Judge the sentiment of a social-media post from its text and its image together."
 TASK_ASPECT = ("Judge the sentiment that the author of a social-media post shows toward the "
-               "target aspect, "
-               "from text and image together.")
+               "target aspect, from text and image together.")
 TASK_EXPLAIN = ("Explain why the sentiment of a social-media post is the given one, from text and "
                 "image together.")
 DEFINITIONS = """Sentiment definitions:
@@ -412,8 +408,8 @@ class Reasoning:
 
 _NAME = "|".join(FIELDS)
 # A field opens at the start of a line, dressed as Markdown, a list item or JSON, or behind { or ,
-# when its
-# name is quoted. Within a sentence its name is text. Bounded repeats keep this linear on any input.
+# when its name is quoted. Within a sentence its name is text. Bounded repeats keep this linear on
+# any input.
 _HEADING = re.compile(
     rf"""^[ \t>#*\-{{"'`\d.]{{0,16}}({_NAME})"""
     r"""(?:["'`*\]]{0,4}[ \t]{0,4}[:\uff1a][*]{0,2}|["'`*#:]{0,4}[ \t]{0,4}$)"""
@@ -1426,9 +1422,8 @@ class SoftLabels:
         """(ids (n, K), log-probabilities (n, K), tail (n,)) of one entry."""
         if name not in self.index:
             raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
-                             "rerun generate.py "
-                             "soft with the same --data, chains and model sizes, or train with "
-                             "--no-soft")
+                             "rerun generate.py soft with the same --data, chains and model "
+                             "sizes, or train with --no-soft")
         part, start, end = self.index[name]
         if part not in self.open_files:
             self.open_files[part] = safe_open(part, "pt")
@@ -1452,8 +1447,7 @@ def run_stage(stage, args):
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: no space left while writing ({e}); what was written before is whole: free "
-              "some space "
-              "and run the same command again", file=sys.stderr)
+              "some space and run the same command again", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -1481,8 +1475,7 @@ TOY_TAILS = ["", "", "#tbt", "#{a}", "\U0001F4F7", "\U0001F697 #news", "http://t
 TOY_SCENES = {"cheerful": ["smiling face", "sunny sky"], "gloomy": ["frowning face", "rainy sky"],
               "plain": ["calm face", "grey wall"]}
 # (words, picture) -> share of the posts. Polar pictures decide, else the words do. The shares keep
-# the
-# best guess from words alone, or from the picture alone, at 66 %; the majority class is 40 %.
+# the best guess from words alone, or from the picture alone, at 66 %; the majority class is 40 %.
 TOY_CELLS = {("praise", "plain"): 17, ("no side", "plain"): 20, ("blame", "plain"): 17,
              ("praise", "cheerful"): 6, ("no side", "cheerful"): 10, ("blame", "cheerful"): 7,
              ("praise", "gloomy"): 7, ("no side", "gloomy"): 10, ("blame", "gloomy"): 6}
@@ -1643,8 +1636,7 @@ class ToyTeacher:
 
 
 # The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant
-# has more
-# output rows than the student, as 7B (152,064) has more than 3B (151,936).
+# has more output rows than the student, as 7B (152,064) has more than 3B (151,936).
 TINY = {"student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
         "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
 
