@@ -522,6 +522,10 @@ def demo(args):
         except SystemExit as end:
             if end.code:
                 raise
+    logs = {name: read_rows(Path(args.out, name, "log.jsonl"))
+            for name in ("base/assistant", "base/student", "assistant", "student")}
+    rows = [json.dumps({"run": name} | row) + "\n" for name, log in logs.items() for row in log]
+    write_atomic(f"{args.out}/log.jsonl", lambda part: Path(part).write_text("".join(rows)))
     print(f"\nthe whole road took {time.time() - began:.0f} s; report: {args.out}/report.html")
 
 

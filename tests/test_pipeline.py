@@ -180,6 +180,31 @@ def test_base_model_accuracy_is_that_of_the_student_without_its_adapter(road):
         assert torch.allclose(mulcot.score_labels(model, batch), mulcot.score_labels(base, batch))
 
 
+def test_local_teacher_goes_through_the_same_stages(road, tmp_path):
+    """--model FOLDER: every post is kept or set aside with all its attempts, in both stages."""
+    out = tmp_path / "chains.jsonl"
+    args = ["teacher", "--data", f"{road}/posts.jsonl", "--split", "dev", "--model",
+            f"{road}/assistant/best", "--max-new-tokens", "8", "--max-tries", "2", "--out", str(out)]
+    assert generate.main(args) == 0
+    aside = mulcot.read_rows(f"{out}.rejects.jsonl")
+    assert len(mulcot.read_rows(out)) + len(aside) == 6
+    for row in aside:
+        assert [a["stage"] for a in row["attempts"]] == [1, 1, 2, 2]
+        for first, second in (row["attempts"][:2], row["attempts"][2:]):  # a retry changes something
+            budget = 16 if first["problem"] == "truncated" else 8
+            assert second["max_tokens"] == budget and second["temperature"] > first["temperature"]
+    assert any(row["attempts"][0]["problem"] == "truncated" for row in aside)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(road, tmp_path):
+    """The same log with and without, dropout included."""
+    more = ("--no-soft", "--dropout", "0.2")
+    assert train.main(train_args(road, tmp_path / "a", *more)) == 0
+    assert train.main(train_args(road, tmp_path / "b", *more, "--gradient-checkpointing")) == 0
+    pairs = zip(rows(tmp_path / "a/log.jsonl"), rows(tmp_path / "b/log.jsonl"), strict=True)
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in pairs)
+
+
 def test_show_prints_supervised_tokens(road, capsys):
     """--show prints the example and trains nothing."""
     assert train.main(train_args(road, road / "shown", "--show", "1")) == 0

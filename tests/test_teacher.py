@@ -264,7 +264,8 @@ def test_endpoint_request_and_answer(serve):
 TROUBLE = {
     "too many": (429, "slow down"), "server error": (500, "oops"), "bad gateway": (502, "<html>"),
     "conflict": (409, ""), "time-out": (408, ""), "reset": "reset", "half a body": "half",
-    "html page": (200, "<html>hello</html>"), "no body": (200, ""), "no choices": (200, {}),
+    "html page": (200, "<html>hello</html>"), "body twice": (200, json.dumps(GOOD) * 2),
+    "no body": (200, ""), "no choices": (200, {}),
     "empty choices": (200, dict(choices=[])), "a list": (200, []), "null": (200, None),
     "error with 200": (200, dict(error=dict(message="busy"))),
     "null choice": (200, dict(choices=[None])),
