@@ -23,14 +23,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from mulcot import (
-    FIELDS, LABELS, InputError, load_image, parse_reasoning, read_posts, read_rows, run_stage,
+    FIELDS, LABELS, Help, InputError, load_image, parse_reasoning, read_posts, read_rows, run_stage,
     write_atomic, write_json)
 
 
 def parse_args(argv=None):
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     flag = p.add_argument
     flag("predictions", nargs="+", metavar="[NAME=]FILE",
          help="rows of generate.py predict; the report shows the first; NAME may be GROUP/NAME")

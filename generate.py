@@ -27,18 +27,11 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
+    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
     Unreachable, answer_all, build_messages, check_answer, check_settings, collate, digest, encode,
     fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
-    parse_reasoning, read_posts, read_rows, render_reasoning, run_stage, score_labels, task_format,
-    top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
-
-
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    parse_reasoning, positive, read_posts, read_rows, render_reasoning, run_stage, score_labels,
+    task_format, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
 
 
 def above_zero(text):
@@ -50,23 +43,26 @@ def above_zero(text):
 
 def parse_args(argv=None):
     """The command line."""
-    yes_no, show = argparse.BooleanOptionalAction, argparse.ArgumentDefaultsHelpFormatter
+    yes_no = argparse.BooleanOptionalAction
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                   epilog="`generate.py STAGE --help` lists a stage's flags.")
     stages = top.add_subparsers(dest="stage", required=True)
 
     def stage(name, about, model=True):
         """A stage's parser with the flags that stages share; returns its add_argument."""
-        p = stages.add_parser(name, help=about, description=about, formatter_class=show)
+        p = stages.add_parser(name, help=about, description=about, formatter_class=Help)
         flag, single = p.add_argument, name == "predict"
-        flag("--out", required=not single, help="where the rows go")
+        flag("--out", required=not single,
+             help="a folder" if name in ("toy", "soft") else "where the rows go (.jsonl)")
         flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
         if model:
             flag("--data", nargs="+", metavar="POSTS", required=not single,
                  help="posts: .jsonl, .json, .tsv or an MVSA folder")
-            flag("--images", help="images folder (default: images/ beside the posts, or theirs)")
-            flag("--model", required=True, help="hub name, model folder or adapter folder")
-            flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, …")
+            flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
+            flag("--model", required=True, help="hub name, model or adapter folder (teacher: also "
+                                                "toy, or the name at --endpoint)")
+            flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                 help="cpu, cuda or cuda:1")
             flag("--batch", type=positive, default=24, help="posts at once (authors: 24)")
             flag("--max-pixels", type=int, default=0,
                  help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")

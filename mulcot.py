@@ -45,6 +45,7 @@ Departures from the paper and from the authors' released scripts
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import errno
@@ -1246,8 +1247,8 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
 
 
 # ================================================================================================
-# §9 Files [needs: errno, hashlib, json, os, random, sys, Path, torch, safe_open, save_file,
-#    InputError]
+# §9 Files and command lines [needs: argparse, errno, hashlib, json, os, random, sys, Path, torch,
+#    safe_open, save_file, InputError]
 # ================================================================================================
 
 
@@ -1430,6 +1431,22 @@ class SoftLabels:
         f = self.open_files[part]
         ids, log_p, tail = (f.get_slice(k)[start:end] for k in ("ids", "log_p", "tail"))
         return ids.long(), log_p.float(), tail
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help text where there is one worth telling."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, 0):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def run_stage(stage, args):

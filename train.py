@@ -29,25 +29,18 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SYSTEM, TINY, InputError, SoftLabels, add_lora, build_messages, check_settings, collate,
-    dense_ce_kl, digest, encode, forward_branches, label_branches, load_model, load_processor,
-    multitask_loss, read_posts, read_rows, render_label, run_stage, save_adapter, score_labels,
-    seed_everything, show_tokens, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches,
-    write_atomic, write_json)
-
-
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    LABELS, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages, check_settings,
+    collate, dense_ce_kl, digest, encode, forward_branches, label_branches, load_model,
+    load_processor, multitask_loss, positive, read_posts, read_rows, render_label, run_stage,
+    save_adapter, score_labels, seed_everything, show_tokens, tiny_model, tiny_tokenizer,
+    tokenizer_hash, training_branches, write_atomic, write_json)
 
 
 def parse_args(argv=None):
     """The command line."""
-    yes_no, show = argparse.BooleanOptionalAction, argparse.ArgumentDefaultsHelpFormatter
+    yes_no = argparse.BooleanOptionalAction
     top = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=show,
+        description=__doc__.split("\n")[0], formatter_class=Help,
         epilog="Without a stage: every stage in turn on the embedded default. "
                "`train.py STAGE --help` lists a stage's flags with the paper's values.")
     top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
@@ -57,7 +50,7 @@ def parse_args(argv=None):
               "assistant": "both tasks on the teacher's chains",
               "student": "both tasks on all chains, from hard and soft labels"}
     for stage, about in abouts.items():
-        p = stages.add_parser(stage, help=about, description=about, formatter_class=show)
+        p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         flag = p.add_argument
         flag("--data", nargs="+", required=True, metavar="ROWS", help="rows with cot and label")
         flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
@@ -75,7 +68,8 @@ def parse_args(argv=None):
         flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
         flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
         flag("--log-every", type=positive, default=10, help="steps per log line")
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, …")
+        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+             help="cpu, cuda or cuda:1")
         flag("--gradient-checkpointing", action=yes_no, default=False, help="less memory, slower")
         flag("--show", type=int, default=0, metavar="N",
              help="print N examples with the supervised tokens in green, and stop")
