@@ -23,8 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from mulcot import (
-    FIELDS, LABELS, Help, InputError, load_image, parse_reasoning, read_posts, read_rows, run_stage,
-    write_atomic, write_json)
+    FIELDS, LABELS, Help, InputError, beside, load_image, parse_reasoning, read_posts, read_rows,
+    run_stage, write_atomic, write_json)
 
 
 def parse_args(argv=None):
@@ -245,7 +245,7 @@ def teacher_metrics(path):
     rows = chain_rows(path)
     stages, tries = Counter(row.get("stage") for row in rows), [row.get("tries", 1) for row in rows]
     return dict(kept=len(rows), unaided=stages[1], label_conditioned=stages[2],
-                set_aside=len(read_rows(f"{path}.rejects.jsonl")),
+                set_aside=len(read_rows(beside(path, "rejects.jsonl"))),
                 answers_per_kept_chain=sum(tries) / max(len(rows), 1))
 
 

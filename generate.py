@@ -7,7 +7,7 @@
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
 
 Last line: `wrote 300 rows to said.jsonl (0 set aside)`. Reads posts (.jsonl, the authors' .json,
-TomBERT .tsv, MVSA folder). Appends rows to --out and bad ones to <out>.rejects.jsonl. Killed and
+TomBERT .tsv, MVSA folder). Appends rows to --out, bad ones to NAME.rejects.jsonl. Killed and
 run again with the same command it skips what is done and ends with the same rows.
 """
 
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from mulcot import (
     LABELS, Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
-    Unreachable, answer_all, build_messages, check_answer, check_settings, collate, digest, encode,
-    fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
+    Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
+    encode, fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
     parse_reasoning, positive, read_posts, read_rows, render_reasoning, run_stage, score_labels,
     task_format, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
 
@@ -124,7 +124,7 @@ def parse_args(argv=None):
 
 
 def posts_of(args, keep=lambda post: True):
-    """Posts of --data and --split; unreadable rows go to <out>.rejects.jsonl, once."""
+    """Posts of --data and --split; unreadable rows go to NAME.rejects.jsonl, once."""
     rejects, posts = [], []
     for path in args.data:
         if os.path.realpath(path) == os.path.realpath(args.out):
@@ -137,8 +137,8 @@ def posts_of(args, keep=lambda post: True):
     splits = {p.split for p in posts if p.split}
     if split != "all" and splits:
         posts = [p for p in posts if p.split == split]
-    check_settings(f"{args.out}.settings.json", settings_of(args), os.path.exists(args.out))
-    with RowWriter(f"{args.out}.rejects.jsonl", "where") as aside:
+    check_settings(beside(args.out, "settings.json"), settings_of(args), os.path.exists(args.out))
+    with RowWriter(beside(args.out, "rejects.jsonl"), "where") as aside:
         for where, why in rejects:
             if where not in aside.done:
                 aside.write(dict(where=where, problem=why))
@@ -192,7 +192,7 @@ def share(began, batch):
 
 def closing(out):
     """The last line: rows written and set aside, counted in the files."""
-    written, aside = (sum(1 for _ in open(f, "rb")) for f in (out, f"{out}.rejects.jsonl"))
+    written, aside = (sum(1 for _ in open(f, "rb")) for f in (out, beside(out, "rejects.jsonl")))
     print(f"wrote {written} rows to {out} ({aside} set aside)")
 
 
@@ -225,7 +225,7 @@ def teacher(args):
     if args.dry_run:
         return dry_run(args, posts)
     counts, began, bar = Counter(), time.time(), tqdm(desc="teacher", unit="post", smoothing=0.02)
-    rejects = f"{args.out}.rejects.jsonl"
+    rejects = beside(args.out, "rejects.jsonl")
     with bar, RowWriter(args.out) as kept, RowWriter(rejects) as aside:
         todo = [p for p in posts if p.id not in kept.done | aside.done]
         bar.reset(len(posts))
@@ -294,13 +294,13 @@ def local_teacher(args):
 
 
 class PaidCalls:
-    """Asks the endpoint, and keeps every answer in <out>.calls.jsonl before it is used: killed and
+    """Asks the endpoint, and keeps every answer in NAME.calls.jsonl before it is used: killed and
     rerun, the stage pays for nothing twice but the calls that were in flight."""
 
     def __init__(self, args, done, counts):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http)
-        self.file, self.counts = RowWriter(f"{args.out}.calls.jsonl", "call"), counts
+        self.file, self.counts = RowWriter(beside(args.out, "calls.jsonl"), "call"), counts
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
@@ -383,7 +383,7 @@ def dry_run(args, posts):
     for task, gold in (("predict", None), ("explain", post.label)):
         text = build_messages(post, task, gold)[0]["content"][-1]["text"]
         print(f"---- {task} ----\n[image {post.image}]\n{text}\n")
-    known = [row["answer"] for row in read_rows(f"{args.out}.calls.jsonl")]
+    known = [row["answer"] for row in read_rows(beside(args.out, "calls.jsonl"))]
     tokens = [len(text) // 4 + 400, 300]  # words, a picture of moderate size, a chain of 200 words
     if known:
         tokens = [sum(a[f"tokens_{k}"] for a in known) // len(known) for k in ("in", "out")]
@@ -400,7 +400,7 @@ def augment(args):
     posts = posts_of(args, lambda p: p.label)
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
     bar = tqdm(total=len(posts), desc="augment", unit="post")
-    with bar, RowWriter(args.out) as kept, RowWriter(f"{args.out}.rejects.jsonl") as aside:
+    with bar, RowWriter(args.out) as kept, RowWriter(beside(args.out, "rejects.jsonl")) as aside:
         for n, batch in fixed_batches(posts, args.batch, kept.done | aside.done):
             began, done = time.time(), kept.done | aside.done
             torch.manual_seed(args.seed * 100_003 + n)

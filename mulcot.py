@@ -1285,6 +1285,11 @@ def read_rows(path):
     return rows
 
 
+def beside(path, name):
+    """The companion of a row file: ("chains.jsonl", "rejects.jsonl") -> chains.rejects.jsonl."""
+    return f"{str(path).removesuffix('.jsonl')}.{name}"
+
+
 class RowWriter:
     """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last
     line (the mark of a killed run), so that `done` (a set of `key` values) holds just what is safe

@@ -67,8 +67,9 @@ def teacher(_):
                           label="neutral") for i in range(posts))
             data = Path(folder, f"{workers}-{posts}.jsonl")
             data.write_text("".join(json.dumps(row) + "\n" for row in lines))
-            code = ("import sys, time, resource, generate; t = time.time(); generate.main(sys.argv[1:"
-                    "]); print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            code = ("import sys, time, resource as r, generate; t = time.time(); "
+                    "generate.main(sys.argv[1:]); "
+                    "print(time.time() - t, r.getrusage(r.RUSAGE_SELF).ru_maxrss)")
             out = subprocess.run(
                 [sys.executable, "-c", code, "teacher", "--data", str(data), "--images", folder,
                  "--endpoint", f"http://127.0.0.1:{port}/v1", "--model", "slow", "--workers",

@@ -1,10 +1,11 @@
-"""Shared by all tests: the project on the path, no network, one set of toy posts and random tiny models."""
+"""Shared by all tests: the project on the path, no network, toy posts and random tiny models."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # loaders must not wait for a network that hermetic tests have not
+os.environ["HF_HUB_OFFLINE"] = "1"  # loaders must not wait for a network
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -34,11 +35,13 @@ def toy(tmp_path_factory):
     """A folder with 24 toy posts (train/dev/test) and two random tiny model folders."""
     folder = tmp_path_factory.mktemp("toy")
     posts = mulcot.toy_posts(folder / "images", {"train": 12, "dev": 6, "test": 6}, seed=3)
-    texts = [mulcot.build_messages(p, t)[0]["content"][-1]["text"] for p in posts for t in ("reason", "label")]
+    texts = [mulcot.build_messages(p, task)[0]["content"][-1]["text"]
+             for p in posts for task in ("reason", "label")]
     tokenizer = mulcot.tiny_tokenizer(texts, 500)
     for size in mulcot.TINY:
         mulcot.tiny_model(folder / size, size, tokenizer, seed=1)
-    folder.joinpath("posts.jsonl").write_text("".join(__import__("json").dumps(p.row()) + "\n" for p in posts))
+    lines = "".join(json.dumps(p.row()) + "\n" for p in posts)
+    folder.joinpath("posts.jsonl").write_text(lines)
     return folder
 
 

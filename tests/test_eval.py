@@ -292,7 +292,7 @@ def test_references_and_teacher_rows(gold, tmp_path, capsys):
     """--references adds chains to compare with, --chains counts the teacher's stages."""
     chains = write(tmp_path / "c.jsonl", [dict(id="p2", cot=chain("positive"), stage=1, tries=1),
                                           dict(id="p3", cot=chain("negative"), stage=2, tries=4)])
-    write(tmp_path / "c.jsonl.rejects.jsonl", [dict(id="p4")])
+    write(tmp_path / "c.rejects.jsonl", [dict(id="p4")])
     path = said(tmp_path / "s.jsonl", ALL, raw=chain("positive"))
     metrics = evaluate(gold, path, more=["--references", str(chains), "--chains", str(chains)])[1]
     assert metrics["s"]["referenced"] == 4

@@ -150,10 +150,10 @@ def test_augment_samples_the_same_chains_after_a_cut(road, tmp_path):
             "--max-new-tokens", "24", "--batch", "7", "--out"]
     assert generate.main([*args, str(tmp_path / "a.jsonl")]) == 0
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    rejects = (tmp_path / "a.jsonl.rejects.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "b.jsonl.rejects.jsonl").write_bytes(b"".join(rejects[:9]) + rejects[9][:20])
+    rejects = (tmp_path / "a.rejects.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.rejects.jsonl").write_bytes(b"".join(rejects[:9]) + rejects[9][:20])
     assert generate.main([*args, str(tmp_path / "b.jsonl")]) == 0
-    assert rows(tmp_path / "a.jsonl.rejects.jsonl") == rows(tmp_path / "b.jsonl.rejects.jsonl")
+    assert rows(tmp_path / "a.rejects.jsonl") == rows(tmp_path / "b.rejects.jsonl")
 
 
 def test_greedy_labels_and_one_post(road, capsys):
@@ -184,13 +184,14 @@ def test_local_teacher_goes_through_the_same_stages(road, tmp_path):
     """--model FOLDER: every post is kept or set aside with all its attempts, in both stages."""
     out = tmp_path / "chains.jsonl"
     args = ["teacher", "--data", f"{road}/posts.jsonl", "--split", "dev", "--model",
-            f"{road}/assistant/best", "--max-new-tokens", "8", "--max-tries", "2", "--out", str(out)]
+            f"{road}/assistant/best", "--max-new-tokens", "8", "--max-tries", "2", "--out",
+            str(out)]
     assert generate.main(args) == 0
-    aside = mulcot.read_rows(f"{out}.rejects.jsonl")
+    aside = mulcot.read_rows(mulcot.beside(out, "rejects.jsonl"))
     assert len(mulcot.read_rows(out)) + len(aside) == 6
     for row in aside:
         assert [a["stage"] for a in row["attempts"]] == [1, 1, 2, 2]
-        for first, second in (row["attempts"][:2], row["attempts"][2:]):  # a retry changes something
+        for first, second in (row["attempts"][:2], row["attempts"][2:]):  # a retry changes
             budget = 16 if first["problem"] == "truncated" else 8
             assert second["max_tokens"] == budget and second["temperature"] > first["temperature"]
     assert any(row["attempts"][0]["problem"] == "truncated" for row in aside)
@@ -269,7 +270,7 @@ def test_divergence_stops_with_a_message(road, tmp_path, capsys):
 
 
 def test_bad_rows_are_set_aside_and_the_rest_is_predicted(road, tmp_path):
-    """Broken rows in one file: each is in the rejects with file, line and reason; good ones go on."""
+    """Broken rows are in the rejects with file, line and reason; the good ones go on."""
     good = mulcot.read_rows(road / "posts.jsonl")[0]
     lines = [json.dumps(good).encode(), b'{"id": "b", "text": "caf\xe9"}', b"{not json",
              json.dumps(good | {"id": "c", "label": "angry"}).encode(),
@@ -284,7 +285,7 @@ def test_bad_rows_are_set_aside_and_the_rest_is_predicted(road, tmp_path):
                           f"{road}/student/best", "--no-chain", "--out", str(out)]) == 0
     assert [r["id"] for r in mulcot.read_rows(out)] == [good["id"], "g"]
     aside = {r["where"].rpartition(":")[2]: r["problem"]
-             for r in mulcot.read_rows(f"{out}.rejects.jsonl")}
+             for r in mulcot.read_rows(mulcot.beside(out, "rejects.jsonl"))}
     reasons = {"2": "not UTF-8", "3": "not a JSON row", "4": "unknown label", "5": "leads outside",
                "6": "is missing", "7": "duplicate id", "8": "empty text"}
     assert aside.keys() == reasons.keys()
@@ -349,7 +350,7 @@ def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
     assert generate.main(["augment", "--data", f"{road}/posts.jsonl", "--model",
                           f"{road}/assistant/best", "--max-new-tokens", "4", "--out",
                           str(out)]) == 0
-    assert {r["split"] for r in mulcot.read_rows(f"{out}.rejects.jsonl")} == {"train"}
+    assert {r["split"] for r in mulcot.read_rows(mulcot.beside(out, "rejects.jsonl"))} == {"train"}
     args = train_args(road, tmp_path / "t", "--no-soft", "--no-reasoning", "--epochs", "1")
     args[2] = f"{road}/posts.jsonl"
     assert train.main(args) == 0

@@ -423,7 +423,7 @@ def test_stage_writes_chains_and_rejects(data, tmp_path, capsys):
     """Every training post ends in one of the two files, whole; test posts are never sent."""
     out = tmp_path / "chains.jsonl"
     assert teach(data, out) == 0
-    kept, aside = read_rows(out), read_rows(f"{out}.rejects.jsonl")
+    kept, aside = read_rows(out), read_rows(mulcot.beside(out, "rejects.jsonl"))
     unread, refused = aside[0], aside[1:]
     assert unread["where"].endswith(":161") and "empty text" in unread["problem"]
     assert {r["id"] for r in kept + refused} == {f"train-{i:04d}" for i in range(150)}
@@ -449,7 +449,7 @@ def test_stage_all_splits_and_single_stage(data, tmp_path):
 
 def test_stage_resumes(data, tmp_path):
     """Run again it adds nothing; cut anywhere and run again it ends with the same rows."""
-    out, aside = tmp_path / "c.jsonl", tmp_path / "c.jsonl.rejects.jsonl"
+    out, aside = tmp_path / "c.jsonl", tmp_path / "c.rejects.jsonl"
     assert teach(data, out) == 0
     whole, refused, raw = untimed(out), untimed(aside), out.read_bytes()
     assert teach(data, out) == 0
@@ -462,7 +462,7 @@ def test_stage_resumes(data, tmp_path):
 
 def test_stage_resumes_lost_rejects(data, tmp_path):
     """A run killed before its first reject was on disk writes the same rejects again."""
-    out, aside = tmp_path / "c.jsonl", tmp_path / "c.jsonl.rejects.jsonl"
+    out, aside = tmp_path / "c.jsonl", tmp_path / "c.rejects.jsonl"
     assert teach(data, out) == 0
     whole, refused, raw = untimed(out), untimed(aside), aside.read_bytes()
     aside.write_bytes(raw[: len(raw) // 2])

@@ -114,7 +114,7 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     kinds = ["reset", "half", "html", "null", 408, 409, 429, 500, 502, 503]
     server, url = serve(lambda text: rng.choice(kinds) if rng.random() < 0.2 else None)
     assert generate.main(command(world, url, tmp_path / "c.jsonl", "--workers", "8")) == 0
-    kept, aside = ids(tmp_path / "c.jsonl"), ids(tmp_path / "c.jsonl.rejects.jsonl")
+    kept, aside = ids(tmp_path / "c.jsonl"), ids(tmp_path / "c.rejects.jsonl")
     assert len(kept) + len(aside) == 40 == len({*kept, *aside}) and len(kept) > 36
     said = capsys.readouterr()
     files = b"".join(p.read_bytes() for p in tmp_path.iterdir())
@@ -139,7 +139,7 @@ def test_killed_and_rerun_pays_for_nothing_twice(serve, world, tmp_path):
     process.wait()
     time.sleep(0.2)
     assert generate.main(command(world, url, out, "--workers", "4")) == 0
-    done = ids(out) + ids(f"{out}.rejects.jsonl")
+    done = ids(out) + ids(mulcot.beside(out, "rejects.jsonl"))
     assert len(done) == 40 == len(set(done))
     twice = [call for call, n in Counter(server.calls).items() if n > 1]
     assert len(twice) <= 4
@@ -159,7 +159,7 @@ def test_ctrl_c_finishes_what_is_in_flight(serve, world, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "run the same command again" in said
-    assert len(mulcot.read_rows(f"{out}.calls.jsonl")) == len(server.calls)
+    assert len(mulcot.read_rows(mulcot.beside(out, "calls.jsonl"))) == len(server.calls)
 
 
 def test_refused_post_is_set_aside_and_bad_key_stops(serve, world, tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_refused_post_is_set_aside_and_bad_key_stops(serve, world, tmp_path, cap
     bad = next(iter(world[1]))
     server, url = serve(lambda text: 400 if f"Text: {bad}\n" in text else None)
     assert generate.main(command(world, url, tmp_path / "a.jsonl")) == 0
-    aside = mulcot.read_rows(tmp_path / "a.jsonl.rejects.jsonl")
+    aside = mulcot.read_rows(tmp_path / "a.rejects.jsonl")
     assert "no, says 400" in next(r["problem"] for r in aside if r["text"] == bad)
     server, url = serve(lambda text: 401)
     assert generate.main(command(world, url, tmp_path / "b.jsonl", "--workers", "2")) == 2
@@ -181,7 +181,7 @@ def test_a_server_that_refuses_every_post_stops_the_stage(serve, world, tmp_path
     for more in ((), ("--max-posts", "3")):
         assert generate.main(command(world, url, tmp_path / "a.jsonl", *more)) == 2
         assert "no, says 400" in capsys.readouterr().err
-        assert ids(tmp_path / "a.jsonl.rejects.jsonl") == []
+        assert ids(tmp_path / "a.rejects.jsonl") == []
 
 
 def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, world, tmp_path):
@@ -189,7 +189,7 @@ def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, wor
     answering = []
     server, url = serve(lambda text: None if answering else 503)
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--workers", "2")) == 2
-    assert ids(tmp_path / "a.jsonl") == ids(tmp_path / "a.jsonl.rejects.jsonl") == []
+    assert ids(tmp_path / "a.jsonl") == ids(tmp_path / "a.rejects.jsonl") == []
     answering.append(True)
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--workers", "2")) == 0
     assert len(ids(tmp_path / "a.jsonl")) > 36
@@ -203,12 +203,12 @@ def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
     said = capsys.readouterr().out
     assert server.calls == [] and "---- explain ----" in said and "tokens in all" in said
     assert generate.main(command(world, url, out, "--max-posts", "5")) == 0
-    assert len(ids(out)) + len(ids(f"{out}.rejects.jsonl")) == 5
+    assert len(ids(out)) + len(ids(mulcot.beside(out, "rejects.jsonl"))) == 5
     assert generate.main(command(world, url, out, "--budget-tokens", "3000", "--workers", "1")) == 0
     spent = 150 * len(server.calls)
     assert 3000 <= spent <= 3000 + 150 * 8 and "--budget-tokens 3000" in capsys.readouterr().out
     assert generate.main(command(world, url, out)) == 0
-    assert len(ids(out)) + len(ids(f"{out}.rejects.jsonl")) == 40
+    assert len(ids(out)) + len(ids(mulcot.beside(out, "rejects.jsonl"))) == 40
 
 
 def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsys):
@@ -247,7 +247,8 @@ def test_real_chains_are_accepted_and_contradicting_ones_asked_again(serve, twit
     rows = json.loads((twitter / "dev_chains.json").read_text())
     whole = [r for r in rows if mulcot.parse_reasoning(r["cot"]).complete]
     odd = {r["id"] for r in whole if mulcot.parse_reasoning(r["cot"]).prediction != r["label"]}
-    rows = [r for r in whole if r["id"] in odd][:10] + [r for r in whole if r["id"] not in odd][:150]
+    fair = [r for r in whole if r["id"] not in odd]
+    rows = [r for r in whole if r["id"] in odd][:10] + fair[:150]
     server, url = serve()
     server.posts = {f"{r['text']} no{r['id']}": mulcot.Post("1", "x", extra={"chain": r["cot"]})
                     for r in rows}
@@ -258,7 +259,7 @@ def test_real_chains_are_accepted_and_contradicting_ones_asked_again(serve, twit
     out = tmp_path / "c.jsonl"
     assert generate.main(["teacher", "--data", str(data), "--endpoint", url, "--model", "big",
                           "--out", str(out)]) == 0
-    aside = mulcot.read_rows(f"{out}.rejects.jsonl")
+    aside = mulcot.read_rows(mulcot.beside(out, "rejects.jsonl"))
     assert len(ids(out)) == 150 and {int(r["id"]) for r in aside} <= odd and len(aside) == 10
     assert all(r["tries"] == 4 and len(r["attempts"]) == 4 for r in aside)
     assert len(server.calls) == 150 + 4 * 10
