@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mulcot import (
     FIELDS, LABELS, Help, InputError, beside, load_image, parse_reasoning, read_posts, read_rows,
-    run_stage, write_atomic, write_json)
+    run_stage, tell_aside, write_atomic, write_json)
 
 
 def parse_args(argv=None):
@@ -269,10 +269,7 @@ def evaluate(args):
     """Table, metrics.json and report.html of the given runs."""
     aside = []
     gold = {p.id: p for p in read_posts(args.gold, args.images, aside) if p.label}
-    for where, why in aside[:5]:
-        print(f"set aside  {where}: {why}")
-    if aside:
-        print(f"warning: {len(aside)} gold rows cannot be read and are in no number below")
+    tell_aside(aside, "gold rows cannot be read and are in no number below")
     if not gold:
         raise InputError(f"{args.gold} has no labelled post")
     references = {p.id: p.cot for p in gold.values() if p.cot}

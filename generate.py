@@ -31,7 +31,8 @@ from mulcot import (
     Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
     encode, fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
     parse_reasoning, positive, read_posts, read_rows, render_reasoning, run_stage, score_labels,
-    task_format, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic)
+    task_format, tell_aside, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
+    write_atomic)
 
 
 def above_zero(text):
@@ -142,8 +143,7 @@ def posts_of(args, keep=lambda post: True):
         for where, why in rejects:
             if where not in aside.done:
                 aside.write(dict(where=where, problem=why))
-    for where, why in rejects[:5]:
-        print(f"set aside  {where}: {why}")
+    tell_aside(rejects, "unreadable rows")
     posts = [p for p in posts if keep(p)]
     if not posts:
         raise InputError(f"{', '.join(args.data)}: no post of split {split!r} that the "
@@ -227,11 +227,11 @@ def teacher(args):
     counts, began, bar = Counter(), time.time(), tqdm(desc="teacher", unit="post", smoothing=0.02)
     rejects = beside(args.out, "rejects.jsonl")
     with bar, RowWriter(args.out) as kept, RowWriter(rejects) as aside:
-        todo = [p for p in posts if p.id not in kept.done | aside.done]
+        done = kept.done | aside.done
         bar.reset(len(posts))
-        bar.update(len(posts) - len(todo))
+        bar.update(sum(p.id in done for p in posts))
         results = from_endpoint if args.endpoint else from_batches
-        for post, result in results(args, posts, kept.done | aside.done, counts):
+        for post, result in results(args, posts, done, counts):
             row = new_row(post, args, "teacher", **result)
             if "cot" in row:
                 del row["attempts"]
@@ -431,8 +431,7 @@ def soft(args):
                 aside.append((f"{path}: {post.id}", problem))
             else:
                 rows.append((post, branches))
-    for where, why in aside[:5]:
-        print(f"set aside  {where}: {why}")
+    tell_aside(aside, "rows without a usable chain")
     if not rows:
         raise InputError(f"{', '.join(args.data)}: no row with a usable chain and label")
     assistant, tokenizer = fingerprint(model, processor.tokenizer)

@@ -606,11 +606,13 @@ class Endpoint:
                 self.pause(delay)
             try:
                 return self._post(body)
+            except Unreachable as e:
+                problem = str(e)
+            except InputError:  # a ValueError too, but final
+                raise
             except (requests.RequestException, ValueError, LookupError, TypeError,
                     AttributeError) as e:
-                if isinstance(e, InputError) and not isinstance(e, Unreachable):
-                    raise
-                problem = str(e) if isinstance(e, Unreachable) else f"{type(e).__name__}: {e}"
+                problem = f"{type(e).__name__}: {e}"
             self.retries[problem.split(":")[0]] += 1
             ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
         raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
@@ -709,7 +711,7 @@ class Processor:
         ids = tokenizer.convert_tokens_to_ids
         self.im_end, self.pad, self.image_pad = ids(IM_END), ids(PAD_TOKEN), ids(IMAGE_PAD)
         self.merge = image_processor.merge_size
-        self._pixels, self._room = OrderedDict(), cache_mb * 2**20
+        self._pixels, self._room, self._template = OrderedDict(), cache_mb * 2**20, {}
 
     def text_ids(self, text):
         """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a control
@@ -717,8 +719,11 @@ class Processor:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def template_ids(self, text):
-        """Ids of our own template text, control tokens included. Never give it user text."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """Ids of our own template text, control tokens included. Never give it user text. Kept:
+        the few pieces recur in every example."""
+        if text not in self._template:
+            self._template[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._template[text]
 
     def image(self, path):
         """Patches (n, 1176) and grid (3,) of an image file; identical files are processed once."""
@@ -1436,6 +1441,14 @@ class SoftLabels:
         f = self.open_files[part]
         ids, log_p, tail = (f.get_slice(k)[start:end] for k in ("ids", "log_p", "tail"))
         return ids.long(), log_p.float(), tail
+
+
+def tell_aside(aside, what):
+    """Prints the first of the rows that were set aside [(where, why)], and how many there are."""
+    for where, why in aside[:5]:
+        print(f"set aside  {where}: {why}")
+    if aside:
+        print(f"set aside  {len(aside)} {what}")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -32,8 +32,8 @@ from mulcot import (
     LABELS, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages, check_settings,
     collate, dense_ce_kl, digest, encode, forward_branches, label_branches, load_model,
     load_processor, multitask_loss, positive, read_posts, read_rows, render_label, run_stage,
-    save_adapter, score_labels, seed_everything, show_tokens, tiny_model, tiny_tokenizer,
-    tokenizer_hash, training_branches, write_atomic, write_json)
+    save_adapter, score_labels, seed_everything, show_tokens, tell_aside, tiny_model,
+    tiny_tokenizer, tokenizer_hash, training_branches, write_atomic, write_json)
 
 
 def parse_args(argv=None):
@@ -120,11 +120,9 @@ def training_items(args, processor):
                 aside.append((f"{path}: {post.id}", problem))
             elif branches:
                 items.append((post, branches))
-    for where, why in aside[:5]:
-        print(f"set aside  {where}: {why}")
+    tell_aside(aside, f"rows in all, reasons in {args.out}/set_aside.json")
     if aside:
         write_json(Path(args.out, "set_aside.json"), aside)
-        print(f"set aside  {len(aside)} rows in all, reasons in {args.out}/set_aside.json")
     if not items:
         raise InputError(f"{', '.join(args.data)}: no row that the {args.stage} stage can train on")
     return items
@@ -146,10 +144,7 @@ def dev_posts(args):
     """Labelled posts to select on: those of split dev, or all where no row has a split."""
     aside = []
     posts = [p for p in read_posts(args.dev, args.images, aside) if p.label]
-    for where, why in aside[:5]:
-        print(f"set aside  {where}: {why}")
-    if aside:
-        print(f"set aside  {len(aside)} of the dev rows")
+    tell_aside(aside, "of the dev rows")
     chosen = [p for p in posts if p.split == "dev"] or [p for p in posts if p.split is None]
     if not chosen:
         raise InputError(f"{args.dev} has no labelled post of split dev to select on")
