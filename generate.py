@@ -96,7 +96,8 @@ def parse_args(argv=None):
 
     flag = stage("soft", "the assistant's distributions at the supervised positions")
     flag("--temperature", type=above_zero, default=2.0, help="τ (paper: 2)")
-    flag("--top-k", type=int, default=64, help="likeliest tokens kept; the rest is one more bin")
+    flag("--top-k", type=int, default=0, help="keep only so many likeliest tokens and one bin for "
+         "the rest; 0: exact, by hidden states and output matrix")
     flag("--kl-positions", choices=("response", "all"), default="response",
          help="all: prompt and image positions too, near to what the authors' script does")
     flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
@@ -439,6 +440,8 @@ def soft(args):
     cache = SoftLabels(args.out, dict(
         assistant=assistant, tokenizer=tokenizer, temperature=args.temperature, top_k=args.top_k,
         positions=args.kl_positions, vocab=vocab))
+    if not args.top_k:
+        cache.write_head(model.lm_head.weight[:vocab])
     everywhere = args.kl_positions == "all"
     rows.sort(key=lambda row: len(row[1][0][1]))  # by the length of the chain
     for a in tqdm(range(0, len(rows), args.batch), desc="soft", unit="batch"):
@@ -449,8 +452,11 @@ def soft(args):
         batch, entries = collate(examples, processor.pad).to(args.device), {}
         hidden = forward_branches(model, batch)
         at = (batch.branch >= 0) if everywhere else (batch.targets != -100)
-        logits = model.lm_head(hidden[at])[:, :vocab]  # (N, V)
-        parts = [x.cpu() for x in top_k_soft(logits, args.top_k, args.temperature)]
+        parts = (hidden[at],)
+        if args.top_k:
+            logits = model.lm_head(hidden[at])[:, :vocab]  # (N, V)
+            parts = top_k_soft(logits, args.top_k, args.temperature)
+        parts = [x.cpu() for x in parts]
         row, branch = at.nonzero()[:, 0].cpu(), batch.branch[at].cpu()
         for b, each in enumerate(names):
             for k, name in enumerate(each):
@@ -458,7 +464,7 @@ def soft(args):
                 if here.any():
                     entries[name] = tuple(x[here] for x in parts)
         cache.write_part(entries)
-    size = sum(f.stat().st_size for f in Path(args.out).glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in Path(args.out).glob("part-*.safetensors"))
     tokens = sum(end - start for _, start, end in cache.index.values())
     print(f"wrote {len(cache.index)} entries, {tokens} positions of {size / max(tokens, 1):.0f} "
           f"bytes, to {args.out}")

@@ -27,8 +27,9 @@ Departures from the paper and from the authors' released scripts
     micro-batches.
  5. LoRA adapts the language model only; suffix matching, as the authors do, also hits the vision
     tower's MLPs. `--scope all` is theirs.
- 6. Soft labels come from the assistant in eval mode, kept as its 64 likeliest tokens plus one bin
-    for the rest; the authors run the assistant beside the student, full vocabulary, at every step.
+ 6. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
+    states at the supervised positions and its output matrix, which is exact (`--top-k 64`: its 64
+    likeliest tokens and one bin for the rest); the authors run it beside the student at each step.
  7. Chains are brought into one written form before training; those that contradict their label
     after all retries are set aside, label-conditioned ones too. The authors keep what came.
  8. Labels are decided by scoring the three answers, on dev too; `--decode greedy` generates them,
@@ -1219,11 +1220,14 @@ def top_k_soft(logits, k=64, temperature=2.0):
 
 
 def soft_kl(student_logits, soft, temperature=2.0):
-    """KL (N,) between soft labels as `top_k_soft` keeps them and the student, over the same K + 1
-    bins; equals distill_kl per position when K = V. The student's logits must be cut to the soft
-    labels' vocabulary."""
-    ids, log_p, tail_p = soft
+    """KL(assistant || student) (N,) at τ. `soft` is exact: the assistant's last hidden states and
+    its output matrix, ((N, D'), (V, D')); or short: (ids, log_p, tail) of `top_k_soft`, compared
+    over the same K + 1 bins. The student's logits must be cut to the soft labels' vocabulary."""
     log_q = (student_logits.float() / temperature).log_softmax(-1)  # (N, V)
+    if len(soft) == 2:
+        log_p = (F.linear(*soft).float() / temperature).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    ids, log_p, tail_p = soft
     tail_q = log_q.scatter(1, ids, -torch.inf).logsumexp(-1)  # (N,)
     kl = (log_p.exp() * (log_p - log_q.gather(1, ids))).sum(-1)
     whole = torch.isinf(tail_p) | torch.isinf(tail_q)  # K = V: there is no rest
@@ -1236,10 +1240,10 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
     """Σ_n w_n [(1 - λ) CE_n + λ KL_n] over the supervised positions -> (loss, {"ce", "kl"}
     detached sums).
 
-    hidden (N, D), output weight (V, D), targets (N,); weights (N,) default 1/N; soft as from
-    `top_k_soft`, whose ids lie below `vocab`; kl_weights (N,) default `weights` (they differ with
-    τ² and with positions "all"). The readable form: it holds the (N, V) logits of the positions it
-    is given, and no others."""
+    hidden (N, D), output weight (V, D), targets (N,); weights (N,) default 1/N; soft as `soft_kl`
+    takes it, over the ids below `vocab`; kl_weights (N,) default `weights` (they differ with τ²
+    and with positions "all"). The readable form of `chunked_ce_kl`: it holds the (N, V) logits of
+    the positions it is given, and no others."""
     N = len(targets)
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()  # (N, V)
     weights = torch.full((N,), 1 / max(N, 1), device=hidden.device) if weights is None else weights
@@ -1249,6 +1253,87 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
     kl_weights = weights if kl_weights is None else kl_weights
     kl = (kl_weights * soft_kl(logits[:, :vocab], soft, temperature)).sum()
     return student_loss(ce, kl, lam), {"ce": ce.detach(), "kl": kl.detach()}
+
+
+CHUNK = 2**25  # logits held at once: 128 MiB in fp32, 220 positions of Qwen's vocabulary
+
+
+def chunked_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, temperature=2.0,
+                  kl_weights=None, vocab=None):
+    """`dense_ce_kl` without its (N, V) logits: same arguments, same result (tested). Positions go
+    by in chunks; the loss is the end of the graph, so each chunk's gradient is taken on the spot,
+    in the buffer that held its logits, and backward only scales it."""
+    N = len(targets)
+    weights = torch.full((N,), 1 / max(N, 1), device=hidden.device) if weights is None else weights
+    kl_weights = weights if kl_weights is None else kl_weights
+    if lam == 0.0:
+        soft = None
+    loss, ce, kl = _ChunkedCEKL.apply(hidden, weight, targets, weights, soft, lam, temperature,
+                                      kl_weights, vocab)
+    return loss, {"ce": ce, "kl": kl}
+
+
+class _ChunkedCEKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, soft, lam, temperature, kl_weights, vocab):
+        N, V, size = len(targets), len(weight), max(1, CHUNK // len(weight))
+        W, share = weight.to(hidden.dtype), 1.0 if soft is None else 1 - lam
+        d_hidden, d_weight = torch.zeros_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight)
+        buffer = hidden.new_empty(min(size, N), V)
+        ce, kl = (torch.zeros((), device=hidden.device) for _ in range(2))
+        for a in range(0, N, size):
+            at = slice(a, a + size)
+            h, t, w = hidden[at], targets[at, None], weights[at, None]
+            logits = torch.mm(h, W.T, out=buffer[: len(h)]).float()  # (n, V), its last use of h
+            d_kl, target_logits = None, logits.gather(1, t)
+            if soft is not None:
+                mine = (soft[0][at], soft[1]) if len(soft) == 2 else [x[at] for x in soft]
+                kl_n, d_kl = _soft_kl_gradient(logits[:, :vocab], mine, temperature)
+                kl += (kl_weights[at] * kl_n).sum()
+            # CE_n = logsumexp - logit of the target; its gradient is softmax - one-hot
+            top = logits.amax(1, keepdim=True)
+            d = logits.sub_(top).exp_()
+            total = d.sum(1, keepdim=True)
+            ce += (w * (total.log() + top - target_logits)).sum()
+            d.mul_(share * w / total).scatter_add_(1, t, -share * w)
+            if d_kl is not None:
+                d[:, :vocab] += d_kl.mul_(lam * kl_weights[at, None])
+            d = d.to(h.dtype)
+            torch.mm(d, W, out=d_hidden[at])
+            if d_weight is not None:
+                d_weight += d.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(ce, kl)
+        return share * ce + lam * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        d_hidden, d_weight = ctx.saved_tensors
+        d_weight = None if d_weight is None else scale * d_weight
+        return scale * d_hidden, d_weight, *[None] * 7
+
+
+def _soft_kl_gradient(logits, soft, temperature):
+    """(`soft_kl` (n,), its gradient in the logits (n, V)); written out, two buffers in all."""
+    log_q = (logits / temperature).log_softmax(-1)
+    if len(soft) == 2:  # KL = Σ p (log p - log q); gradient (q - p) / τ
+        log_p = F.linear(*soft).float().div_(temperature).log_softmax(-1)
+        p = log_p.exp()
+        kl = (p * (log_p - log_q)).sum(-1)
+        return kl, log_q.exp_().sub_(p).div_(temperature)
+    ids, log_p, tail_p = soft
+    top = log_q.gather(1, ids)
+    rest = log_q.scatter_(1, ids, -torch.inf)
+    tail_q = rest.logsumexp(-1)
+    whole = torch.isinf(tail_p) | torch.isinf(tail_q)
+    p_rest, tail_q = tail_p.exp(), tail_q.masked_fill(whole, 0)
+    kl = (log_p.exp() * (log_p - top)).sum(-1)
+    kl += torch.where(whole, 0, p_rest * (tail_p - tail_q))
+    # within the rest the student's own shares count: gradient share · (q_rest - p_rest) / τ
+    d = rest.sub_(tail_q[:, None]).exp_().mul_((tail_q.exp() - p_rest)[:, None])
+    return kl, d.scatter_(1, ids, top.exp() - log_p.exp()).div_(temperature)
 
 
 # ================================================================================================
@@ -1384,12 +1469,13 @@ class SoftLabels:
     """The assistant's distributions at the supervised positions, in `folder`: `soft.json` says
     what they are valid for, `part-*.safetensors` hold them, each written atomically. An entry is
     one branch of one post, named by a hash of its token ids, its prefix and its image, so that a
-    stale or foreign one is not found. Cost per position: K x (4-byte id + 2-byte log-probability)
-    + 4 bytes for the rest."""
+    stale or foreign one is not found. Exact (top_k 0): the assistant's last hidden states, 2 bytes
+    x its width a position, and its output matrix, once. Short: K x (4-byte id + 2-byte
+    log-probability) + 4 bytes for the rest."""
 
     def __init__(self, folder, about=None):
         """about: what to write these for (a dict); None opens them for reading."""
-        self.folder, self.index, self.open_files = str(folder), {}, {}
+        self.folder, self.index, self.open_files, self.head = str(folder), {}, {}, None
         header = Path(folder, "soft.json")
         if about is not None:
             if not header.exists():
@@ -1403,6 +1489,9 @@ class SoftLabels:
             raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
                              "train with --no-soft")
         self.about = json.loads(header.read_text())
+        self.kinds = dict(ids=torch.int32, log_p=torch.float16, tail=torch.float32)
+        if not self.about["top_k"]:
+            self.kinds = dict(hidden=torch.float16)
         for part in sorted(Path(folder).glob("part-*.safetensors")):
             with safe_open(part, "pt") as f:
                 for name, (start, end) in json.loads(f.metadata()["entries"]).items():
@@ -1415,22 +1504,24 @@ class SoftLabels:
         return [prefix] + [digest(prefix, ids, n) for ids, n in example.branches]
 
     def write_part(self, entries):
-        """entries: {name: (ids (n, K), log-probabilities (n, K), tail (n,))} -> one more file."""
-        parts = len(list(Path(self.folder).glob("part-*.safetensors")))
-        part = Path(self.folder, f"part-{parts:05d}.safetensors")
+        """entries: {name: (hidden (n, D),) or (ids (n, K), log-probabilities (n, K), tail (n,))}
+        -> one more file."""
+        names = "".join(entries)  # choice: named by its content, so that processes do not collide
+        part = Path(self.folder, f"part-{digest(names)}.safetensors")
         spans, at = {}, 0
-        for name, (ids, _, _) in entries.items():
-            spans[name] = (at, at + len(ids))
-            at += len(ids)
-        tensors = dict(ids=torch.cat([e[0] for e in entries.values()]).int(),
-                       log_p=torch.cat([e[1] for e in entries.values()]).half(),
-                       tail=torch.cat([e[2] for e in entries.values()]).float())
+        for name, entry in entries.items():
+            spans[name] = (at, at + len(entry[0]))
+            at += len(entry[0])
+        columns = zip(self.kinds.items(), zip(*entries.values()))
+        tensors = {name: torch.cat(parts).to(kind) for (name, kind), parts in columns}
+        if not all(torch.isfinite(t).all() for k, t in tensors.items() if k == "hidden"):
+            raise InputError("the assistant's hidden states do not fit 16 bits: use --top-k 64")
         write_atomic(part, lambda path: save_file(tensors, path,
                                                   metadata={"entries": json.dumps(spans)}))
         self.index.update({name: (part, *span) for name, span in spans.items()})
 
     def read(self, name):
-        """(ids (n, K), log-probabilities (n, K), tail (n,)) of one entry."""
+        """One entry's tensors as `write_part` took them, floats in 32 bits."""
         if name not in self.index:
             raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
                              "rerun generate.py soft with the same --data, chains and model "
@@ -1438,9 +1529,22 @@ class SoftLabels:
         part, start, end = self.index[name]
         if part not in self.open_files:
             self.open_files[part] = safe_open(part, "pt")
-        f = self.open_files[part]
-        ids, log_p, tail = (f.get_slice(k)[start:end] for k in ("ids", "log_p", "tail"))
-        return ids.long(), log_p.float(), tail
+        tensors = (self.open_files[part].get_slice(kind)[start:end] for kind in self.kinds)
+        return tuple(t.long() if t.dtype == torch.int32 else t.float() for t in tensors)
+
+    def write_head(self, weight):
+        """The assistant's output matrix (V, D), for exact soft labels."""
+        write_atomic(Path(self.folder, "head.safetensors"),
+                     lambda path: save_file({"weight": weight.detach().cpu().contiguous()}, path))
+
+    def load_head(self, device):
+        """Exact labels need the assistant's output matrix: `head` (V, D)."""
+        if self.about["top_k"]:
+            return
+        file = Path(self.folder, "head.safetensors")
+        if not file.exists():
+            raise InputError(f"{file} is missing: delete {self.folder} and run generate.py soft")
+        self.head = load_file(file)["weight"].to(device)
 
 
 def tell_aside(aside, what):

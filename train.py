@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from mulcot import (
     LABELS, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages, check_settings,
-    collate, dense_ce_kl, digest, encode, forward_branches, label_branches, load_model,
+    chunked_ce_kl, collate, digest, encode, forward_branches, label_branches, load_model,
     load_processor, multitask_loss, positive, read_posts, read_rows, render_label, run_stage,
     save_adapter, score_labels, seed_everything, show_tokens, tell_aside, tiny_model,
     tiny_tokenizer, tokenizer_hash, training_branches, write_atomic, write_json)
@@ -181,12 +181,13 @@ def token_counts(batches, everywhere=False):
 
 
 def soft_targets(soft, examples, k, everywhere, device):
-    """The soft labels of branch k, in the order of the batch's positions."""
+    """The soft labels of branch k, in the order of the batch's positions, as soft_kl takes them."""
     entries = []
     for names in map(SoftLabels.names, examples):
         entries += [soft.read(names[0])] if everywhere else []
         entries.append(soft.read(names[k]))
-    return [torch.cat(parts).to(device) for parts in zip(*entries)]
+    parts = [torch.cat(parts).to(device) for parts in zip(*entries)]
+    return parts if soft.head is None else (parts[0].to(soft.head.dtype), soft.head)
 
 
 def step_loss(args, model, batch, examples, soft, counts):
@@ -210,7 +211,7 @@ def step_loss(args, model, batch, examples, soft, counts):
             distil = dict(soft=soft_targets(soft, examples, k, everywhere, hidden.device),
                           lam=args.lam, temperature=tau, vocab=soft.about["vocab"],
                           kl_weights=torch.full_like(weights, share))
-        loss, terms = dense_ce_kl(hidden[at], weight, targets.clamp(min=0), weights, **distil)
+        loss, terms = chunked_ce_kl(hidden[at], weight, targets.clamp(min=0), weights, **distil)
         losses.append(loss)
         parts[f"ce_{task}"] = terms["ce"].item()
         if distil:
@@ -291,6 +292,7 @@ def open_soft(args, processor, model):
                          "--no-soft")
     rows = model.lm_head.weight.shape[0]
     assert soft.about["vocab"] <= rows, (soft.about["vocab"], rows)
+    soft.load_head(args.device)
     return soft
 
 

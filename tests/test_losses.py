@@ -164,6 +164,101 @@ def test_no_positions_give_zero_with_a_gradient():
         assert loss.item() == 0 and x.grad is not None
 
 
+# ---- the same loss in chunks
+
+def both_losses(V=50, D=9, N=23, vocab=50, lam=0.3, tau=2.5, form="short", k=5,
+                dtype=torch.float32, train_weight=False):
+    """[(loss, terms, gradients of 3 x loss)] of the dense and of the chunked loss."""
+    hidden, weight = drawn(N, D, scale=1.0), drawn(V, D, scale=1.0, seed=1).to(dtype)
+    targets = torch.arange(N) * 7 % V
+    w, kw = drawn(N, seed=2).abs(), drawn(N, seed=3).abs()
+    theirs, head = drawn(N, 7, scale=1.0, seed=4), drawn(vocab, 7, scale=1.0, seed=5)
+    soft = (theirs, head) if form == "exact" else mulcot.top_k_soft(theirs @ head.T, k, tau)
+    results = []
+    for loss_of in (mulcot.dense_ce_kl, mulcot.chunked_ce_kl):
+        h = hidden.clone().requires_grad_()
+        out = weight.clone().requires_grad_(train_weight)
+        loss, terms = loss_of(h, out, targets, w, None if form is None else soft, lam, tau, kw,
+                              vocab)
+        (3 * loss).backward()
+        results.append((loss.item(), terms, h.grad, out.grad))
+    return results
+
+
+CASES = [dict(form=form, vocab=vocab, lam=lam) for form in ("short", "exact")
+         for vocab in (50, 40) for lam in (0.0, 0.3, 1.0)]
+CASES += [dict(form=None), dict(form=None, train_weight=True), dict(train_weight=True),
+          dict(form="exact", tau=1.0), dict(k=50), dict(N=1), dict(dtype=torch.bfloat16),
+          dict(form="exact", dtype=torch.bfloat16, vocab=40)]
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 2**25])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunked_equals_dense(case, chunk, monkeypatch):
+    """Value, parts and gradients, whatever the chunk, temperature, weights and vocabularies."""
+    monkeypatch.setattr(mulcot, "CHUNK", chunk)
+    (a, terms, *gradients), (b, got, *others) = both_losses(**case)
+    assert b == pytest.approx(a, rel=1e-6)
+    for name in ("ce", "kl"):
+        assert got[name].item() == pytest.approx(terms[name].item(), rel=1e-6, abs=1e-6)
+        assert not got[name].requires_grad
+    for x, y in zip(gradients, others):
+        assert (x is None) == (y is None)
+        assert x is None or (x - y).norm() <= 1e-6 * x.norm()
+
+
+def test_chunked_survives_a_student_that_is_sure_of_something_else():
+    """A tail of which the student keeps nothing: finite, and the dense loss's gradient."""
+    hidden, weight = torch.tensor([[400.0]]), torch.tensor([[1.0], [0.0], [-1.0], [0.5]])
+    soft = mulcot.top_k_soft(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), 1, 1.0)
+    results = []
+    for loss_of in (mulcot.dense_ce_kl, mulcot.chunked_ce_kl):
+        h = hidden.clone().requires_grad_()
+        loss, _ = loss_of(h, weight, torch.tensor([0]), None, soft, 0.5, 1.0)
+        loss.backward()
+        results.append((loss.item(), h.grad.item()))
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and math.isfinite(results[1][1])
+
+
+def test_chunked_without_positions():
+    """A batch in which nothing is supervised costs nothing and has a zero gradient."""
+    h = torch.zeros(0, 9, requires_grad=True)
+    for soft in (None, (torch.zeros(0, 3), torch.ones(9, 3))):
+        loss, terms = mulcot.chunked_ce_kl(h, torch.ones(9, 9), torch.zeros(0).long(), soft=soft,
+                                           lam=0.3)
+        loss.backward()
+        assert loss.item() == terms["ce"].item() == terms["kl"].item() == 0
+        assert h.grad.shape == (0, 9)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the most elements that any one tensor had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(t):
+                self.most = max(self.most, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("form", [None, "short", "exact"])
+def test_chunked_never_holds_all_logits(form, monkeypatch):
+    """No tensor on the way is larger than a chunk, however many positions there are."""
+    monkeypatch.setattr(mulcot, "CHUNK", 800)
+    sizes = {}
+    for N in (40, 400):
+        h, weight = drawn(N, 2), drawn(200, 2)
+        soft = {None: None, "short": mulcot.top_k_soft(drawn(N, 200), 3, 2.0),
+                "exact": (drawn(N, 2), weight)}[form]
+        with Largest() as seen:
+            mulcot.chunked_ce_kl(h, weight, torch.zeros(N).long(), soft=soft, lam=0.3)
+        sizes[N] = seen.most
+    assert sizes[40] <= 800 and sizes[400] <= max(800, 400 * 3)
+
+
 # ---- soft labels as files
 
 def two_tasks(cot, label):
@@ -198,16 +293,20 @@ def examples(toy, rows, student):
 
 @pytest.fixture(scope="module")
 def soft_of(toy, rows, tmp_path_factory):
-    """soft_of(positions): a folder of soft labels at temperature 3 with all tokens kept."""
+    """soft_of(positions): a folder of soft labels at temperature 3 with all tokens kept, as a list
+    of all tokens or as hidden states and output matrix."""
     made = {}
 
-    def make(positions):
-        if positions not in made:
-            code, made[positions] = soft_folder(
+    def make(positions, top_k=99999):
+        key = positions, top_k
+        if key not in made:
+            code, made[key] = soft_folder(
                 toy, rows, tmp_path_factory.mktemp("soft") / positions, "--kl-positions", positions,
-                "--temperature", "3", "--top-k", "99999", "--batch", "3")
+                "--temperature", "3", "--top-k", str(top_k), "--batch", "3")
             assert code == 0
-        return SoftLabels(made[positions])
+        soft = SoftLabels(made[key])
+        soft.load_head("cpu")
+        return soft
 
     return make
 
@@ -243,7 +342,7 @@ def test_soft_labels_are_the_assistants_distributions(toy, student, examples, so
 
 def test_soft_labels_cost_and_tail(toy, rows, examples, tmp_path):
     """64 tokens and the rest take at most 512 bytes per position and sum to one."""
-    code, folder = soft_folder(toy, rows, tmp_path / "soft")
+    code, folder = soft_folder(toy, rows, tmp_path / "soft", "--top-k", "64")
     soft = SoftLabels(folder)
     positions = sum(end - start for _, start, end in soft.index.values())
     size = sum(f.stat().st_size for f in folder.iterdir())
@@ -253,6 +352,23 @@ def test_soft_labels_cost_and_tail(toy, rows, examples, tmp_path):
     ids, log_p, tail = soft.read(SoftLabels.names(examples[0])[1])
     assert ids.shape[1] == 64 and tail.exp().min() > 0
     assert (log_p.exp().sum(-1) + tail.exp() - 1).abs().max() < 2e-3
+
+
+def test_exact_soft_labels(toy, rows, examples, soft_of, tmp_path, capsys):
+    """Hidden states (16 bits) and output matrix give the assistant's distributions; half of it
+    missing is an error."""
+    short, exact = soft_of("response"), soft_of("response", 0)
+    for e in examples[:3]:
+        for name in SoftLabels.names(e)[1:]:
+            (hidden,), (ids, log_p, _) = exact.read(name), short.read(name)
+            got = (hidden @ exact.head.T / 3).log_softmax(-1)
+            assert torch.allclose(got.gather(1, ids), log_p, rtol=2e-3, atol=2e-3)
+    code, folder = soft_folder(toy, rows, tmp_path / "soft")
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(InputError, match="head.safetensors is missing"):
+        SoftLabels(folder).load_head("cpu")
+    assert soft_folder(toy, rows, folder, "--top-k", "64")[0] == 2
+    assert "another top_k" in capsys.readouterr().err
 
 
 def test_stale_soft_labels_are_not_found(toy, rows, student, soft_of):
@@ -377,12 +493,13 @@ OPTIONS = ["--t-squared", "--lam", "0.6", "--reasoning-weight", "0.5", "--label-
 
 @pytest.mark.parametrize("options", [[], OPTIONS], ids=["paper", "options"])
 @pytest.mark.parametrize("positions", ["response", "all"])
-def test_step_loss_by_hand(toy, learner, student, examples, soft_of, positions, options):
+@pytest.mark.parametrize("top_k", [99999, 0], ids=["list", "exact"])
+def test_step_loss_by_hand(toy, learner, student, examples, soft_of, positions, options, top_k):
     """Temperature, masks, weights and lambda end where the formula has them."""
     assistant, few = mulcot.load_model(toy / "assistant")[0], examples[1:4]
     want, squared = by_hand(learner, student, assistant, few, positions, options)
     args = student_args("--soft", "s", *options)
-    got, _ = run_step(args, learner, few, 2, student[1].pad, soft_of(positions))
+    got, _ = run_step(args, learner, few, 2, student[1].pad, soft_of(positions, top_k))
     for name in ("reason", "label"):
         want[f"kl_{name}"] *= squared
     assert got == pytest.approx(want, rel=2e-3)
