@@ -29,10 +29,10 @@ from tqdm import tqdm
 from mulcot import (
     LABELS, Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
     Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
-    encode, fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
-    parse_reasoning, positive, read_posts, read_rows, render_reasoning, run_stage, score_labels,
-    task_format, tell_aside, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
-    write_atomic)
+    encode, fingerprint, forward_branches, generate_text, label_branches, label_example,
+    load_image, load_model, new_cache, parse_reasoning, positive, read_posts, read_rows,
+    render_reasoning, run_stage, score_labels, task_format, tell_aside, top_k_soft, toy_posts,
+    toy_warmup, training_branches, two_stage_cot, write_atomic, write_branch)
 
 
 def above_zero(text):
@@ -503,22 +503,31 @@ def controlled(posts, args):
     return posts
 
 
+@torch.no_grad()
 def predict_batch(args, model, processor, posts):
     """What is said of each post: prediction, probs or raw_label, and the chain with its problem."""
+    chain, chains = [(task_format("reason"), None)], []
     if args.decode == "score":
-        examples = [encode(p, label_branches(), processor) for p in posts]
-        batch = collate(examples, processor.pad).to(args.device)
+        scored = label_branches() + chain  # one pass over image and post for labels and chain
+        examples = [encode(p, scored, processor) if args.chain else label_example(p, processor)
+                    for p in posts]
+        batch = collate(examples, processor.pad).to(model.device)
+        cache = new_cache() if args.chain else None
+        hidden = forward_branches(model, batch, cache)
         rows = [dict(prediction=LABELS[max(range(3), key=probs.__getitem__)],
                      probs=[round(p, 6) for p in probs])
-                for probs in score_labels(model, batch).exp().tolist()]
+                for probs in score_labels(model, batch, hidden).exp().tolist()]
+        if args.chain:
+            chains = write_branch(model, processor, batch, hidden, cache, args.max_new_tokens)
     else:
         asked = [encode(p, [(task_format("label"), None)], processor) for p in posts]
         rows = [dict(prediction=parse_reasoning(text).prediction, raw_label=text)
                 for text, _ in generate_text(model, processor, asked, 32)]
+        if args.chain:
+            asked = [encode(p, chain, processor) for p in posts]
+            chains = generate_text(model, processor, asked, args.max_new_tokens)
     if args.chain:
-        asked = [encode(p, [(task_format("reason"), None)], processor) for p in posts]
-        for row, (text, finish) in zip(rows, generate_text(model, processor, asked,
-                                                           args.max_new_tokens)):
+        for row, (text, finish) in zip(rows, chains):
             parsed = parse_reasoning(text)
             row |= dict(raw=text, chain_prediction=parsed.prediction,
                         problem="truncated" if finish == "length" else parsed.problem,

@@ -906,7 +906,8 @@ class LoRALinear(nn.Module):
         if not self.on:
             return y
         low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (…, R)
-        return y + self.scale * F.linear(low, self.lora_B).to(y.dtype)
+        y += F.linear(self.scale * low, self.lora_B).to(y.dtype)  # scaled where it is small
+        return y
 
 
 def _layers(model):
@@ -1093,7 +1094,14 @@ def base_of(name):
     return base
 
 
-def forward_branches(model, batch):
+def new_cache():
+    """An empty key-value cache for `forward_branches` to fill and `write_branch` to go on from."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def forward_branches(model, batch, cache=None):
     """Hidden states (B, T, D) of the last layer: one vision pass and one language pass for all
     branches. The logits are left to the caller, who needs them at few positions."""
     core = model.model
@@ -1106,17 +1114,17 @@ def forward_branches(model, batch):
         seats = batch.ids == model.config.image_token_id
         embeds = embeds.masked_scatter(seats[..., None], torch.cat(list(parts)).to(embeds.dtype))
     out = core.language_model(inputs_embeds=embeds, position_ids=batch.position_ids,
-                              use_cache=False,
+                              use_cache=cache is not None, past_key_values=cache,
                               attention_mask=branch_mask(batch.branch, embeds.dtype))
     return out.last_hidden_state
 
 
 @torch.no_grad()
-def score_labels(model, batch):
+def score_labels(model, batch, hidden=None):
     """Log-probabilities (B, 3) in the order of LABELS, normalised over the three, from a batch
-    whose examples were encoded with `label_branches()`. One forward pass, exact, never
-    unparsed."""
-    hidden = forward_branches(model, batch)
+    whose first branches are `label_branches()`, or of `label_example`s. One forward pass (`hidden`,
+    if it has been made), exact, never unparsed."""
+    hidden = forward_branches(model, batch) if hidden is None else hidden
     at = batch.targets != -100
     logits = model.lm_head(hidden[at]).float()  # (N, V)
     token = logits.log_softmax(-1).gather(1, batch.targets[at][:, None])[:, 0]  # (N,)
@@ -1129,6 +1137,20 @@ def score_labels(model, batch):
 def label_branches():
     """The label prompt with each of the three answers."""
     return [(task_format("label"), render_label(label)) for label in LABELS]
+
+
+def label_example(post, processor):
+    """The three answers to the label prompt as branches, for `score_labels` alone: what they share,
+    the prompt and the answer's opening, belongs to the prefix, whose tokens cost once. Their
+    log-probabilities are the same three times and cancel."""
+    example = encode(post, label_branches(), processor)
+    tails = [ids for ids, _ in example.branches]
+    shared = len(os.path.commonprefix(tails)) - 1  # a branch opens with one token that predicts
+    after = int(example.positions.max()) + 1 + torch.arange(shared)
+    example.prefix = example.prefix + tails[0][:shared]
+    example.positions = torch.cat([example.positions, after.expand(3, -1)], 1)
+    example.branches = [(ids[shared:], len(ids) - shared - 1) for ids in tails]
+    return example
 
 
 def training_branches(post, processor, max_answer=512, reasoning=True):
@@ -1151,41 +1173,57 @@ def training_branches(post, processor, max_answer=512, reasoning=True):
     return [(task_format("reason"), chain), label_task], None
 
 
-@torch.no_grad()
 def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.0):
-    """Answers [(text, finish), …] to examples that have one branch without an answer each, in one
-    batch with left padding. finish is "stop" or "length". Greedy at temperature 0. trap: Qwen
-    ships sampling defaults; greedy and penalties are given explicitly. Vision ids never come
-    out."""
-    rows = [e.prefix + e.branches[0][0] for e in examples]
-    T, device = max(map(len, rows)), model.device
-    ids = torch.tensor([[processor.pad] * (T - len(r)) + r for r in rows], device=device)  # (B, T)
-    real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=device)
-    images = [e for e in examples if e.pixels is not None]
-    extra = {}
-    if images:
-        extra = dict(pixel_values=torch.cat([e.pixels for e in images]).to(device, model.dtype),
-                     image_grid_thw=torch.stack([e.grid for e in images]).to(device),
-                     mm_token_type_ids=(ids == processor.image_pad).int())
-    sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    if temperature:
-        sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+    """Answers [(text, finish), …] to examples whose last branch has no answer yet; finish is
+    "stop" or "length". Greedy at temperature 0."""
+    batch, cache = collate(examples, processor.pad).to(model.device), new_cache()
+    with torch.no_grad():
+        hidden = forward_branches(model, batch, cache)
+    return write_branch(model, processor, batch, hidden, cache, max_new_tokens, temperature)
+
+
+@torch.no_grad()
+def write_branch(model, processor, batch, hidden, cache, max_new_tokens=512, temperature=0.0):
+    """Goes on where `forward_branches` left the last branch of each row: hidden (B, T, D) and its
+    cache -> [(text, finish), …]. New tokens see the prefix and their own branch, so one pass over
+    a post can serve its labels and its chain. A row that has ended leaves the batch. Equal to
+    transformers' generate (tested), which is slower. Vision ids never come out."""
+    T, k, ids = batch.ids.shape[1], int(batch.branch.max()), processor.tokenizer
+    rows = torch.arange(len(batch.ids), device=hidden.device)
+    at = (batch.branch == k).mul(torch.arange(T, device=hidden.device)).argmax(1)
+    now, position = hidden[rows, at], batch.position_ids[:, rows, at]  # (B, D), (3, B)
+    seen = (batch.branch == 0) | (batch.branch == k)  # (B, T)
     never = [VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
-    never = processor.tokenizer.convert_tokens_to_ids(never)
-    out = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=max_new_tokens,
-                         eos_token_id=[processor.im_end, processor.pad],
-                         pad_token_id=processor.pad, repetition_penalty=1.0, use_cache=True,
-                         suppress_tokens=never, **sampling, **extra)[:, T:]  # (B, new)
-    answers = []
-    for row in out.tolist():
-        stops = [i for i, t in enumerate(row) if t in (processor.im_end, processor.pad)]
-        text = processor.tokenizer.decode(row[: stops[0]] if stops else row)
-        answers.append((text, "stop" if stops else "length"))
-    return answers
+    never = torch.tensor(ids.convert_tokens_to_ids(never), device=hidden.device)
+    ends, said, finish = (processor.im_end, processor.pad), [[] for _ in rows], {}
+    for _ in range(max_new_tokens):
+        logits = model.lm_head(now).float().index_fill(1, never, -torch.inf)  # (B, V)
+        token = logits.argmax(-1)
+        if temperature:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+        for row, t in zip(rows.tolist(), token.tolist()):
+            if t in ends:
+                finish[row] = "stop"
+            else:
+                said[row].append(t)
+        going = (token != ends[0]) & (token != ends[1])
+        if not going.any():
+            break
+        if not going.all():
+            rows, token, position, seen = rows[going], token[going], position[:, going], seen[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        position = position + 1
+        seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
+        embeds = model.model.get_input_embeddings()(token)[:, None]  # (B, 1, D)
+        mask = embeds.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(embeds.dtype).min)
+        now = model.model.language_model(
+            inputs_embeds=embeds, position_ids=position[..., None], use_cache=True,
+            attention_mask=mask[:, None, None], past_key_values=cache).last_hidden_state[:, 0]
+    return [(ids.decode(t), finish.get(row, "length")) for row, t in enumerate(said)]
 
 
 # ================================================================================================
-# §7 Losses [needs: torch, F]
+# §7 Losses [needs: math, torch, F]
 # ================================================================================================
 
 
@@ -1255,7 +1293,7 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
     return student_loss(ce, kl, lam), {"ce": ce.detach(), "kl": kl.detach()}
 
 
-CHUNK = 2**25  # logits held at once: 128 MiB in fp32, 220 positions of Qwen's vocabulary
+CHUNK = 2**26  # logits held at once: 256 MiB in fp32, 440 positions of Qwen's vocabulary
 
 
 def chunked_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, temperature=2.0,
@@ -1276,7 +1314,9 @@ def chunked_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tem
 class _ChunkedCEKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, soft, lam, temperature, kl_weights, vocab):
-        N, V, size = len(targets), len(weight), max(1, CHUNK // len(weight))
+        N, V = len(targets), len(weight)
+        chunks = max(1, math.ceil(N * V / CHUNK))
+        size = max(1, math.ceil(N / chunks))
         W, share = weight.to(hidden.dtype), 1.0 if soft is None else 1 - lam
         d_hidden, d_weight = torch.zeros_like(hidden), None
         if ctx.needs_input_grad[1]:
@@ -1338,7 +1378,7 @@ def _soft_kl_gradient(logits, soft, temperature):
 
 # ================================================================================================
 # §9 Files and command lines [needs: argparse, errno, hashlib, json, os, random, sys, Path, torch,
-#    safe_open, save_file, InputError]
+#    safe_open, load_file, save_file, InputError]
 # ================================================================================================
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from mulcot import (
     LABELS, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages, check_settings,
-    chunked_ce_kl, collate, digest, encode, forward_branches, label_branches, load_model,
+    chunked_ce_kl, collate, digest, encode, forward_branches, label_example, load_model,
     load_processor, multitask_loss, positive, read_posts, read_rows, render_label, run_stage,
     save_adapter, score_labels, seed_everything, show_tokens, tell_aside, tiny_model,
     tiny_tokenizer, tokenizer_hash, training_branches, write_atomic, write_json)
@@ -232,7 +232,7 @@ def evaluate(args, model, processor, posts, batch=16):
     model.eval()
     said = []
     for i in range(0, len(posts), batch):
-        examples = [encode(p, label_branches(), processor) for p in posts[i : i + batch]]
+        examples = [label_example(p, processor) for p in posts[i : i + batch]]
         scores = score_labels(model, collate(examples, processor.pad).to(model.device))
         said += [LABELS[j] for j in scores.argmax(-1).tolist()]
     model.train()

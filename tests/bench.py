@@ -1,14 +1,25 @@
-"""Speed, measured side by side. Not a test: `python tests/bench.py teacher`.
+"""Speed and memory, measured side by side. Not a test: `python tests/bench.py train`.
 
+Ours and the oracle run in turns in one process on the same weights and samples; times are medians
+of 5, peak memory above the weights is taken in fresh processes. "of ceiling": floating-point
+operations per second against a 2048 x 2048 matrix product on the same threads.
+
+train: one multi-task step against PEFT LoRA with two ordinary Hugging Face passes.
+student: one student step, soft labels from files against the assistant beside the student.
+classify: labels by scoring against generating them. generate: labels and chains against the
+authors' way. data: reading and batching 1,000 to 100,000 posts.
 teacher: `generate.py teacher` against a server on this machine that takes 200 ms for each call and
 has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
+import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,8 +27,202 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import mulcot  # noqa: E402
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def median_seconds(ways, device, repeats=5):
+    """{name: median seconds} of {name: function}, run in turns, one unmeasured round first."""
+    times = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - began)
+            gc.collect()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ceiling(device):
+    """Floating-point operations a second of a large matrix product, best of 5."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    x = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = min(median_seconds({"": lambda: x @ x}, device, 1)[""] for _ in range(5))
+    return 2 * 2048**3 / best
+
+
+def operations(way):
+    """Floating-point operations of a function."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
+
+
+def peak(way, device):
+    """GiB that a function needs above what is held before it."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    resident = lambda key: int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) / 2**20
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = resident("VmRSS")
+    way()
+    return resident("VmHWM") - before
+
+
+def peak_alone(args, name):
+    """`peak` of one of the subject's ways in a fresh process."""
+    command = [sys.executable, __file__, args.subject, "--device", args.device, "--peak-of", name]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    return float(out.stdout.split()[-1])
+
+
+def side_by_side(args, ways, oracle):
+    """Table rows of {name: function}: seconds, times faster than `oracle`, peak, of ceiling."""
+    if args.peak_of:
+        print(peak(ways[args.peak_of], args.device))
+        sys.exit()
+    top, done = ceiling(args.device), {name: operations(way) for name, way in ways.items()}
+    seconds = median_seconds(ways, args.device)
+    peaks = {name: peak_alone(args, name) for name in ways}
+    head = ("way", "seconds", "times faster", "peak GiB above weights", "of its peak", "of ceiling")
+    return head, [(name, f"{seconds[name]:.2f}", f"{seconds[oracle] / seconds[name]:.2f}",
+                   f"{peaks[name]:.2f}", f"{peaks[name] / peaks[oracle]:.2f}",
+                   f"{done[name] / seconds[name] / top:.2f}") for name in ways]
+
+
+# ---- a random Qwen2.5-VL and random samples of real size -----------------------------------------
+
+IMAGE, START, PAD = 151655, 151652, 151643
+
+
+def qwen(device, hidden=512, layers=8, vocab=151936, mlp=1376, tied=True, seed=0, **more):
+    """A random Qwen2.5-VL of heads of 64, one key head for 8; vision depth 4."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    heads = hidden // 64
+    text = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
+                num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=tied,
+                num_key_value_heads=max(1, heads // 8), rms_norm_eps=1e-6,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                     mrope_section=[8, 12, 12])) | more
+    vision = dict(depth=4, hidden_size=320, intermediate_size=856, num_heads=4,
+                  out_hidden_size=hidden, fullatt_block_indexes=[1, 3])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied,
+                              image_token_id=vocab - 281, vision_start_token_id=vocab - 284,
+                              video_token_id=vocab - 280)
+    torch.manual_seed(seed)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return Qwen2_5_VLForConditionalGeneration(config).to(device, dtype).eval()
+
+
+def samples(n, vocab=151936, seed=0):
+    """Examples of random ids: prefix 270-330 with 100 visual tokens, a reason branch with a chain
+    of 200-330 tokens, a label branch with an answer of 8."""
+    rng, examples, grid = random.Random(seed), [], torch.tensor([1, 20, 20])
+    generator = torch.Generator().manual_seed(seed)
+    words = lambda k: [rng.randrange(vocab - 300) for _ in range(k)]
+    for _ in range(n):
+        prefix = words(20) + [vocab - 284] + [vocab - 281] * 100 + words(rng.randint(149, 209))
+        chain, answer = rng.randint(200, 330), 8
+        branches = [(words(70 + chain), chain), (words(25 + answer), answer)]
+        positions = mulcot.rope_positions(prefix, vocab - 281, [grid], 2)
+        pixels = torch.randn(400, 1176, generator=generator)
+        examples.append(mulcot.Example(prefix, positions, branches, pixels, grid))
+    return examples
+
+
+def hf_inputs(examples, k, vocab, device):
+    """Branch k of each example as an ordinary right-padded Hugging Face batch with labels."""
+    rows = [e.prefix + e.branches[k][0] for e in examples]
+    T = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (T - len(r)) for r in rows])
+    real = torch.tensor([[1] * len(r) + [0] * (T - len(r)) for r in rows])
+    labels = torch.full_like(ids, -100)
+    for row, r, e in zip(labels, rows, examples):
+        row[len(r) - e.branches[k][1] : len(r)] = torch.tensor(r[-e.branches[k][1] :])
+    inputs = dict(input_ids=ids, attention_mask=real, labels=labels, use_cache=False,
+                  mm_token_type_ids=(ids == vocab - 281).int(),
+                  pixel_values=torch.cat([e.pixels for e in examples]),
+                  image_grid_thw=torch.stack([e.grid for e in examples]))
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def with_lora(model, seed=0):
+    """Our adapters, no longer at zero, so that both their halves have gradients."""
+    mulcot.add_lora(model, 16, 32, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for p in mulcot.adapter_tensors(model).values():
+        p.data += (0.02 * torch.randn(p.shape, generator=generator)).to(p.device)
+    return model.train()
+
+
+def multitask_step(model, batch, soft_of=lambda at, k: None):
+    """Our step: one forward pass, two chunked losses, one backward pass."""
+    hidden, losses = mulcot.forward_branches(model, batch), []
+    for k in (1, 2):
+        at = (batch.targets != -100) & (batch.branch == k)
+        soft = soft_of(at, k)
+        losses.append(mulcot.chunked_ce_kl(hidden[at], model.lm_head.weight, batch.targets[at],
+                                           soft=soft, lam=0.3 if soft else 0.0)[0])
+    mulcot.multitask_loss(*losses).backward()
+
+
+def hf_step(model, inputs):
+    """The usual step: two passes with `labels`, summed."""
+    (0.8 * model(**inputs[0]).loss + 0.2 * model(**inputs[1]).loss).backward()
+
+
+def train(args):
+    """One multi-task step, batch 4, both sides with the same adapters and samples."""
+    from peft import PeftModel
+
+    examples = samples(4)
+    batch = mulcot.collate(examples, PAD).to(args.device)
+    inputs = [hf_inputs(examples, k, 151936, args.device) for k in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = with_lora(qwen(args.device))
+        mulcot.save_adapter(ours, folder)
+        if args.peak_of == "ours":
+            return side_by_side(args, {"ours": lambda: multitask_step(ours, batch)}, None)
+        del ours
+        theirs = PeftModel.from_pretrained(qwen(args.device), folder, is_trainable=True).train()
+        if args.peak_of:
+            return side_by_side(args, {args.peak_of: lambda: hf_step(theirs, inputs)}, None)
+    ours = with_lora(qwen(args.device))
+    ways = {"ours": lambda: multitask_step(ours, batch),
+            "PEFT, two HF passes": lambda: hf_step(theirs, inputs)}
+    for way in ways.values():
+        way()
+    mine = {k: p.grad for k, p in mulcot.adapter_tensors(ours).items()}
+    their = {k.replace(".default", ""): p.grad for k, p in theirs.named_parameters()
+             if p.grad is not None}
+    assert mine.keys() == their.keys()
+    gap = sum((mine[k] - their[k]).square().sum() for k in mine).sqrt()
+    gap = (gap / sum(g.square().sum() for g in mine.values()).sqrt()).item()
+    print(f"gradients of {len(mine)} adapter matrices differ by {gap:.1e} (relative norm)")
+    return side_by_side(args, ways, "PEFT, two HF passes")
+
+
+# ---- the teacher stage ---------------------------------------------------------------------------
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -85,9 +290,11 @@ def teacher(_):
 
 def main(argv=None):
     """Prints one table per subject."""
-    subjects = dict(teacher=teacher)
+    subjects = dict(teacher=teacher, train=train)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     head, rows = subjects[args.subject](args)
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))

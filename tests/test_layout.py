@@ -251,6 +251,63 @@ def test_greedy_text_does_not_depend_on_the_batch(student, mixed):
     assert together == alone and len(set(together)) > 1
 
 
+def test_label_example_scores_as_the_whole_branches_do(student, mixed):
+    """The answers' shared start in the prefix changes no probability and saves tokens."""
+    model, processor = student
+    score = lambda examples: mulcot.score_labels(model, mulcot.collate(examples, processor.pad))
+    whole = [mulcot.encode(p, mulcot.label_branches(), processor) for p in mixed]
+    short = [mulcot.label_example(p, processor) for p in mixed]
+    assert (score(whole) - score(short)).abs().max() < 1e-5
+    assert sum(map(len, short)) < 0.85 * sum(map(len, whole))
+
+
+def hf_generate(model, processor, examples, **options):
+    """The usual way: left padding, transformers' own generate; what stands before the end."""
+    rows = [e.prefix + e.branches[0][0] for e in examples]
+    T = max(map(len, rows))
+    ids = torch.tensor([[processor.pad] * (T - len(r)) + r for r in rows])
+    images = [e for e in examples if e.pixels is not None]
+    out = model.generate(
+        input_ids=ids, attention_mask=(ids != processor.pad).int(), do_sample=False,
+        pixel_values=torch.cat([e.pixels for e in images]),
+        image_grid_thw=torch.stack([e.grid for e in images]),
+        mm_token_type_ids=(ids == processor.image_pad).int(), pad_token_id=processor.pad,
+        eos_token_id=[processor.im_end, processor.pad], **options)[:, T:].tolist()
+    cut = [next((i for i, t in enumerate(row) if t in (processor.im_end, processor.pad)), None)
+           for row in out]
+    return [(processor.tokenizer.decode(row[:n]), "length" if n is None else "stop")
+            for row, n in zip(out, cut)]
+
+
+def test_greedy_text_equals_transformers_generate(student, mixed, pushed):
+    """Rows that end at different steps and leave the batch included."""
+    model, processor = student
+    pushed([processor.im_end], 1.0)
+    examples = ask(mixed, processor)
+    got = mulcot.generate_text(model, processor, examples, 24)
+    never = processor.tokenizer.convert_tokens_to_ids(
+        [mulcot.IMAGE_PAD, "<|video_pad|>", mulcot.VISION_START, mulcot.VISION_END])
+    assert got == hf_generate(model, processor, examples, max_new_tokens=24, suppress_tokens=never)
+    assert len({len(text) for text, _ in got}) > 2
+    assert {finish for _, finish in got} == {"stop", "length"}
+
+
+def test_chain_from_the_pass_that_scored_the_labels(student, mixed):
+    """Labels and chain of one pass are those of two."""
+    model, processor = student
+    chain = [(mulcot.task_format("reason"), None)]
+    both = [mulcot.encode(p, mulcot.label_branches() + chain, processor) for p in mixed]
+    batch, cache = mulcot.collate(both, processor.pad), mulcot.new_cache()
+    with torch.no_grad():
+        hidden = mulcot.forward_branches(model, batch, cache)
+    scores = mulcot.score_labels(model, batch, hidden)
+    text = mulcot.write_branch(model, processor, batch, hidden, cache, 12)
+    alone = [mulcot.encode(p, chain, processor) for p in mixed]
+    assert text == mulcot.generate_text(model, processor, alone, 12)
+    labels = mulcot.collate([mulcot.label_example(p, processor) for p in mixed], processor.pad)
+    assert (scores - mulcot.score_labels(model, labels)).abs().max() < 1e-5
+
+
 def test_greedy_text_is_what_full_passes_give(student, mixed):
     """Every generated token is the likeliest of an ordinary pass over what stands before it."""
     model, processor = student
