@@ -64,7 +64,7 @@ def parse_args(argv=None):
                                                 "toy, or the name at --endpoint)")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                  help="cpu, cuda or cuda:1")
-            flag("--batch", type=positive, default=24, help="posts at once (authors: 24)")
+            flag("--batch", type=positive, default=64, help="posts at once (authors: 24)")
             flag("--max-pixels", type=int, default=0,
                  help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
         return flag

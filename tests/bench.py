@@ -38,10 +38,12 @@ import mulcot  # noqa: E402
 
 # ---- measuring ---------------------------------------------------------------------------------
 
+REPEATS = 5
 
-def median_seconds(ways, device, repeats=5):
+
+def median_seconds(ways, device, repeats=None):
     """{name: median seconds} of {name: function}, run in turns, one unmeasured round first."""
-    times = {name: [] for name in ways}
+    times, repeats = {name: [] for name in ways}, repeats or REPEATS
     for repeat in range(repeats + 1):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -95,11 +97,13 @@ def peak_alone(args, name):
     return float(out.stdout.split()[-1])
 
 
-def side_by_side(args, ways, oracle):
-    """Table rows of {name: function}: seconds, times faster than `oracle`, peak, of ceiling."""
+def side_by_side(args, makers, oracle):
+    """Table rows of {name: maker of a function}: seconds, times faster than `oracle`, peak, share
+    of its peak, of ceiling. A fresh process makes one way only."""
     if args.peak_of:
-        print(peak(ways[args.peak_of], args.device))
+        print(peak(makers[args.peak_of](), args.device))
         sys.exit()
+    ways = {name: make() for name, make in makers.items()}
     top, done = ceiling(args.device), {name: operations(way) for name, way in ways.items()}
     seconds = median_seconds(ways, args.device)
     peaks = {name: peak_alone(args, name) for name in ways}
@@ -195,31 +199,216 @@ def train(args):
     """One multi-task step, batch 4, both sides with the same adapters and samples."""
     from peft import PeftModel
 
-    examples = samples(4)
-    batch = mulcot.collate(examples, PAD).to(args.device)
-    inputs = [hf_inputs(examples, k, 151936, args.device) for k in (0, 1)]
-    with tempfile.TemporaryDirectory() as folder:
-        ours = with_lora(qwen(args.device))
-        mulcot.save_adapter(ours, folder)
-        if args.peak_of == "ours":
-            return side_by_side(args, {"ours": lambda: multitask_step(ours, batch)}, None)
-        del ours
-        theirs = PeftModel.from_pretrained(qwen(args.device), folder, is_trainable=True).train()
-        if args.peak_of:
-            return side_by_side(args, {args.peak_of: lambda: hf_step(theirs, inputs)}, None)
-    ours = with_lora(qwen(args.device))
-    ways = {"ours": lambda: multitask_step(ours, batch),
-            "PEFT, two HF passes": lambda: hf_step(theirs, inputs)}
-    for way in ways.values():
-        way()
-    mine = {k: p.grad for k, p in mulcot.adapter_tensors(ours).items()}
-    their = {k.replace(".default", ""): p.grad for k, p in theirs.named_parameters()
+    examples, models = samples(4), {}
+
+    def ours():
+        models["ours"] = model = with_lora(qwen(args.device))
+        batch = mulcot.collate(examples, PAD).to(args.device)
+        return lambda: multitask_step(model, batch)
+
+    def theirs():
+        inputs = [hf_inputs(examples, k, 151936, args.device) for k in (0, 1)]
+        with tempfile.TemporaryDirectory() as folder:
+            mulcot.save_adapter(with_lora(qwen(args.device)), folder)
+            model = PeftModel.from_pretrained(qwen(args.device), folder, is_trainable=True).train()
+        models["theirs"] = model
+        return lambda: hf_step(model, inputs)
+
+    head, rows = side_by_side(args, {"ours": ours, "PEFT, two HF passes": theirs},
+                              "PEFT, two HF passes")
+    mine = {k: p.grad for k, p in mulcot.adapter_tensors(models["ours"]).items()}
+    their = {k.replace(".default", ""): p.grad for k, p in models["theirs"].named_parameters()
              if p.grad is not None}
-    assert mine.keys() == their.keys()
+    assert mine.keys() == their.keys()  # both hold the sum over the same number of steps
     gap = sum((mine[k] - their[k]).square().sum() for k in mine).sqrt()
     gap = (gap / sum(g.square().sum() for g in mine.values()).sqrt()).item()
-    print(f"gradients of {len(mine)} adapter matrices differ by {gap:.1e} (relative norm)")
-    return side_by_side(args, ways, "PEFT, two HF passes")
+    print(f"gradients of {len(mine)} adapter matrices differ by {gap:.1e} (relative norm)\n")
+    return head, rows
+
+
+def student(args):
+    """One student step, batch 4, with an assistant 2.2 times its size; output layers take the same
+    share of the models as at 3B and 7B, hence the small vocabulary."""
+    V, tau = 8192, 2.0
+    examples = samples(4, V)
+    batch = mulcot.collate(examples, V - 290).to(args.device)
+    small = lambda: with_lora(qwen(args.device, vocab=V, mlp=2752))
+    large = lambda: qwen(args.device, hidden=896, layers=6, vocab=V, mlp=4816, seed=1)
+
+    @torch.no_grad()
+    def assistant(model):
+        return {k: mulcot.forward_branches(model, batch)[(batch.targets != -100)
+                                                         & (batch.branch == k)] for k in (1, 2)}
+
+    def cached(short):
+        model, teacher = small(), large()
+        head, known = teacher.lm_head.weight.detach().clone(), assistant(teacher)
+        soft = {k: (h, head) for k, h in known.items()}
+        if short:
+            soft = {k: mulcot.top_k_soft(h @ head.T, 64, tau) for k, h in known.items()}
+        return lambda: multitask_step(model, batch, lambda at, k: soft[k])
+
+    def online():
+        model, teacher = small(), large()
+
+        def step():
+            with torch.no_grad():
+                hidden = mulcot.forward_branches(teacher, batch)
+            multitask_step(model, batch, lambda at, k: (hidden[at], teacher.lm_head.weight))
+
+        return step
+
+    def released():
+        model, teacher = small(), large()
+        inputs = [hf_inputs(examples, k, V, args.device) for k in (0, 1)]
+
+        def step():
+            loss = 0
+            for share, one in zip((0.8, 0.2), inputs):
+                at = one["labels"][:, 1:] != -100
+                mine = model(**one)
+                with torch.no_grad():
+                    theirs = teacher(**one)
+                kl = mulcot.distill_kl(mine.logits[:, :-1][at], theirs.logits[:, :-1][at], tau)
+                loss = loss + share * mulcot.student_loss(mine.loss, kl)
+            loss.backward()
+
+        return step
+
+    makers = {"soft labels from files, exact": lambda: cached(False),
+              "soft labels from files, top 64": lambda: cached(True),
+              "assistant beside the student, our layout": online,
+              "assistant beside the student, HF passes": released}
+    return side_by_side(args, makers, "assistant beside the student, our layout")
+
+
+# ---- labels and chains ---------------------------------------------------------------------------
+
+
+def demo_posts(split="test"):
+    """(posts, the demo's student): real Twitter-2015 posts where they are at hand."""
+    run = ROOT / "runs" / "demo"
+    if not (run / "student" / "best").exists():
+        raise SystemExit("run `python train.py` first: this subject needs runs/demo/student/best")
+    real = ROOT.parent / "shared" / "data" / "twitter2015"
+    posts = mulcot.read_posts(real / "dev.tsv" if real.is_dir() else run / "posts.jsonl", rejects=[])
+    return posts, [p for p in mulcot.read_posts(run / "posts.jsonl") if p.split == "test"]
+
+
+def hf_generate(model, processor, examples, most, length=0, **options):
+    """Ids of transformers' own greedy generate, every prompt padded to at least `length`."""
+    rows = [e.prefix + e.branches[0][0] for e in examples]
+    T = max(length, *map(len, rows))
+    pad, images = processor.pad, [e for e in examples if e.pixels is not None]
+    ids = torch.tensor([[pad] * (T - len(r)) + r for r in rows], device=model.device)
+    real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=model.device)
+    never = [mulcot.VISION_START, mulcot.VISION_END, mulcot.VISION_PAD, mulcot.IMAGE_PAD,
+             mulcot.VIDEO_PAD]
+    options = dict(suppress_tokens=processor.tokenizer.convert_tokens_to_ids(never)) | options
+    return model.generate(
+        input_ids=ids, attention_mask=real, max_new_tokens=most, do_sample=False,
+        eos_token_id=[processor.im_end, pad], pad_token_id=pad, repetition_penalty=1.0,
+        pixel_values=torch.cat([e.pixels for e in images]).to(model.device, model.dtype),
+        image_grid_thw=torch.stack([e.grid for e in images]).to(model.device),
+        mm_token_type_ids=(ids == model.config.image_token_id).int(), **options)[:, T:].tolist()
+
+
+def said(row, processor):
+    """The text of generated ids up to their end."""
+    end = next((i for i, t in enumerate(row) if t in (processor.im_end, processor.pad)), len(row))
+    return processor.tokenizer.decode(row[:end])
+
+
+def classify(args):
+    """Labels of posts by scoring and by greedy generation of `"Prediction": "…"`."""
+    posts = demo_posts()[1]
+    model, processor = mulcot.load_model(ROOT / "runs/demo/student/best", args.device)
+    label = [(mulcot.task_format("label"), None)]
+    rows = []
+
+    def row(name, ways, same):
+        seconds = median_seconds(ways, args.device)
+        scored, written = (seconds[k] for k in ways)
+        rows.append((name, f"{1000 * scored:.0f}", f"{1000 * written:.0f}",
+                     f"{written / scored:.1f}", same))
+
+    for n in (1, 24):
+        batch = posts[:n]
+
+        def score(posts=batch):
+            examples = [mulcot.label_example(p, processor) for p in posts]
+            scores = mulcot.score_labels(model, mulcot.collate(examples, processor.pad))
+            return [mulcot.LABELS[i] for i in scores.argmax(-1)]
+
+        def greedy(posts=batch):
+            examples = [mulcot.encode(p, label, processor) for p in posts]
+            ids = hf_generate(model, processor, examples, 32)
+            return [mulcot.parse_reasoning(said(row, processor)).prediction for row in ids]
+
+        same = "" if n == 1 else sum(
+            a == b for i in range(0, len(posts), n)
+            for a, b in zip(score(posts[i : i + n]), greedy(posts[i : i + n]))) / len(posts)
+        row(f"tiny (trained), {n} at once", {"score": score, "greedy": greedy},
+            same and f"{same:.3f} of {len(posts)}")
+    model = qwen(args.device)
+    qwens = argparse.Namespace(pad=PAD, im_end=151645, tokenizer=processor.tokenizer)
+    for n in (1, 24):
+        drawn = samples(n)  # the label prompt, then answers of 7 tokens that share their first 4
+        asked = [mulcot.Example(e.prefix, e.positions, [(e.branches[1][0][:25], 0)], e.pixels,
+                                e.grid) for e in drawn]
+        scored = []
+        for e in asked:
+            ids = e.prefix + e.branches[0][0] + [1, 2, 3]
+            positions = mulcot.rope_positions(ids, IMAGE, [e.grid], 2)
+            scored.append(mulcot.Example(ids, positions, [([4, i, 8, 9], 3) for i in (5, 6, 7)],
+                                         e.pixels, e.grid))
+        ways = {"score": lambda: mulcot.score_labels(model, mulcot.collate(scored, PAD)),
+                "greedy": lambda: hf_generate(model, qwens, asked, 7, min_new_tokens=7,
+                                              suppress_tokens=None)}
+        row(f"512 wide, {n} at once, answer of 7 tokens", ways, "")
+        ways["greedy"] = lambda: hf_generate(model, qwens, asked, 32, suppress_tokens=None)
+        row(f"512 wide, {n} at once, up to 32 tokens", ways, "")
+    return ("model", "score ms", "generate ms", "times faster", "equal decisions"), rows
+
+
+def generate(args):
+    """Label and chain of 240 posts: `generate.py predict` against the authors' way (whole set padded
+    to its longest prompt, batches of 24 in file order, two separate generate calls)."""
+    import generate as script
+
+    posts = random.Random(0).sample(demo_posts()[0], 240)
+    model, processor = mulcot.load_model(ROOT / "runs/demo/student/best", args.device)
+    options = argparse.Namespace(decode="score", chain=True, max_new_tokens=256, device=args.device,
+                                 batch=24)
+    texts = {}
+
+    def ours(size):
+        texts[size] = {}
+        for _, batch in script.fixed_batches(posts, size, set()):
+            rows = script.predict_batch(options, model, processor, batch)
+            texts[size] |= {p.id: (row["prediction"], row["raw"]) for p, row in zip(batch, rows)}
+
+    def theirs():
+        answers = []
+        for task, most in (("label", 32), ("reason", 256)):
+            asked = [mulcot.encode(p, [(mulcot.task_format(task), None)], processor) for p in posts]
+            longest = max(map(len, asked))
+            ids = [row for i in range(0, len(asked), 24)
+                   for row in hf_generate(model, processor, asked[i : i + 24], most, longest)]
+            answers.append([said(row, processor) for row in ids])
+        texts["theirs"] = {p.id: (mulcot.parse_reasoning(label).prediction, chain)
+                           for p, label, chain in zip(posts, *answers)}
+
+    ways = {f"ours, {size} at once": lambda size=size: ours(size) for size in (24, 64)}
+    seconds = median_seconds(ways | {"two generate calls, 24 at once": theirs}, args.device)
+    same = lambda a, b, k: sum(texts[a][p.id][k] == texts[b][p.id][k] for p in posts)
+    unparsed = sum(label is None for label, _ in texts["theirs"].values())
+    print(f"of {len(posts)}: {same(24, 'theirs', 1)} chains equal transformers', {same(24, 64, 1)} "
+          f"equal between batch sizes; {same(24, 'theirs', 0)} labels equal, {unparsed} of the "
+          "generated ones name no label\n")
+    slowest = max(seconds.values())
+    return ("way", "seconds", "posts/s", "times faster"), [
+        (k, f"{v:.2f}", f"{len(posts) / v:.1f}", f"{slowest / v:.2f}") for k, v in seconds.items()]
 
 
 # ---- the teacher stage ---------------------------------------------------------------------------
@@ -290,7 +479,8 @@ def teacher(_):
 
 def main(argv=None):
     """Prints one table per subject."""
-    subjects = dict(teacher=teacher, train=train)
+    subjects = dict(train=train, student=student, classify=classify, generate=generate,
+                    teacher=teacher)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
