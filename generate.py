@@ -27,10 +27,11 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
+    Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
     Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
-    encode, fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
-    parse_reasoning, positive, read_posts, read_rows, render_reasoning, run_stage, score_labels,
+    encode, fingerprint, forward_branches, generate_text, label_branches, label_row, load_image,
+    load_model, parse_reasoning, positive, read_out, read_posts, read_rows, render_reasoning,
+    run_stage, score_labels,
     task_format, tell_aside, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
     write_atomic)
 
@@ -158,9 +159,9 @@ KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_ima
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
     settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
-    file = Path(args.model, "adapter_model.safetensors")
-    if file.exists():
-        adapter = digest(file.read_bytes())
+    files = [Path(args.model, name) for name in ("adapter_model.safetensors", "head.safetensors")]
+    if files[0].exists():
+        adapter = digest(*(file.read_bytes() for file in files if file.exists()))
     return settings | {"adapter": adapter}
 
 
@@ -498,13 +499,14 @@ def controlled(posts, args):
 
 
 def predict_batch(args, model, processor, posts):
-    """What is said of each post: prediction, probs or raw_label, and the chain with its problem."""
+    """What is said of each post: prediction, probs or raw_label, and the chain with its problem;
+    by a model with a readout, what that reads, and no chain."""
+    if hasattr(model, "readout"):
+        return read_out(model, processor, posts)
     if args.decode == "score":
         examples = [encode(p, label_branches(), processor) for p in posts]
         batch = collate(examples, processor.pad).to(args.device)
-        rows = [dict(prediction=LABELS[max(range(3), key=probs.__getitem__)],
-                     probs=[round(p, 6) for p in probs])
-                for probs in score_labels(model, batch).exp().tolist()]
+        rows = [label_row(probs) for probs in score_labels(model, batch).exp().tolist()]
     else:
         asked = [encode(p, [(task_format("label"), None)], processor) for p in posts]
         rows = [dict(prediction=parse_reasoning(text).prediction, raw_label=text)
@@ -529,6 +531,8 @@ def predict_one(args):
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:
         print(said["raw"] + "\n")
+    if "score" in said:
+        return print(f"score: {said['score']}")
     sure = f" ({max(said['probs']):.1%})" if "probs" in said else ""
     print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
 

@@ -86,6 +86,7 @@ class InputError(ValueError):
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+SCORES = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
 MAX_IMAGE_PIXELS = 50_000_000  # choice: a decompression bomb is an error, not an out-of-memory kill
 
 
@@ -216,6 +217,8 @@ def _to_post(row, images):
     score = row.pop("score", None)
     if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
         raise InputError(f"score must be a number, got {score!r}")
+    if score is not None and not abs(score) <= SCORES:  # catches NaN, too
+        raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
     return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect,
                 label=label,
                 image=safe_path(name, images) if name else None, score=score,
@@ -356,12 +359,13 @@ FORMATS = {
 "Prediction": negative, neutral or positive""",
     "label": """Answer with this field only:
 "Prediction": negative, neutral or positive""",
+    "score": "Answer with one number from -3 (very negative) to 3 (very positive).",
 }
 TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
 you rely on. \
 Give exactly one word as the Prediction and write nothing after it."""
-TASKS = ("reason", "label", "predict", "explain")
+TASKS = ("reason", "label", "score", "predict", "explain")
 
 
 def post_prompt(post, task="reason", gold=None):
@@ -386,7 +390,7 @@ def task_format(task):
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" for the trained models, "predict" |
+    """OpenAI-style messages. task: "reason" | "label" | "score" for the trained models, "predict" |
     "explain" for the teacher's two stages; only "explain" takes (and needs) the gold label. paper:
     stage 1 / stage 2."""
     assert task in TASKS and (gold in LABELS) == (task == "explain"), (task, gold)
@@ -478,6 +482,17 @@ def render_reasoning(fields):
 def render_label(label):
     """The answer to the label prompt: the last field alone."""
     return f'"Prediction": "{label}"'
+
+
+def render_score(score):
+    """The answer to the score prompt: a number with one decimal."""
+    return f"{round(score, 1) + 0.0:.1f}"  # + 0.0: no "-0.0"
+
+
+def parse_score(text):
+    """The first number in a model's answer, in range or not, or None. Never raises."""
+    found = re.search(r"[-+\u2212]?(?:[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})", text)
+    return float(found[0].replace("\u2212", "-")) if found else None
 
 
 # ================================================================================================
@@ -747,6 +762,7 @@ class Example:
     branches: list  # of (ids, number of answer tokens)
     pixels: torch.Tensor | None
     grid: torch.Tensor | None
+    post: Post | None = None  # what it was made from: a readout's score or label stands there
 
     def __len__(self):
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
@@ -770,7 +786,7 @@ def encode(post, branches, processor, prompt=None):
         answer_ids = [] if answer is None else p.text_ids(answer) + [p.im_end]
         tails.append((p.text_ids(question) + ready + answer_ids, len(answer_ids)))
     return Example(prefix, rope_positions(prefix, p.image_pad, [grid] if image else [], p.merge),
-                   tails, pixels, grid)
+                   tails, pixels, grid, post)
 
 
 def rope_positions(ids, image_pad, grids, merge):
@@ -1031,7 +1047,8 @@ def _spellings(name):
 
 
 # ================================================================================================
-# §6 Model [needs: json, os, re, Path, torch, LABELS, InputError, §2, §4, §5]
+# §6 Model [needs: json, os, re, Path, torch, SafetensorError, load_file, save_file, nn, LABELS,
+#    InputError, §1, §2, §4, §5, §9]
 # ================================================================================================
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None):
@@ -1055,6 +1072,8 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None):
                          f"{min(report['missing_keys'])}: was it saved before merge_lora?")
     if base != str(name):
         load_adapter(model, name)
+    if Path(name, "head.json").exists():
+        model.readout = load_readout(name, model.lm_head.in_features).to(device)
     return model.to(device).eval(), processor
 
 
@@ -1183,8 +1202,86 @@ def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.
     return answers
 
 
+class Readout(nn.Module):
+    """Reads a score or a label off the last token's hidden state. `about` is its head.json:
+    target "score" | "label"; how "read", or "generate" for its rival, which has no layers and
+    writes the score; mean and deviation of the training scores; without: inputs left out.
+    paper: arXiv 2606.05713, Linear D -> 256, LayerNorm, ReLU, Dropout 0.2, Linear 256 -> 1."""
+
+    def __init__(self, width, about):
+        super().__init__()
+        self.about = dict(how="read", mean=0.0, deviation=1.0, without=[]) | about
+        outputs = 1 if about["target"] == "score" else len(LABELS)
+        if self.about["how"] == "read":
+            self.layers = nn.Sequential(nn.Linear(width, 256), nn.LayerNorm(256), nn.ReLU(),
+                                        nn.Dropout(0.2), nn.Linear(256, outputs))
+
+    def forward(self, hidden, attended):
+        """Hidden states (B, T, D), attended tokens (B, T) -> a z-score (B, 1) or logits (B, 3)."""
+        return self.layers(last_hidden(hidden, attended).float())
+
+
+def last_hidden(hidden, attended):
+    """The hidden state (B, D) of each row's last attended token; hidden (B, T, D), attended (B, T).
+    trap: under left padding "count of tokens - 1" is another token."""
+    T = attended.shape[1]
+    at = T - 1 - attended.int().flip(1).argmax(1)  # (B,)
+    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+
+
+def readout_branches(target):
+    """The prompt of a readout: one branch, without an answer."""
+    return [(task_format(target), None)]
+
+
+@torch.no_grad()
+def read_out(model, processor, posts):
+    """What a model with a readout says of posts, one dict each, from one pass: `score`, within
+    [-3, 3], or `prediction` and `probs`. A generated score is as it was written, with its `raw`
+    text; None, with a `problem`, where that holds no number."""
+    about, rows = model.readout.about, []
+    examples = [encode(p, readout_branches(about["target"]), processor) for p in posts]
+    if about["how"] == "generate":
+        for text, _ in generate_text(model, processor, examples, max_new_tokens=8):
+            score = parse_score(text)
+            rows.append(dict(score=score, raw=text, problem="no number" if score is None else None))
+        return rows
+    batch = collate(examples, processor.pad).to(model.device)
+    out = model.readout(forward_branches(model, batch), batch.branch >= 0)  # (B, 1) or (B, 3)
+    if about["target"] == "score":
+        scores = (out[:, 0] * about["deviation"] + about["mean"]).clamp(-SCORES, SCORES)
+        return [dict(score=round(score, 4)) for score in scores.tolist()]
+    return [label_row(probs) for probs in out.softmax(-1).tolist()]
+
+
+def label_row(probs):
+    """Three probabilities as the fields of a row."""
+    return dict(prediction=LABELS[max(range(3), key=probs.__getitem__)],
+                probs=[round(p, 6) for p in probs])
+
+
+def save_readout(readout, folder):
+    """`head.safetensors` (where it has layers), then `head.json`."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in readout.state_dict().items()}
+    if tensors:
+        write_atomic(Path(folder, "head.safetensors"), lambda part: save_file(tensors, part))
+    write_json(Path(folder, "head.json"), readout.about)
+
+
+def load_readout(folder, width):
+    """The Readout that save_readout wrote, for hidden states of `width`."""
+    try:
+        readout = Readout(width, json.loads(Path(folder, "head.json").read_text()))
+        if readout.about["how"] == "read":
+            readout.load_state_dict(load_file(Path(folder, "head.safetensors")))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise InputError(f"{folder} holds a damaged or foreign readout head: {why}") from None
+    return readout
+
+
 # ================================================================================================
-# §7 Losses [needs: torch, F]
+# §7 Losses [needs: math, torch, F]
 # ================================================================================================
 
 
@@ -1231,6 +1328,15 @@ def soft_kl(student_logits, soft, temperature=2.0):
     return kl + torch.where(whole, zero, tail_p.exp() * (tail_p - torch.where(whole, zero, tail_q)))
 
 
+def readout_loss(out, gold, mean=0.0, deviation=1.0):
+    """Sum over the posts. paper: L1 between a readout's z-scores (B, 1) and the gold scores (B,)
+    brought to them by mean and deviation of the training posts; for classes (B,), a long tensor,
+    the cross-entropy of logits (B, C)."""
+    if gold.is_floating_point():
+        return F.l1_loss(out[:, 0], (gold - mean) / deviation, reduction="sum")
+    return F.cross_entropy(out, gold, reduction="sum")
+
+
 def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, temperature=2.0,
                 kl_weights=None, vocab=None):
     """Σ_n w_n [(1 - λ) CE_n + λ KL_n] over the supervised positions -> (loss, {"ce", "kl"}
@@ -1249,6 +1355,36 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
     kl_weights = weights if kl_weights is None else kl_weights
     kl = (kl_weights * soft_kl(logits[:, :vocab], soft, temperature)).sum()
     return student_loss(ce, kl, lam), {"ce": ce.detach(), "kl": kl.detach()}
+
+
+def regression_metrics(gold, predicted):
+    """MMSA's metrics of scores in [-3, 3]: mae, corr, acc7, acc5, acc2_has0, f1_has0, acc2_non0,
+    f1_non0. choice: a None in `predicted` (no number could be read) is wrong in every accuracy and
+    F1 and left out of MAE and correlation; correlation is 0 where either side is constant, any
+    other metric nan where no post counts.
+
+    MAE and Pearson take the scores as they are; Acc-7 and Acc-5 clip to 3 and 2 and round half to
+    even; has0 is >= 0 against < 0, non0 drops gold zeros, > 0 against < 0; F1 is weighted."""
+    pairs = [(g, p) for g, p in zip(gold, predicted, strict=True) if p is not None]
+    n, mean = max(1, len(pairs)), lambda xs: sum(xs) / len(xs) if xs else math.nan
+    centred = [[x - sum(side) / n for x in side] for side in zip(*pairs)] or [[], []]
+    covariance = sum(a * b for a, b in zip(*centred))
+    norm = math.sqrt(math.prod(sum(x * x for x in side) for side in centred))
+    out = dict(mae=mean([abs(g - p) for g, p in pairs]), corr=covariance / norm if norm > 1e-12 else 0.0)
+    for name, top in (("acc7", 3), ("acc5", 2)):
+        step = lambda x: None if x is None else round(min(max(x, -top), top))
+        out[name] = mean([step(g) == step(p) for g, p in zip(gold, predicted)])
+    for name, side, kept in (("has0", lambda x: x >= 0, lambda g: True),
+                             ("non0", lambda x: x > 0, lambda g: g != 0)):
+        sides = [(side(g), None if p is None else side(p)) for g, p in zip(gold, predicted)
+                 if kept(g)]
+        f1 = 0.0
+        for one in (False, True):
+            golds, said = sum(g == one for g, _ in sides), sum(p == one for _, p in sides)
+            both = sum(g == p == one for g, p in sides)
+            f1 += golds / max(1, len(sides)) * 2 * both / max(1, golds + said)
+        out[f"acc2_{name}"], out[f"f1_{name}"] = mean([g == p for g, p in sides]), f1
+    return out
 
 
 # ================================================================================================
