@@ -37,7 +37,8 @@ from mulcot import (
     load_model, load_processor, multitask_loss, positive, read_out, read_posts, read_rows,
     readout_branches, readout_loss, regression_metrics, render_label, render_score, run_stage,
     save_adapter, save_readout, score_labels, seed_everything, show_tokens, task_format, tell_aside,
-    tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, write_atomic, write_json)
+    tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, without, write_atomic,
+    write_json)
 
 
 def parse_args(argv=None):
@@ -99,6 +100,8 @@ def parse_args(argv=None):
             flag("--target", choices=("score", "label"), default="score", help="what is read")
             flag("--how", choices=("read", "generate"), default="read",
                  help="generate: its rival, which writes the score as text")
+            flag("--without", nargs="*", choices=("frames", "audio"), default=[],
+                 help="inputs to leave out, in training and ever after")
             flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
             p.description += ("; (paper: ...) is MulCoT-RD's but for --head-lr; defaults are this "
                               "one's, epochs, batch and schedule ours")
@@ -138,6 +141,7 @@ def training_items(args, processor):
             if problem:
                 aside.append((f"{path}: {post.id}", problem))
             elif branches:
+                post = without(post, args.without) if args.stage == "readout" else post
                 items.append((post, branches))
     tell_aside(aside, f"rows in all, reasons in {args.out}/set_aside.json")
     if aside:
@@ -313,7 +317,7 @@ def build(args, folder, items):
         print(f"lora       {', '.join(f'{n} {k}' for k, n in kinds.items())}; all {len(names)} "
               f"names in {args.out}/lora_modules.json")
     if args.stage == "readout":
-        about = dict(target=args.target, how=args.how)
+        about = dict(target=args.target, how=args.how, without=args.without)
         if args.target == "score":
             scores = torch.tensor([post.score for post, _ in items], dtype=torch.float64)
             about |= dict(mean=scores.mean().item(),

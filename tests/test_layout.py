@@ -47,7 +47,7 @@ def ordinary_logits(model, processor, example, k):
     ids = torch.tensor([example.prefix + example.branches[k - 1][0]])
     more = {}
     if example.pixels is not None:
-        more = dict(pixel_values=example.pixels, image_grid_thw=example.grid[None])
+        more = dict(pixel_values=example.pixels, image_grid_thw=example.grid)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more,
                  mm_token_type_ids=(ids == processor.image_pad).int()).logits[0]
 
@@ -124,7 +124,7 @@ def test_rope_positions_equal_the_models_own(student, mixed, layout):
         for k in {"shared": (1, 2), "rows": (row % 2 + 1,)}[layout]:
             ids = torch.tensor([e.prefix + e.branches[k - 1][0]])
             want, _ = model.model.get_rope_index(
-                ids, (ids == processor.image_pad).int(), None if e.grid is None else e.grid[None],
+                ids, (ids == processor.image_pad).int(), e.grid,
                 attention_mask=torch.ones_like(ids))
             at = (batch.branch[row] == 0) | (batch.branch[row] == k)
             assert torch.equal(batch.ids[row, at], ids[0])
