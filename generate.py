@@ -32,8 +32,8 @@ from mulcot import (
     encode, fingerprint, forward_branches, generate_text, label_branches, label_row, load_image,
     load_model, parse_reasoning, positive, read_out, read_posts, read_rows, render_reasoning,
     run_stage, score_labels,
-    task_format, tell_aside, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
-    write_atomic)
+    task_format, tell_aside, top_k_soft, toy_clip_warmup, toy_clips, toy_posts, toy_warmup,
+    training_branches, two_stage_cot, write_atomic)
 
 
 def above_zero(text):
@@ -73,6 +73,7 @@ def parse_args(argv=None):
     flag = stage("toy", "write the synthetic set in the ordinary formats", model=False)
     for split, size in (("train", 600), ("dev", 100), ("test", 300), ("warmup", 1280)):
         flag(f"--{split}", type=int, default=size, help=f"number of {split} posts")
+    flag("--clips", action="store_true", help="posts with frames, a voice and a score")
 
     flag = stage("teacher", "two-stage chains: predict; keep if right, else explain the label")
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
@@ -201,16 +202,17 @@ def closing(out):
 
 
 def toy(args):
-    """posts.jsonl, warmup.jsonl and images/ of the synthetic world."""
+    """posts.jsonl, warmup.jsonl and images/ (with --clips also voices) of the synthetic world."""
     sizes, images = dict(train=args.train, dev=args.dev, test=args.test), f"{args.out}/images"
-    settings = dict(sizes, warmup=args.warmup, seed=args.seed)
+    settings = dict(sizes, warmup=args.warmup, seed=args.seed, clips=args.clips)
     check_settings(f"{args.out}/toy.json", settings, os.path.exists(f"{args.out}/posts.jsonl"))
-    posts = toy_posts(images, sizes, args.seed)
-    warmup = toy_warmup(images, args.warmup, args.seed + 1)
+    make, warm = (toy_clips, toy_clip_warmup) if args.clips else (toy_posts, toy_warmup)
+    posts, warmup = make(images, sizes, args.seed), warm(images, args.warmup, args.seed + 1)
     for name, rows in (("posts", posts), ("warmup", warmup)):
         lines = "".join(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in rows)
         write_atomic(f"{args.out}/{name}.jsonl", lambda part: Path(part).write_text(lines, "utf-8"))
-    print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
+    if not args.clips:
+        print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
     print(f"wrote {len(posts)} posts and {len(warmup)} warm-up rows to {args.out}")
 
 

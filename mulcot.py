@@ -177,7 +177,7 @@ def load_audio(path):
     except FileNotFoundError:
         raise InputError(f"audio {path} is missing: check --images") from None
     except (wave.Error, EOFError) as e:
-        raise InputError(f"audio {path} is no PCM WAV ({e or 'cut off'}): {fix}") from None
+        raise InputError(f"audio {path} is no PCM WAV ({str(e) or 'cut off'}): {fix}") from None
     if width != 2 or rate < 4000 or rate % 25:
         raise InputError(f"audio {path} has {8 * width} bits at {rate} Hz: {fix}")
     whole = len(data) // (2 * channels)
@@ -1815,8 +1815,8 @@ def run_stage(stage, args):
 
 
 # ================================================================================================
-# §10 The embedded default [needs: json, os, random, re, Path, torch, Image, ImageDraw, LABELS,
-#    InputError, §1, §2, §3, §4, §9]
+# §10 The embedded default [needs: json, math, os, random, re, wave, Path, torch, Image, ImageDraw,
+#    LABELS, InputError, §1, §2, §3, §4, §9]
 # ================================================================================================
 
 # A toy world in which a post's sentiment needs its words and its picture, its teacher, and tiny
@@ -1919,6 +1919,57 @@ def toy_findings(aspect, word, scene, words, mood, label, rng):
             "Conflict_resolution": resolution,
             "Final_conclusion": end.format(l=label, a=aspect),
             "Prediction": label}
+
+
+TOY_SIDES = {"praise": 1, "blame": -1, "cheerful": 1, "gloomy": -1}
+TOY_PITCHES = ("very low", "low", "middle", "high", "very high")
+
+
+def toy_clips(folder, sizes, seed=0):
+    """Toy posts as clips with scores in [-3, 3]: the side of the words (-1, 0, 1), of the two
+    frames (-1, 0, 1) and the pitch of a voice (-1 to 1 in tenths, an octave below to one above 250
+    Hz) add up, so that each input is needed."""
+    rng, posts = random.Random(seed + 1), toy_posts(folder, sizes, seed)
+    for post in posts:
+        facts, pitch = post.extra["facts"], rng.randint(-10, 10) / 10
+        second, audio = (f"{post.image[:-4]}{end}" for end in ("-2.png", ".wav"))
+        _draw(facts["scene"], rng).save(second)
+        _voice(audio, 250 * 2**pitch, rng)
+        post.frames, post.image, post.audio, post.label = [post.image, second], None, audio, None
+        post.score = round(sum(TOY_SIDES.get(facts[k], 0) for k in ("words", "mood")) + pitch, 1)
+        facts["pitch"] = TOY_PITCHES[round((pitch + 1) * 2)]
+    return posts
+
+
+def toy_clip_warmup(folder, size, seed=7):
+    """toy_warmup's three tasks for clips: describe, write a number that the prompt states, name."""
+    rng, posts = random.Random(seed), toy_clips(folder, {"warm": size}, seed)
+    for post in posts:
+        facts, post.score = post.extra.pop("facts"), None
+        number = render_score(rng.randint(-30, 30) / 10)
+        named, value = rng.choice([("Image", facts["scene"]), ("Word", facts["word"]),
+                                   ("Voice", facts["pitch"])])
+        post.extra["branches"] = [
+            ["Describe the post.",
+             f"The voice is {facts['pitch']}. The words call {post.aspect} {facts['word']}. "
+             f"The frames show a {facts['scene']}."],
+            [f"Write this number: {number}", number],
+            [f'Answer with this field only:\n"{named}": what the post shows',
+             f'"{named}": "{value}"']]
+    return posts
+
+
+def _voice(path, hertz, rng):
+    """About 0.4 s of a voice-like tone: harmonics under a falling spectrum, vibrato, breath noise.
+    Length, loudness and vibrato vary and mean nothing."""
+    t = torch.arange(rng.randint(5600, 7200)) / AUDIO_RATE  # (samples,)
+    turn = hertz * (t + 0.003 * torch.sin(2 * math.pi * (rng.uniform(4, 6) * t + rng.random())) / 5)
+    tone = sum(torch.sin(2 * math.pi * k * turn) / k for k in range(1, 9))
+    noise = torch.randn(len(t), generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    sound = rng.uniform(0.1, 0.3) * (tone + 0.05 * noise) * torch.sin(math.pi * t / t[-1]).sqrt()
+    with wave.open(path, "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(AUDIO_RATE)
+        file.writeframes((sound.clamp(-1, 1) * 32767).short().numpy().tobytes())
 
 
 def _draw(scene, rng):
