@@ -34,12 +34,12 @@ from tqdm import tqdm
 
 from mulcot import (
     LABELS, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, SoftLabels, add_lora,
-    build_messages, check_settings, collate, dense_ce_kl, digest, encode, forward_branches, label_branches,
-    load_model, load_processor, multitask_loss, positive, read_out, read_posts, read_rows,
-    readout_branches, readout_loss, regression_metrics, render_label, render_score, run_stage,
-    save_adapter, save_readout, score_labels, seed_everything, show_tokens, task_format, tell_aside,
-    tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, without, write_atomic,
-    write_json)
+    build_messages, check_settings, collate, dense_ce_kl, digest, encode, forward_branches,
+    label_branches, load_model, load_processor, multitask_loss, positive, read_out, read_posts,
+    read_rows, readout_branches, readout_loss, regression_metrics, render_label, render_score,
+    run_stage, save_adapter, save_readout, score_labels, seed_everything, show_tokens, task_format,
+    tell_aside, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, without,
+    write_atomic, write_json)
 
 
 def parse_args(argv=None):
@@ -60,7 +60,7 @@ def parse_args(argv=None):
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         flag = p.add_argument
         needed = stage != "readout"  # its --compare brings its own
-        flag("--data", nargs="+", required=needed, metavar="ROWS", 
+        flag("--data", nargs="+", required=needed, metavar="ROWS",
              help="rows with cot and label" if needed else "posts with scores or labels")
         flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
         flag("--out", required=needed, help="folder for adapters, log and resume state")
