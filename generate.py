@@ -27,12 +27,12 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
+    Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
     Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
-    encode, fingerprint, forward_branches, generate_text, label_branches, label_example,
-    load_image, load_model, new_cache, parse_reasoning, positive, read_posts, read_rows,
-    render_reasoning, run_stage, score_labels, task_format, tell_aside, top_k_soft, toy_posts,
-    toy_warmup, training_branches, two_stage_cot, write_atomic, write_branch)
+    encode, fingerprint, forward_branches, generate_text, label_branches, label_example, label_row,
+    load_image, load_model, new_cache, parse_reasoning, positive, read_out, read_posts, read_rows,
+    render_reasoning, run_stage, score_labels, task_format, tell_aside, top_k_soft, toy_clip_warmup,
+    toy_clips, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic, write_branch)
 
 
 def above_zero(text):
@@ -72,6 +72,7 @@ def parse_args(argv=None):
     flag = stage("toy", "write the synthetic set in the ordinary formats", model=False)
     for split, size in (("train", 600), ("dev", 100), ("test", 300), ("warmup", 1280)):
         flag(f"--{split}", type=int, default=size, help=f"number of {split} posts")
+    flag("--clips", action="store_true", help="posts with frames, a voice and a score")
 
     flag = stage("teacher", "two-stage chains: predict; keep if right, else explain the label")
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
@@ -159,9 +160,9 @@ KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_ima
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
     settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
-    file = Path(args.model, "adapter_model.safetensors")
-    if file.exists():
-        adapter = digest(file.read_bytes())
+    files = [Path(args.model, name) for name in ("adapter_model.safetensors", "head.safetensors")]
+    if files[0].exists():
+        adapter = digest(*(file.read_bytes() for file in files if file.exists()))
     return settings | {"adapter": adapter}
 
 
@@ -201,16 +202,17 @@ def closing(out):
 
 
 def toy(args):
-    """posts.jsonl, warmup.jsonl and images/ of the synthetic world."""
+    """posts.jsonl, warmup.jsonl and images/ (with --clips also voices) of the synthetic world."""
     sizes, images = dict(train=args.train, dev=args.dev, test=args.test), f"{args.out}/images"
-    settings = dict(sizes, warmup=args.warmup, seed=args.seed)
+    settings = dict(sizes, warmup=args.warmup, seed=args.seed, clips=args.clips)
     check_settings(f"{args.out}/toy.json", settings, os.path.exists(f"{args.out}/posts.jsonl"))
-    posts = toy_posts(images, sizes, args.seed)
-    warmup = toy_warmup(images, args.warmup, args.seed + 1)
+    make, warm = (toy_clips, toy_clip_warmup) if args.clips else (toy_posts, toy_warmup)
+    posts, warmup = make(images, sizes, args.seed), warm(images, args.warmup, args.seed + 1)
     for name, rows in (("posts", posts), ("warmup", warmup)):
         lines = "".join(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in rows)
         write_atomic(f"{args.out}/{name}.jsonl", lambda part: Path(part).write_text(lines, "utf-8"))
-    print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
+    if not args.clips:
+        print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
     print(f"wrote {len(posts)} posts and {len(warmup)} warm-up rows to {args.out}")
 
 
@@ -505,7 +507,10 @@ def controlled(posts, args):
 
 @torch.no_grad()
 def predict_batch(args, model, processor, posts):
-    """What is said of each post: prediction, probs or raw_label, and the chain with its problem."""
+    """What is said of each post: prediction, probs or raw_label, and the chain with its problem;
+    by a model with a readout, what that reads, and no chain."""
+    if hasattr(model, "readout"):
+        return read_out(model, processor, posts)
     chain, chains = [(task_format("reason"), None)], []
     if args.decode == "score":
         scored = label_branches() + chain  # one pass over image and post for labels and chain
@@ -514,9 +519,7 @@ def predict_batch(args, model, processor, posts):
         batch = collate(examples, processor.pad).to(model.device)
         cache = new_cache() if args.chain else None
         hidden = forward_branches(model, batch, cache)
-        rows = [dict(prediction=LABELS[max(range(3), key=probs.__getitem__)],
-                     probs=[round(p, 6) for p in probs])
-                for probs in score_labels(model, batch, hidden).exp().tolist()]
+        rows = [label_row(probs) for probs in score_labels(model, batch, hidden).exp().tolist()]
         if args.chain:
             chains = write_branch(model, processor, batch, hidden, cache, args.max_new_tokens)
     else:
@@ -544,6 +547,8 @@ def predict_one(args):
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:
         print(said["raw"] + "\n")
+    if "score" in said:
+        return print(f"score: {said['score']}")
     sure = f" ({max(said['probs']):.1%})" if "probs" in said else ""
     print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
 

@@ -49,6 +49,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import csv
 import errno
 import hashlib
 import io
@@ -60,8 +61,9 @@ import re
 import sys
 import threading
 import time
+import wave
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -82,18 +84,22 @@ class InputError(ValueError):
 
 
 # ================================================================================================
-# §1 Posts [needs: hashlib, json, os, re, dataclass, field, Path, Image, ImageOps, LABELS,
-#    InputError]
+# §1 Posts [needs: csv, hashlib, json, math, os, re, wave, dataclass, field, replace, Path, torch,
+#    F, Image, ImageOps, LABELS, InputError]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+SCORES = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
+MAX_FRAMES = 16  # paper: arXiv 2606.05713
+AUDIO_RATE, MAX_SECONDS = 16_000, 300  # what Qwen2.5-Omni's feature extractor takes
 MAX_IMAGE_PIXELS = 50_000_000  # choice: a decompression bomb is an error, not an out-of-memory kill
 
 
 @dataclass
 class Post:
-    """One social-media post. `image` is a resolved path inside `folder`, or None for text alone.
-    `cot` is a teacher's chain; `extra` holds the columns we do not know, kept as they came."""
+    """One social-media post. `image`, `frames` (of a clip) and `audio` are resolved paths inside
+    `folder`, or None and [] for text alone. `cot` is a teacher's chain; `extra` holds the columns
+    we do not know, kept as they came."""
 
     id: str
     text: str
@@ -104,18 +110,33 @@ class Post:
     split: str | None = None
     cot: str | None = None
     folder: str | None = None
+    frames: list = field(default_factory=list)
+    audio: str | None = None
     extra: dict = field(default_factory=dict)
 
+    @property
+    def pictures(self):
+        """All images in the order in which a model sees them."""
+        return ([self.image] if self.image else []) + self.frames
+
     def row(self):
-        """The post as a JSON row; the image goes back to a name inside its folder."""
-        image = os.path.relpath(self.image, os.path.realpath(self.folder)) if self.image else None
-        known = dict(id=self.id, text=self.text, image=image, aspect=self.aspect, label=self.label,
-                     score=self.score, split=self.split, cot=self.cot)
+        """The post as a JSON row; files go back to names inside their folder."""
+        name = lambda path: path and os.path.relpath(path, os.path.realpath(self.folder))
+        known = dict(id=self.id, text=self.text, image=name(self.image),
+                     frames=[name(f) for f in self.frames] or None, audio=name(self.audio),
+                     aspect=self.aspect, label=self.label, score=self.score, split=self.split,
+                     cot=self.cot)
         return {k: v for k, v in known.items() if v is not None} | self.extra
 
 
+def without(post, inputs):
+    """The post less some of its inputs: "frames" (all pictures), "audio"."""
+    gone = dict(frames=dict(image=None, frames=[]), audio=dict(audio=None))
+    return replace(post, **{k: v for name in inputs for k, v in gone[name].items()})
+
+
 def safe_path(name, folder):
-    """A manifest's image name as a path inside `folder`; anything that leads outside is refused."""
+    """A manifest's file name as a path inside `folder`; anything that leads outside is refused."""
     root = os.path.realpath(folder)
     odd = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or "\\" in name or "\0" in name
     if odd or os.path.isabs(name):
@@ -146,23 +167,65 @@ def load_image(path):
         raise InputError(f"image {path} cannot be read ({e}): replace it or drop its row") from None
 
 
+def load_audio(path):
+    """A 16-bit PCM WAV as floats (samples,) in [-1, 1) at 16 kHz, channels averaged. Raises
+    InputError with the reason."""
+    fix = "`ffmpeg -i IN -ac 1 -ar 16000 -sample_fmt s16 OUT.wav` writes what is read here"
+    try:
+        with wave.open(str(path)) as file:
+            channels, width, rate, count = file.getparams()[:4]
+            data = file.readframes(count)
+    except FileNotFoundError:
+        raise InputError(f"audio {path} is missing: check --images") from None
+    except (wave.Error, EOFError) as e:
+        raise InputError(f"audio {path} is no PCM WAV ({str(e) or 'cut off'}): {fix}") from None
+    if width != 2 or rate < 4000 or rate % 25:
+        raise InputError(f"audio {path} has {8 * width} bits at {rate} Hz: {fix}")
+    whole = len(data) // (2 * channels)
+    if not 0.05 <= whole / rate <= MAX_SECONDS:
+        raise InputError(f"audio {path} lasts {whole / rate:.2f} s, not 0.05 to {MAX_SECONDS}: is "
+                         "the clip empty, or uncut?")
+    samples = torch.frombuffer(bytearray(data[: whole * 2 * channels]), dtype=torch.int16)
+    return resample(samples.reshape(-1, channels).float().mean(1) / 32768, rate, AUDIO_RATE)
+
+
+def resample(samples, old, new, zeros=16):
+    """Samples (n,) at `old` Hz -> (ceil(n new / old),) at `new` Hz: a sinc under a cos² window of
+    `zeros` zero crossings a side, cut off at the lower Nyquist frequency."""
+    if old == new:
+        return samples
+    old, new = old // math.gcd(old, new), new // math.gcd(old, new)
+    cut = min(1.0, new / old)
+    half = math.ceil(zeros / cut)
+    lag = torch.arange(-half, half + old) - torch.arange(new)[:, None] * old / new  # (new, taps)
+    window = torch.cos((lag * cut / zeros).clamp(-1, 1) * math.pi / 2) ** 2
+    kernel = cut * torch.sinc(lag * cut) * window  # one filter per output phase
+    padded = F.pad(samples[None, None], (half, half + old))
+    out = F.conv1d(padded, kernel[:, None], stride=old)[0]  # (new, periods)
+    return out.T.reshape(-1)[: -(-len(samples) * new // old)]
+
+
 def read_posts(path, images=None, rejects=None, may_be_empty=False):
-    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, or an MVSA
-    folder as downloaded. `images`: their folder (default: `images/` beside the file, else the
-    file's own folder). Bad rows are appended to `rejects` as (where, reason); with rejects=None
-    the first raises InputError."""
+    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, MMSA's
+    `label.csv`, or an MVSA folder as downloaded. `images`: the folder of images, frames and audio
+    (default: `images/` beside the file, else the file's own folder). Bad rows are appended to
+    `rejects` as (where, reason); with rejects=None the first raises InputError."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a .jsonl, .json or .tsv file or an MVSA "
-                         "folder")
+        raise InputError(f"{path} does not exist: give a .jsonl, .json, .tsv or .csv file or an "
+                         "MVSA folder")
     if path.is_dir():
         rows, images = _mvsa_rows(path), images or path / "data"
+    elif path.suffix == ".csv":
+        images = images or path.parent
+        rows = _csv_rows(path, Path(images))
     elif path.suffix in (".jsonl", ".json", ".tsv"):
         rows = {".jsonl": _jsonl_rows, ".json": _json_rows, ".tsv": _tsv_rows}[path.suffix](path)
         beside = path.parent / "images"
         images = images or (beside if beside.is_dir() else path.parent)
     else:
-        raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json or .tsv")
+        raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json, "
+                         ".tsv or .csv")
     posts, seen, good_images = [], set(), set()
     for where, row in rows:
         try:
@@ -171,9 +234,11 @@ def read_posts(path, images=None, rejects=None, may_be_empty=False):
             post = _to_post(row, images)
             if post.id in seen:
                 raise InputError(f"duplicate id {post.id!r}: ids name posts in every later file")
-            if post.image and post.image not in good_images:
-                load_image(post.image)  # choice: decode now, so that no run dies on image 9,000
-                good_images.add(post.image)
+            for picture in set(post.pictures) - good_images:
+                load_image(picture)  # choice: decode now, so that no run dies on image 9,000
+                good_images.add(picture)
+            if post.audio:
+                load_audio(post.audio)
             seen.add(post.id)
             posts.append(post)
         except InputError as e:
@@ -210,18 +275,45 @@ def _to_post(row, images):
     if name is None and row.get("image_id") is not None:  # the authors' rows may name it only so
         name = f"{row['image_id']}.jpg"
     row.pop("image_path", None), row.pop("image_id", None)
-    if not (name is None or isinstance(name, str)):
-        raise InputError(f"image must be a file name, got {name!r}")
+    audio = row.pop("audio", None)
+    for kind, value in (("image", name), ("audio", audio)):
+        if not isinstance(value, (str, type(None))):
+            raise InputError(f"{kind} must be a file name, got {value!r}")
     if row.get("id") is None:
         raise InputError("no id: every row needs one")
     score = row.pop("score", None)
     if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
         raise InputError(f"score must be a number, got {score!r}")
+    if score is not None and not abs(score) <= SCORES:  # catches NaN, too
+        raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
     return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect,
                 label=label,
                 image=safe_path(name, images) if name else None, score=score,
+                frames=_frames(row.pop("frames", None), images),
+                audio=safe_path(audio, images) if audio else None,
                 split=row.pop("split", None),
                 cot=row.pop("cot", None), folder=str(images), extra=row)
+
+
+def _frames(value, images):
+    """At most 16 paths, evenly spaced, of a clip's frames: a folder or a list of image names."""
+    if value is None:
+        return []
+    names = value
+    if isinstance(value, str):
+        folder = safe_path(value, images)
+        if not os.path.isdir(folder):
+            raise InputError(f"frames {value!r} is no folder in {images}")
+        names = [f"{value}/{name}" for name in sorted(os.listdir(folder))
+                 if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"frames must be a folder or a list of image names, got {value!r}")
+    if not names:
+        raise InputError(f"frames {value!r} holds no image: extract some, or leave frames out")
+    n = len(names)
+    kept = names if n <= MAX_FRAMES else [names[(2 * i + 1) * n // (2 * MAX_FRAMES)]
+                                          for i in range(MAX_FRAMES)]  # mid of 16 equal spans
+    return [safe_path(name, images) for name in kept]
 
 
 def _lines(path):
@@ -276,6 +368,44 @@ def _tsv_rows(path):
                             image=cells[2],
                             text=cells[3], aspect=cells[4], split=split)
         yield where, line
+
+
+def _csv_rows(path, folder):
+    """MMSA's label.csv of MOSI or MOSEI: video_id, clip_id, text, label (a score), mode (train,
+    valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
+    they exist."""
+    header = None
+    for where, line in _lines(path):
+        try:
+            if isinstance(line, InputError):
+                raise line
+            cells = next(csv.reader([line]), [])
+            if header is None:
+                header = cells
+                lacking = {"video_id", "clip_id", "text", "label", "mode"} - set(header)
+                if lacking:
+                    break
+            elif cells:
+                if len(cells) != len(header):
+                    raise InputError(f"expected {len(header)} cells, got {len(cells)}")
+                yield where, _clip(dict(zip(header, cells)), folder)
+        except (ValueError, csv.Error) as e:  # InputError is a ValueError
+            yield where, e if isinstance(e, InputError) else InputError(f"not a row: {e}")
+    if header is None or lacking:
+        raise InputError(f"{path} must have the columns video_id, clip_id, text, label, mode, as "
+                         "MMSA's label.csv")
+
+
+def _clip(cells, folder):
+    """A line of label.csv as a row."""
+    name = f"{cells['video_id']}/{cells['clip_id']}"
+    row = dict(id=name.replace("/", "$_$"), text=cells["text"], score=float(cells["label"]),
+               split={"valid": "dev"}.get(cells["mode"], cells["mode"]))
+    if (folder / "frames" / name).is_dir():
+        row["frames"] = f"frames/{name}"
+    if (folder / "audio" / f"{name}.wav").exists():
+        row["audio"] = f"audio/{name}.wav"
+    return row
 
 
 def mvsa_label(pairs):
@@ -357,12 +487,13 @@ FORMATS = {
 "Prediction": negative, neutral or positive""",
     "label": """Answer with this field only:
 "Prediction": negative, neutral or positive""",
+    "score": "Answer with one number from -3 (very negative) to 3 (very positive).",
 }
 TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
 you rely on. \
 Give exactly one word as the Prediction and write nothing after it."""
-TASKS = ("reason", "label", "predict", "explain")
+TASKS = ("reason", "label", "score", "predict", "explain")
 
 
 def post_prompt(post, task="reason", gold=None):
@@ -387,13 +518,14 @@ def task_format(task):
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" for the trained models, "predict" |
+    """OpenAI-style messages. task: "reason" | "label" | "score" for the trained models, "predict" |
     "explain" for the teacher's two stages; only "explain" takes (and needs) the gold label. paper:
     stage 1 / stage 2."""
     assert task in TASKS and (gold in LABELS) == (task == "explain"), (task, gold)
-    image = [{"type": "image", "image": post.image}] if post.image else []
+    files = [{"type": "image", "image": path} for path in post.pictures]
+    files += [{"type": "audio", "audio": post.audio}] if post.audio else []
     text = post_prompt(post, task, gold) + task_format(task)
-    return [{"role": "user", "content": image + [{"type": "text", "text": text}]}]
+    return [{"role": "user", "content": files + [{"type": "text", "text": text}]}]
 
 
 @dataclass
@@ -479,6 +611,17 @@ def render_reasoning(fields):
 def render_label(label):
     """The answer to the label prompt: the last field alone."""
     return f'"Prediction": "{label}"'
+
+
+def render_score(score):
+    """The answer to the score prompt: a number with one decimal."""
+    return f"{round(score, 1) + 0.0:.1f}"  # + 0.0: no "-0.0"
+
+
+def parse_score(text):
+    """The first number in a model's answer, in range or not, or None. Never raises."""
+    found = re.search(r"[-+\u2212]?(?:[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})", text)
+    return float(found[0].replace("\u2212", "-")) if found else None
 
 
 # ================================================================================================
@@ -671,7 +814,10 @@ def _read_reply(reply):
 
 
 def _wire(part):
-    """A content part as it goes over the wire: images become data URLs."""
+    """A content part as it goes over the wire: images become data URLs, audio base64."""
+    if part["type"] == "audio":
+        data = base64.b64encode(Path(part["audio"]).read_bytes()).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
     if part["type"] != "image":
         return part
     return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
@@ -694,25 +840,34 @@ def data_url(path, max_side=1120):
 
 
 # ================================================================================================
-# §4 Tokens [needs: OrderedDict, dataclass, torch, §1, §2]
+# §4 Tokens [needs: OrderedDict, dataclass, torch, InputError, §1, §2]
 # ================================================================================================
 
 IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 VISION_PAD, IMAGE_PAD, VIDEO_PAD = "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"
+IMAGE_SEATS = (VISION_START, IMAGE_PAD, VISION_END)
+OMNI_IMAGE_SEATS = ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>")  # as Qwen2.5-Omni names them
+OMNI_AUDIO_SEATS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's own chat template puts first
 
 
 class Processor:
-    """Tokenizer and PIL image processor of a model folder, with the few ids we place ourselves.
-    (AutoProcessor would need torchvision.) Pixels of the last images are kept, up to `cache_mb`."""
+    """Tokenizer, PIL image processor and, of models that hear, feature extractor of a model folder,
+    with the few ids we place ourselves. (AutoProcessor would need torchvision.) What the last files
+    turned into is kept, up to `cache_mb`."""
 
-    def __init__(self, tokenizer, image_processor, cache_mb=256):
+    def __init__(self, tokenizer, image_processor, extractor=None, cache_mb=256):
         self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.extractor = extractor
         ids = tokenizer.convert_tokens_to_ids
-        self.im_end, self.pad, self.image_pad = ids(IM_END), ids(PAD_TOKEN), ids(IMAGE_PAD)
-        self.merge = image_processor.merge_size
-        self._pixels, self._room, self._template = OrderedDict(), cache_mb * 2**20, {}
+        self.im_end, self.pad = ids(IM_END), ids(PAD_TOKEN)
+        self.image_seats = ids(list(OMNI_IMAGE_SEATS if extractor else IMAGE_SEATS))
+        self.audio_seats = ids(list(OMNI_AUDIO_SEATS)) if extractor else []
+        self.image_pad, self.merge = self.image_seats[1], image_processor.merge_size
+        other = ["<|VIDEO|>"] if extractor else [VISION_PAD, VIDEO_PAD]
+        self.never = self.image_seats + self.audio_seats + ids(other)  # what no answer may hold
+        self._files, self._room, self._template = OrderedDict(), cache_mb * 2**20, {}
 
     def text_ids(self, text):
         """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a control
@@ -727,15 +882,32 @@ class Processor:
         return self._template[text]
 
     def image(self, path):
-        """Patches (n, 1176) and grid (3,) of an image file; identical files are processed once."""
-        if path not in self._pixels:
+        """Patches (n, 1176) and grid (3,) of an image file."""
+        def make():
             out = self.image_processor(images=[load_image(path)], return_tensors="pt")
-            self._pixels[path] = out["pixel_values"], out["image_grid_thw"][0]
-            self._room -= out["pixel_values"].nbytes
-            while self._room < 0 and len(self._pixels) > 1:
-                self._room += self._pixels.popitem(last=False)[1][0].nbytes
-        self._pixels.move_to_end(path)
-        return self._pixels[path]
+            return out["pixel_values"], out["image_grid_thw"][0]
+        return self._keep(path, make)
+
+    def audio(self, path):
+        """Log-mel features (10 ms frames, mel bins) of a WAV file: those of the model's own
+        processor, which pads to 300 s first; 25 ms of silence give the same."""
+        def make():
+            samples = load_audio(path).numpy()
+            out = self.extractor(samples, sampling_rate=AUDIO_RATE, return_attention_mask=True,
+                                 max_length=len(samples) + self.extractor.n_fft,
+                                 return_tensors="pt")
+            return (out["input_features"][0, :, : int(out["attention_mask"].sum())].T,)
+        return self._keep(path, make)[0]
+
+    def _keep(self, path, make):
+        """make(), done once for each of the last files."""
+        if path not in self._files:
+            self._files[path] = make()
+            self._room -= self._files[path][0].nbytes
+            while self._room < 0 and len(self._files) > 1:
+                self._room += self._files.popitem(last=False)[1][0].nbytes
+        self._files.move_to_end(path)
+        return self._files[path]
 
 
 @dataclass
@@ -746,8 +918,10 @@ class Example:
     prefix: list
     positions: torch.Tensor
     branches: list  # of (ids, number of answer tokens)
-    pixels: torch.Tensor | None
-    grid: torch.Tensor | None
+    pixels: torch.Tensor | None  # patches of all its images
+    grid: torch.Tensor | None  # (images, 3)
+    audio: torch.Tensor | None = None  # log-mel features (frames, mel bins)
+    post: Post | None = None  # what it was made from: a readout's score or label stands there
 
     def __len__(self):
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
@@ -758,25 +932,34 @@ def encode(post, branches, processor, prompt=None):
     shared text before the branches (default `post_prompt(post)`). Ids equal those of the model's
     chat template. trap: train on <|im_end|> and mask by length; with pad == eos a model never
     learns to stop."""
-    p, image, grid, pixels = processor, [], None, None
-    if post.image:
-        pixels, grid = p.image(post.image)
-        slots = int(grid.prod()) // p.merge**2
-        image = p.template_ids(VISION_START) + [p.image_pad] * slots + p.template_ids(VISION_END)
+    p, seats, pixels, grids, audio = processor, [], [], [], None
+    for path in post.pictures:
+        patches, grid = p.image(path)
+        pixels.append(patches), grids.append(grid)
+        start, pad, end = p.image_seats
+        seats += [start] + [pad] * (int(grid.prod()) // p.merge**2) + [end]
+    if post.audio:
+        if p.extractor is None:
+            raise InputError(f"post {post.id} has audio, and this model hears nothing: take "
+                             "Qwen2.5-Omni, or leave audio out (train.py readout --without audio)")
+        audio = p.audio(post.audio)
+        start, pad, end = p.audio_seats
+        seats += [start] + [pad] * ((len(audio) + 1) // 2 // 2) + [end]  # as the tower pools
     head = p.template_ids(f"{IM_START}system\n{SYSTEM}{IM_END}\n{IM_START}user\n")
-    prefix = head + image + p.text_ids(prompt if prompt is not None else post_prompt(post))
+    prefix = head + seats + p.text_ids(prompt if prompt is not None else post_prompt(post))
     ready = p.template_ids(f"{IM_END}\n{IM_START}assistant\n")
     tails = []
     for question, answer in branches:
         answer_ids = [] if answer is None else p.text_ids(answer) + [p.im_end]
         tails.append((p.text_ids(question) + ready + answer_ids, len(answer_ids)))
-    return Example(prefix, rope_positions(prefix, p.image_pad, [grid] if image else [], p.merge),
-                   tails, pixels, grid)
+    return Example(prefix, rope_positions(prefix, p.image_pad, grids, p.merge), tails,
+                   torch.cat(pixels) if pixels else None, torch.stack(grids) if grids else None,
+                   audio, post)
 
 
 def rope_positions(ids, image_pad, grids, merge):
-    """Qwen-VL's 3-D (time, height, width) positions (3, T): text counts up on all three axes; an
-    image spans a grid and text goes on after its longer side. trap: without these (or
+    """Qwen-VL's 3-D (time, height, width) positions (3, T): text and audio count up on all three
+    axes; an image spans a grid and text goes on after its longer side. trap: without these (or
     mm_token_type_ids) transformers 5 silently uses text positions. Equal to the model's own
     get_rope_index (tested)."""
     out, at, i, grids = [], 0, 0, list(grids)
@@ -806,6 +989,8 @@ class Batch:
     example: torch.Tensor  # (B,)
     pixels: torch.Tensor | None  # (patches of all rows, 1176)
     grid: torch.Tensor | None  # (images, 3)
+    audio: torch.Tensor | None = None  # (frames of all rows, mel bins)
+    audio_lengths: torch.Tensor | None = None  # frames (clips,)
 
     def to(self, device):
         move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
@@ -839,9 +1024,12 @@ def collate(examples, pad_id, layout="shared"):
             at = end
     images = [e for _, e, _ in rows if e.pixels is not None]
     pixels = torch.cat([e.pixels for e in images]) if images else None
-    grid = torch.stack([e.grid for e in images]) if images else None
+    grid = torch.cat([e.grid for e in images]) if images else None
+    clips = [e.audio for _, e, _ in rows if e.audio is not None]
+    audio = torch.cat(clips) if clips else None
+    lengths = torch.tensor([len(clip) for clip in clips]) if clips else None
     example = torch.tensor([n for n, _, _ in rows])
-    return Batch(ids, position_ids, branch, targets, example, pixels, grid)
+    return Batch(ids, position_ids, branch, targets, example, pixels, grid, audio, lengths)
 
 
 def branch_mask(branch, dtype):
@@ -859,18 +1047,17 @@ def branch_mask(branch, dtype):
 def show_tokens(batch, tokenizer, row=0):
     """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
     per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
-    green, plain, lines, last = "\033[32m", "\033[0m", [], None
-    pads = 0
+    green, plain, lines, last, before = "\033[32m", "\033[0m", [], None, None
+    pads = (IMAGE_PAD, OMNI_IMAGE_SEATS[1], OMNI_AUDIO_SEATS[1])
     for t, (i, k) in enumerate(zip(batch.ids[row].tolist(), batch.branch[row].tolist())):
         if k != last:
             name = {0: "prefix", -1: "padding"}.get(k, f"branch {k}")
             lines.append(f"\n{plain}---- {name} ----\n")
         supervised = t > 0 and k == last and batch.targets[row, t - 1] != -100
         piece = tokenizer.decode([i])
-        if i == tokenizer.convert_tokens_to_ids(IMAGE_PAD):
-            pads, piece = pads + 1, "" if pads > 1 else IMAGE_PAD + "…"
-        lines.append((green if supervised else plain) + piece)
-        last = k
+        shown = "" if piece == before and piece in pads else piece + "…" * (piece in pads)
+        lines.append((green if supervised else plain) + shown)
+        last, before = k, piece
         if k == -1:
             break
     return "".join(lines) + plain
@@ -1033,13 +1220,14 @@ def _spellings(name):
 
 
 # ================================================================================================
-# §6 Model [needs: json, os, re, Path, torch, LABELS, InputError, §2, §4, §5]
+# §6 Model [needs: json, os, re, Path, torch, SafetensorError, load_file, save_file, nn, LABELS,
+#    InputError, §1, §2, §4, §5, §9]
 # ================================================================================================
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
     base is read first). dtype: default float32 on CPU, bfloat16 on GPU; max_pixels: image cap."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -1048,7 +1236,10 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None):
     base, processor = base_of(name), load_processor(name, max_pixels)
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        kind = AutoModelForImageTextToText  # the whole Omni is no such model, its Thinker is
+        if processor.extractor:
+            kind = Qwen2_5OmniThinkerForConditionalGeneration
+        model, report = kind.from_pretrained(
             base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     except (OSError, ValueError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
@@ -1057,23 +1248,27 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None):
                          f"{min(report['missing_keys'])}: was it saved before merge_lora?")
     if base != str(name):
         load_adapter(model, name)
+    if Path(name, "head.json").exists():
+        model.readout = load_readout(name, model.lm_head.in_features).to(device)
     return model.to(device).eval(), processor
 
 
 def load_processor(name, max_pixels=None):
     """Tokenizer and image processor of a hub name, model folder or adapter folder."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, WhisperFeatureExtractor
 
     base = base_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
         trained = Path(name, "preprocessor_config.json").exists()  # the image size of training
         images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")
+        hears = OMNI_AUDIO_SEATS[1] in tokenizer.get_vocab()
+        extractor = WhisperFeatureExtractor.from_pretrained(base) if hears else None
     except (OSError, ValueError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
     if max_pixels:
         images.size = dict(shortest_edge=min(56 * 56, max_pixels), longest_edge=max_pixels)
-    return Processor(tokenizer, images)
+    return Processor(tokenizer, images, extractor)
 
 
 def base_of(name):
@@ -1102,8 +1297,8 @@ def new_cache():
 
 
 def forward_branches(model, batch, cache=None):
-    """Hidden states (B, T, D) of the last layer: one vision pass and one language pass for all
-    branches. The logits are left to the caller, who needs them at few positions."""
+    """Hidden states (B, T, D) of the last layer: one vision pass, one audio pass and one language
+    pass for all branches. The logits are left to the caller, who needs them at few positions."""
     core = model.model
     if "flash" in (model.config._attn_implementation or ""):
         raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
@@ -1113,6 +1308,10 @@ def forward_branches(model, batch, cache=None):
         parts = core.get_image_features(batch.pixels.to(embeds.dtype), batch.grid).pooler_output
         seats = batch.ids == model.config.image_token_id
         embeds = embeds.masked_scatter(seats[..., None], torch.cat(list(parts)).to(embeds.dtype))
+    if batch.audio is not None:
+        heard = core.audio_tower(batch.audio.T, feature_lens=batch.audio_lengths).last_hidden_state
+        seats = batch.ids == model.config.audio_token_id
+        embeds = embeds.masked_scatter(seats[..., None], heard.to(embeds.dtype))
     out = core.language_model(inputs_embeds=embeds, position_ids=batch.position_ids,
                               use_cache=cache is not None, past_key_values=cache,
                               attention_mask=branch_mask(batch.branch, embeds.dtype))
@@ -1193,8 +1392,7 @@ def write_branch(model, processor, batch, hidden, cache, max_new_tokens=512, tem
     at = (batch.branch == k).mul(torch.arange(T, device=hidden.device)).argmax(1)
     now, position = hidden[rows, at], batch.position_ids[:, rows, at]  # (B, D), (3, B)
     seen = (batch.branch == 0) | (batch.branch == k)  # (B, T)
-    never = [VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
-    never = torch.tensor(ids.convert_tokens_to_ids(never), device=hidden.device)
+    never = torch.tensor(processor.never, device=hidden.device)
     ends, said, finish = (processor.im_end, processor.pad), [[] for _ in rows], {}
     for _ in range(max_new_tokens):
         logits = model.lm_head(now).float().index_fill(1, never, -torch.inf)  # (B, V)
@@ -1220,6 +1418,85 @@ def write_branch(model, processor, batch, hidden, cache, max_new_tokens=512, tem
             inputs_embeds=embeds, position_ids=position[..., None], use_cache=True,
             attention_mask=mask[:, None, None], past_key_values=cache).last_hidden_state[:, 0]
     return [(ids.decode(t), finish.get(row, "length")) for row, t in enumerate(said)]
+
+
+class Readout(nn.Module):
+    """Reads a score or a label off the last token's hidden state. `about` is its head.json:
+    target "score" | "label"; how "read", or "generate" for its rival, which has no layers and
+    writes the score; mean and deviation of the training scores; without: inputs left out.
+    paper: arXiv 2606.05713, Linear D -> 256, LayerNorm, ReLU, Dropout 0.2, Linear 256 -> 1."""
+
+    def __init__(self, width, about):
+        super().__init__()
+        self.about = dict(how="read", mean=0.0, deviation=1.0, without=[]) | about
+        outputs = 1 if about["target"] == "score" else len(LABELS)
+        if self.about["how"] == "read":
+            self.layers = nn.Sequential(nn.Linear(width, 256), nn.LayerNorm(256), nn.ReLU(),
+                                        nn.Dropout(0.2), nn.Linear(256, outputs))
+
+    def forward(self, hidden, attended):
+        """Hidden states (B, T, D), attended tokens (B, T) -> a z-score (B, 1) or logits (B, 3)."""
+        return self.layers(last_hidden(hidden, attended).float())
+
+
+def last_hidden(hidden, attended):
+    """The hidden state (B, D) of each row's last attended token; hidden (B, T, D), attended (B, T).
+    trap: under left padding "count of tokens - 1" is another token."""
+    T = attended.shape[1]
+    at = T - 1 - attended.int().flip(1).argmax(1)  # (B,)
+    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+
+
+def readout_branches(target):
+    """The prompt of a readout: one branch, without an answer."""
+    return [(task_format(target), None)]
+
+
+@torch.no_grad()
+def read_out(model, processor, posts):
+    """What a model with a readout says of posts, one dict each, from one pass: `score`, within
+    [-3, 3], or `prediction` and `probs`. A generated score is as it was written, with its `raw`
+    text; None, with a `problem`, where that holds no number."""
+    about, rows = model.readout.about, []
+    examples = [encode(without(p, about["without"]), readout_branches(about["target"]), processor)
+                for p in posts]
+    if about["how"] == "generate":
+        for text, _ in generate_text(model, processor, examples, max_new_tokens=8):
+            score = parse_score(text)
+            rows.append(dict(score=score, raw=text, problem="no number" if score is None else None))
+        return rows
+    batch = collate(examples, processor.pad).to(model.device)
+    out = model.readout(forward_branches(model, batch), batch.branch >= 0)  # (B, 1) or (B, 3)
+    if about["target"] == "score":
+        scores = (out[:, 0] * about["deviation"] + about["mean"]).clamp(-SCORES, SCORES)
+        return [dict(score=round(score, 4)) for score in scores.tolist()]
+    return [label_row(probs) for probs in out.softmax(-1).tolist()]
+
+
+def label_row(probs):
+    """Three probabilities as the fields of a row."""
+    return dict(prediction=LABELS[max(range(3), key=probs.__getitem__)],
+                probs=[round(p, 6) for p in probs])
+
+
+def save_readout(readout, folder):
+    """`head.safetensors` (where it has layers), then `head.json`."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in readout.state_dict().items()}
+    if tensors:
+        write_atomic(Path(folder, "head.safetensors"), lambda part: save_file(tensors, part))
+    write_json(Path(folder, "head.json"), readout.about)
+
+
+def load_readout(folder, width):
+    """The Readout that save_readout wrote, for hidden states of `width`."""
+    try:
+        readout = Readout(width, json.loads(Path(folder, "head.json").read_text()))
+        if readout.about["how"] == "read":
+            readout.load_state_dict(load_file(Path(folder, "head.safetensors")))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise InputError(f"{folder} holds a damaged or foreign readout head: {why}") from None
+    return readout
 
 
 # ================================================================================================
@@ -1271,6 +1548,15 @@ def soft_kl(student_logits, soft, temperature=2.0):
     whole = torch.isinf(tail_p) | torch.isinf(tail_q)  # K = V: there is no rest
     zero = torch.zeros_like(tail_p)
     return kl + torch.where(whole, zero, tail_p.exp() * (tail_p - torch.where(whole, zero, tail_q)))
+
+
+def readout_loss(out, gold, mean=0.0, deviation=1.0):
+    """Sum over the posts. paper: L1 between a readout's z-scores (B, 1) and the gold scores (B,)
+    brought to them by mean and deviation of the training posts; for classes (B,), a long tensor,
+    the cross-entropy of logits (B, C)."""
+    if gold.is_floating_point():
+        return F.l1_loss(out[:, 0], (gold - mean) / deviation, reduction="sum")
+    return F.cross_entropy(out, gold, reduction="sum")
 
 
 def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, temperature=2.0,
@@ -1374,6 +1660,35 @@ def _soft_kl_gradient(logits, soft, temperature):
     # within the rest the student's own shares count: gradient share · (q_rest - p_rest) / τ
     d = rest.sub_(tail_q[:, None]).exp_().mul_((tail_q.exp() - p_rest)[:, None])
     return kl, d.scatter_(1, ids, top.exp() - log_p.exp()).div_(temperature)
+def regression_metrics(gold, predicted):
+    """MMSA's metrics of scores in [-3, 3]: mae, corr, acc7, acc5, acc2_has0, f1_has0, acc2_non0,
+    f1_non0. choice: a None in `predicted` (no number could be read) is wrong in every accuracy and
+    F1 and left out of MAE and correlation; correlation is 0 where either side is constant, any
+    other metric nan where no post counts.
+
+    MAE and Pearson take the scores as they are; Acc-7 and Acc-5 clip to 3 and 2 and round half to
+    even; has0 is >= 0 against < 0, non0 drops gold zeros, > 0 against < 0; F1 is weighted."""
+    pairs = [(g, p) for g, p in zip(gold, predicted, strict=True) if p is not None]
+    n, mean = max(1, len(pairs)), lambda xs: sum(xs) / len(xs) if xs else math.nan
+    centred = [[x - sum(side) / n for x in side] for side in zip(*pairs)] or [[], []]
+    covariance = sum(a * b for a, b in zip(*centred))
+    norm = math.sqrt(math.prod(sum(x * x for x in side) for side in centred))
+    out = dict(mae=mean([abs(g - p) for g, p in pairs]),
+               corr=covariance / norm if norm > 1e-12 else 0.0)
+    for name, top in (("acc7", 3), ("acc5", 2)):
+        step = lambda x: None if x is None else round(min(max(x, -top), top))
+        out[name] = mean([step(g) == step(p) for g, p in zip(gold, predicted)])
+    for name, side, kept in (("has0", lambda x: x >= 0, lambda g: True),
+                             ("non0", lambda x: x > 0, lambda g: g != 0)):
+        sides = [(side(g), None if p is None else side(p)) for g, p in zip(gold, predicted)
+                 if kept(g)]
+        f1 = 0.0
+        for one in (False, True):
+            golds, said = sum(g == one for g, _ in sides), sum(p == one for _, p in sides)
+            both = sum(g == p == one for g, p in sides)
+            f1 += golds / max(1, len(sides)) * 2 * both / max(1, golds + said)
+        out[f"acc2_{name}"], out[f"f1_{name}"] = mean([g == p for g, p in sides]), f1
+    return out
 
 
 # ================================================================================================
@@ -1540,7 +1855,8 @@ class SoftLabels:
     @staticmethod
     def names(example):
         """The entry names of an example: its prefix's, then one per branch."""
-        prefix = digest(example.prefix, b"" if example.pixels is None else example.pixels)
+        seen = [b"" if example.pixels is None else example.pixels]
+        prefix = digest(example.prefix, *seen, *([] if example.audio is None else [example.audio]))
         return [prefix] + [digest(prefix, ids, n) for ids, n in example.branches]
 
     def write_part(self, entries):
@@ -1634,8 +1950,8 @@ def run_stage(stage, args):
 
 
 # ================================================================================================
-# §10 The embedded default [needs: json, os, random, re, torch, Image, ImageDraw, LABELS,
-#    InputError, §1, §2, §3, §4]
+# §10 The embedded default [needs: json, math, os, random, re, wave, Path, torch, Image, ImageDraw,
+#    LABELS, InputError, §1, §2, §3, §4, §9]
 # ================================================================================================
 
 # A toy world in which a post's sentiment needs its words and its picture, its teacher, and tiny
@@ -1740,6 +2056,57 @@ def toy_findings(aspect, word, scene, words, mood, label, rng):
             "Prediction": label}
 
 
+TOY_SIDES = {"praise": 1, "blame": -1, "cheerful": 1, "gloomy": -1}
+TOY_PITCHES = ("very low", "low", "middle", "high", "very high")
+
+
+def toy_clips(folder, sizes, seed=0):
+    """Toy posts as clips with scores in [-3, 3]: the side of the words (-1, 0, 1), of the two
+    frames (-1, 0, 1) and the pitch of a voice (-1 to 1 in tenths, an octave below to one above 250
+    Hz) add up, so that each input is needed."""
+    rng, posts = random.Random(seed + 1), toy_posts(folder, sizes, seed)
+    for post in posts:
+        facts, pitch = post.extra["facts"], rng.randint(-10, 10) / 10
+        second, audio = (f"{post.image[:-4]}{end}" for end in ("-2.png", ".wav"))
+        _draw(facts["scene"], rng).save(second)
+        _voice(audio, 250 * 2**pitch, rng)
+        post.frames, post.image, post.audio, post.label = [post.image, second], None, audio, None
+        post.score = round(sum(TOY_SIDES.get(facts[k], 0) for k in ("words", "mood")) + pitch, 1)
+        facts["pitch"] = TOY_PITCHES[round((pitch + 1) * 2)]
+    return posts
+
+
+def toy_clip_warmup(folder, size, seed=7):
+    """toy_warmup's three tasks for clips: describe, write a number that the prompt states, name."""
+    rng, posts = random.Random(seed), toy_clips(folder, {"warm": size}, seed)
+    for post in posts:
+        facts, post.score = post.extra.pop("facts"), None
+        number = render_score(rng.randint(-30, 30) / 10)
+        named, value = rng.choice([("Image", facts["scene"]), ("Word", facts["word"]),
+                                   ("Voice", facts["pitch"])])
+        post.extra["branches"] = [
+            ["Describe the post.",
+             f"The voice is {facts['pitch']}. The words call {post.aspect} {facts['word']}. "
+             f"The frames show a {facts['scene']}."],
+            [f"Write this number: {number}", number],
+            [f'Answer with this field only:\n"{named}": what the post shows',
+             f'"{named}": "{value}"']]
+    return posts
+
+
+def _voice(path, hertz, rng):
+    """About 0.4 s of a voice-like tone: harmonics under a falling spectrum, vibrato, breath noise.
+    Length, loudness and vibrato vary and mean nothing."""
+    t = torch.arange(rng.randint(5600, 7200)) / AUDIO_RATE  # (samples,)
+    turn = hertz * (t + 0.003 * torch.sin(2 * math.pi * (rng.uniform(4, 6) * t + rng.random())) / 5)
+    tone = sum(torch.sin(2 * math.pi * k * turn) / k for k in range(1, 9))
+    noise = torch.randn(len(t), generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    sound = rng.uniform(0.1, 0.3) * (tone + 0.05 * noise) * torch.sin(math.pi * t / t[-1]).sqrt()
+    with wave.open(path, "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(AUDIO_RATE)
+        file.writeframes((sound.clamp(-1, 1) * 32767).short().numpy().tobytes())
+
+
 def _draw(scene, rng):
     """A 56 x 56 picture of the scene; place, size and colours vary and mean nothing."""
     soft = lambda low: tuple(rng.randint(low, low + 60) for _ in range(3))
@@ -1817,19 +2184,25 @@ class ToyTeacher:
 # The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant
 # has more output rows than the student, as 7B (152,064) has more than 3B (151,936).
 TINY = {"student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
-        "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
+            "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
+TINY_OMNI = {"omni": dict(hidden=96, layers=2, heads=3, extra_rows=0)}  # Qwen2.5-Omni's Thinker
 
 
-def tiny_tokenizer(corpus, vocab_size=1000):
-    """A byte-level BPE tokenizer with Qwen's control tokens and chat template, trained on
-    `corpus`."""
+def tiny_tokenizer(corpus, vocab_size=1000, omni=False):
+    """A byte-level BPE tokenizer with Qwen2.5-VL's (or Omni's) control tokens and chat template,
+    trained on `corpus`."""
     from transformers import Qwen2Tokenizer
 
     special = [PAD_TOKEN, IM_START, IM_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD,
                VIDEO_PAD]
+    template = CHAT_TEMPLATE
+    if omni:
+        special[3:] = [*OMNI_IMAGE_SEATS, *OMNI_AUDIO_SEATS, "<|VIDEO|>"]
+        template = template.replace("".join(IMAGE_SEATS), "".join(OMNI_IMAGE_SEATS) + "{% elif "
+                                    "content['type'] == 'audio' %}" + "".join(OMNI_AUDIO_SEATS))
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         corpus, vocab_size, new_special_tokens=special[1:], show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.eos_token, tokenizer.pad_token = IM_END, PAD_TOKEN
     return tokenizer
 
@@ -1849,12 +2222,12 @@ CHAT_TEMPLATE = (
 
 
 def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
-    """Writes a random Qwen2.5-VL of TINY[size] as an ordinary model folder that from_pretrained
-    reads."""
+    """Writes a random Qwen2.5-VL of TINY[size], or the Omni Thinker, as an ordinary model folder
+    that from_pretrained reads."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    shape, ids = TINY[size], tokenizer.convert_tokens_to_ids
+    shape, ids = (TINY | TINY_OMNI)[size], tokenizer.convert_tokens_to_ids
     head = shape["hidden"] // shape["heads"]
     rope = dict(rope_type="default", rope_theta=10000.0,
                 mrope_section=[head // 2 - 2 * (head // 6), head // 6, head // 6])
@@ -1868,14 +2241,36 @@ def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
     vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
                   out_hidden_size=shape["hidden"], fullatt_block_indexes=[1], window_size=112,
                   patch_size=14, spatial_merge_size=2, initializer_range=0.1)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
-                              image_token_id=ids(IMAGE_PAD), video_token_id=ids(VIDEO_PAD),
-                              vision_start_token_id=ids(VISION_START),
-                              vision_end_token_id=ids(VISION_END))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        if size in TINY_OMNI:
+            model, extractor = _tiny_omni(text, vision, ids)
+        else:
+            extractor, model = None, Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+                text_config=text, vision_config=vision, tie_word_embeddings=True,
+                image_token_id=ids(IMAGE_PAD), video_token_id=ids(VIDEO_PAD),
+                vision_start_token_id=ids(VISION_START), vision_end_token_id=ids(VISION_END)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 * 56,
-                                       longest_edge=max_pixels)).save_pretrained(folder)
+    images = Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 * 56, longest_edge=max_pixels))
+    images.save_pretrained(folder)
+    if extractor:  # Omni keeps both in one file
+        write_json(Path(folder, "preprocessor_config.json"), extractor.to_dict() | images.to_dict())
+
+
+def _tiny_omni(text, vision, ids):
+    """A random Thinker of Qwen2.5-Omni with two layers of audio tower, and its extractor."""
+    from transformers import (
+        Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration,
+        WhisperFeatureExtractor)
+
+    audio = dict(num_mel_bins=64, d_model=64, encoder_layers=2, encoder_attention_heads=2,
+                 encoder_ffn_dim=128, output_dim=text["hidden_size"], initializer_range=0.1)
+    names = zip(("vision_start_token_id", "image_token_index", "vision_end_token_id",
+                 "audio_start_token_id", "audio_token_index", "audio_end_token_id"),
+                ids([*OMNI_IMAGE_SEATS, *OMNI_AUDIO_SEATS]))
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=True,
+        video_token_index=ids("<|VIDEO|>"), **dict(names))
+    extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=MAX_SECONDS)
+    return Qwen2_5OmniThinkerForConditionalGeneration(config), extractor

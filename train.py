@@ -5,21 +5,25 @@
         --model Qwen/Qwen2.5-VL-7B-Instruct
     python train.py student --data chains.jsonl augmented.jsonl --dev dev.tsv --images img \\
         --soft soft --model Qwen/Qwen2.5-VL-3B-Instruct --out runs/student
+    python train.py readout --data label.csv --dev label.csv --target score --out runs/readout \\
+        --model Qwen/Qwen2.5-Omni-7B
 
 Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
-lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters; base: last/
-is a whole model, from the random one in init/). Killed and run again with the same command it goes
-on and ends with the same result.
+lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters, a readout's
+head with them; base: last/ is a whole model, from the random one in init/). Killed and run again
+with the same command it goes on and ends with the same result.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import runpy
 import shlex
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -29,11 +33,13 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages, check_settings,
-    chunked_ce_kl, collate, digest, encode, forward_branches, label_example, load_model,
-    load_processor, multitask_loss, positive, read_posts, read_rows, render_label, run_stage,
-    save_adapter, score_labels, seed_everything, show_tokens, tell_aside, tiny_model,
-    tiny_tokenizer, tokenizer_hash, training_branches, write_atomic, write_json)
+    LABELS, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, SoftLabels, add_lora,
+    build_messages, check_settings, chunked_ce_kl, collate, digest, encode, forward_branches,
+    label_example, load_model, load_processor, multitask_loss, positive, read_out, read_posts,
+    read_rows, readout_branches, readout_loss, regression_metrics, render_label, render_score,
+    run_stage, save_adapter, save_readout, score_labels, seed_everything, show_tokens, task_format,
+    tell_aside, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, without,
+    write_atomic, write_json)
 
 
 def parse_args(argv=None):
@@ -45,17 +51,21 @@ def parse_args(argv=None):
                "`train.py STAGE --help` lists a stage's flags with the paper's values.")
     top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
     top.add_argument("--seed", type=int, default=42, help="without a stage: of all that is drawn")
-    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student}")
+    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student,readout}")
     abouts = {"base": "warm up a random tiny model (stands where pre-training would)",
               "assistant": "both tasks on the teacher's chains",
-              "student": "both tasks on all chains, from hard and soft labels"}
+              "student": "both tasks on all chains, from hard and soft labels",
+              "readout": "a score or label read off the last hidden state (arXiv 2606.05713)"}
     for stage, about in abouts.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         flag = p.add_argument
-        flag("--data", nargs="+", required=True, metavar="ROWS", help="rows with cot and label")
+        needed = stage != "readout"  # its --compare brings its own
+        flag("--data", nargs="+", required=needed, metavar="ROWS",
+             help="rows with cot and label" if needed else "posts with scores or labels")
         flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
-        flag("--out", required=True, help="folder for adapters, log and resume state")
-        flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)")
+        flag("--out", required=needed, help="folder for adapters, log and resume state")
+        flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)",
+             **(dict(nargs="+") if stage == "readout" else {}))
         flag("--epochs", type=positive, default=20, help="passes over the data (paper: 20)")
         flag("--batch", type=positive, default=2, help="posts per micro-batch (paper: 2)")
         flag("--accumulate", type=positive, default=20, help="micro-batches per step (paper: 20)")
@@ -74,10 +84,12 @@ def parse_args(argv=None):
         flag("--show", type=int, default=0, metavar="N",
              help="print N examples with the supervised tokens in green, and stop")
         if stage == "base":
-            flag("--size", choices=tuple(TINY), required=True, help="which embedded tiny model")
+            flag("--size", choices=(*TINY, *TINY_OMNI), required=True,
+                 help="which embedded tiny model")
             continue
-        flag("--dev", required=True, help="posts to select on (split dev, where splits are given)")
-        flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+        flag("--dev", required=needed,
+             help="posts to select on (split dev, where splits are given)")
+        flag("--model", required=needed, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
         flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
         flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
         flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
@@ -86,13 +98,27 @@ def parse_args(argv=None):
              help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
         flag("--max-pixels", type=int, default=0,
              help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+        flag("--ties", choices=("macro", "weighted"), default="macro",
+             help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
+        if stage == "readout":
+            flag("--target", choices=("score", "label"), default="score", help="what is read")
+            flag("--how", choices=("read", "generate"), default="read",
+                 help="generate: its rival, which writes the score as text")
+            flag("--without", nargs="*", choices=("frames", "audio"), default=[],
+                 help="inputs to leave out, in training and ever after")
+            flag("--compare", action="store_true", help="both readouts over all sets of inputs, in "
+                 "one table; without --model on an embedded default of its own")
+            flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
+            p.description += ("; (paper: ...) is MulCoT-RD's but for --head-lr; defaults are this "
+                              "one's, epochs, batch and schedule ours")
+            p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
+                           schedule="cosine", warmup=0.1, seed=[42])
+            continue
         flag("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
         flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
         flag("--reasoning", action=yes_no, default=True, help="--no-reasoning: label task alone")
         flag("--max-answer", type=int, default=512,
              help="longest chain in tokens; longer rows are set aside (paper: 512)")
-        flag("--ties", choices=("macro", "weighted"), default="macro",
-             help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
         if stage == "student":
             flag("--soft", help="folder of generate.py soft; or say --no-soft")
             flag("--no-soft", action="store_true", help="hard labels only (ablation)")
@@ -104,6 +130,13 @@ def parse_args(argv=None):
     args = top.parse_args(argv)
     if args.stage == "student" and not args.no_soft and not args.soft:
         top.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
+    if args.stage == "readout" and (args.target, args.how) == ("label", "generate"):
+        top.error("--how generate is for --target score; labels are generated by the student")
+    if args.stage == "readout":
+        args.out = args.out or ("runs/compare" if args.compare else None)
+        given = [bool(x) for x in (args.data, args.dev, args.model)]
+        if not args.out or not all(given) and not (args.compare and not any(given)):
+            top.error("readout needs --data, --dev, --model and --out, or --compare alone")
     return args
 
 
@@ -119,6 +152,7 @@ def training_items(args, processor):
             if problem:
                 aside.append((f"{path}: {post.id}", problem))
             elif branches:
+                post = without(post, args.without) if args.stage == "readout" else post
                 items.append((post, branches))
     tell_aside(aside, f"rows in all, reasons in {args.out}/set_aside.json")
     if aside:
@@ -133,6 +167,14 @@ def usable(args, post, processor):
     if args.stage == "base":
         branches = post.extra.get("branches")
         return branches, None if branches else "no branches: the base stage reads warmup.jsonl"
+    if args.stage == "readout":
+        if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
+            return None, None
+        if getattr(post, args.target) is None:
+            return None, f"no {args.target}"
+        if args.how == "generate":
+            return [(task_format("score"), render_score(post.score))], None
+        return readout_branches(args.target), None
     if post.split in ("dev", "test"):
         return None, f"split {post.split} is not for training"
     if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
@@ -143,11 +185,13 @@ def usable(args, post, processor):
 def dev_posts(args):
     """Labelled posts to select on: those of split dev, or all where no row has a split."""
     aside = []
-    posts = [p for p in read_posts(args.dev, args.images, aside) if p.label]
+    target = args.target if args.stage == "readout" else "label"
+    posts = [p for p in read_posts(args.dev, args.images, aside)
+             if getattr(p, target) is not None]
     tell_aside(aside, "of the dev rows")
     chosen = [p for p in posts if p.split == "dev"] or [p for p in posts if p.split is None]
     if not chosen:
-        raise InputError(f"{args.dev} has no labelled post of split dev to select on")
+        raise InputError(f"{args.dev} has no post of split dev with a {target} to select on")
     return chosen
 
 
@@ -172,12 +216,17 @@ def kl_positions(batch, k, everywhere):
 
 
 def token_counts(batches, everywhere=False):
-    """({branch: supervised tokens}, {branch: KL positions}) of a whole optimiser step. trap: to
-    divide by each micro-batch's own count would make 1 x 8 differ from 8 x 1."""
+    """({branch: supervised tokens}, {branch: KL positions}, posts) of a whole optimiser step. trap:
+    to divide by each micro-batch's own count would make 1 x 8 differ from 8 x 1."""
     branches = range(1, int(max(b.branch.max() for b in batches)) + 1)
     ce = {k: sum(int(kl_positions(b, k, False).sum()) for b in batches) for k in branches}
     kl = {k: sum(int(kl_positions(b, k, everywhere).sum()) for b in batches) for k in branches}
-    return ce, kl
+    return ce, kl, sum(len(b.ids) for b in batches)
+
+
+def gold_of(args, post):
+    """What a readout is to say of a post: its score, or its label's number."""
+    return float(post.score) if args.target == "score" else LABELS.index(post.label)
 
 
 def soft_targets(soft, examples, k, everywhere, device):
@@ -192,9 +241,17 @@ def soft_targets(soft, examples, k, everywhere, device):
 
 def step_loss(args, model, batch, examples, soft, counts):
     """One micro-batch's share of the loss -> (loss, {name: float}). Stages differ only here: base
-    has three equal tasks, assistant two weighted ones, student the same with soft labels."""
+    has three equal tasks, assistant two weighted ones, student the same with soft labels, a readout
+    the distance of what it reads, or one task where it generates."""
     hidden, weight = forward_branches(model, batch), model.lm_head.weight
-    if args.stage == "base":
+    if args.stage == "readout" and args.how == "read":
+        out, about = model.readout(hidden, batch.branch >= 0), model.readout.about
+        gold = torch.tensor([gold_of(args, e.post) for e in examples], device=out.device)
+        loss = readout_loss(out, gold, about["mean"], about["deviation"]) / counts[2]
+        return loss, {"loss": loss.item()}
+    if args.stage == "readout":
+        tasks = ("score",)
+    elif args.stage == "base":
         tasks = ("describe", "write", "name")
     else:
         tasks = ("reason", "label") if args.reasoning else ("label",)
@@ -228,14 +285,23 @@ def step_loss(args, model, batch, examples, soft, counts):
 
 @torch.no_grad()
 def evaluate(args, model, processor, posts, batch=16):
-    """(accuracy, macro or weighted F1) on dev posts by label scoring."""
+    """(accuracy, macro or weighted F1) on dev posts by label scoring, or by the readout; of scores
+    (-MAE, correlation). More is better."""
     model.eval()
     said = []
     for i in range(0, len(posts), batch):
+        if args.stage == "readout":
+            rows = read_out(model, processor, posts[i : i + batch])
+            said += [row["score" if args.target == "score" else "prediction"] for row in rows]
+            continue
         examples = [label_example(p, processor) for p in posts[i : i + batch]]
         scores = score_labels(model, collate(examples, processor.pad).to(model.device))
         said += [LABELS[j] for j in scores.argmax(-1).tolist()]
     model.train()
+    if reads_scores(args):
+        far = [6.0 if s is None else abs(s - p.score) for s, p in zip(said, posts)]
+        metrics = regression_metrics([p.score for p in posts], said)
+        return -sum(far) / len(far), metrics["corr"]  # choice: no number is as far off as can be
     gold = [p.label for p in posts]
     right = Counter(g for g, s in zip(gold, said) if g == s)
     golds, saids, f1 = Counter(gold), Counter(said), 0.0
@@ -245,7 +311,12 @@ def evaluate(args, model, processor, posts, batch=16):
     return right.total() / len(gold), f1
 
 
-def build(args, folder):
+def reads_scores(args):
+    """Whether this stage is judged by regression, not by classification."""
+    return args.stage == "readout" and args.target == "score"
+
+
+def build(args, folder, items):
     """(model in train mode, processor, what is trained {name: parameter})."""
     if args.stage == "base":  # all weights are trained: in fp32, also on a GPU
         model, processor = load_model(folder, args.device, torch.float32)
@@ -257,6 +328,13 @@ def build(args, folder):
         kinds = Counter(name.rpartition(".")[2] for name in names)
         print(f"lora       {', '.join(f'{n} {k}' for k, n in kinds.items())}; all {len(names)} "
               f"names in {args.out}/lora_modules.json")
+    if args.stage == "readout":
+        about = dict(target=args.target, how=args.how, without=args.without)
+        if args.target == "score":
+            scores = torch.tensor([post.score for post, _ in items], dtype=torch.float64)
+            about |= dict(mean=scores.mean().item(),
+                          deviation=scores.std(correction=0).item() or 1.0)
+        model.readout = Readout(model.lm_head.in_features, about).to(args.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -272,11 +350,12 @@ def random_init(args):
         corpus = [render_label(x) for x in LABELS]
         for post in read_posts(args.data[0], args.images):
             corpus += [part for branch in post.extra.get("branches", []) for part in branch]
-            for task in ("reason", "label"):
+            for task in ("score",) if args.size in TINY_OMNI else ("reason", "label"):
                 prompt = build_messages(post, task)[0]["content"][-1]["text"]
                 corpus.append(f"{SYSTEM}\nsystem\nuser\n{prompt}\nassistant\n")
         shutil.rmtree(f"{init}.part", ignore_errors=True)
-        tiny_model(f"{init}.part", args.size, tiny_tokenizer(corpus), args.seed)
+        tokenizer = tiny_tokenizer(corpus, omni=args.size in TINY_OMNI)
+        tiny_model(f"{init}.part", args.size, tokenizer, args.seed)
         os.replace(f"{init}.part", init)
     return init
 
@@ -322,12 +401,21 @@ class Log:
         self.sums, self.started, self.tokens = {}, time.time(), 0
 
 
+def rate_groups(args, trained):
+    """Parameter groups, each with its peak rate: a readout's head has its own."""
+    head = [p for name, p in trained.items() if name.startswith("readout.")]
+    groups = [dict(params=[p for name, p in trained.items() if not name.startswith("readout.")],
+                   lr=args.lr, peak=args.lr)]
+    return groups + ([dict(params=head, lr=args.head_lr, peak=args.head_lr)] if head else [])
+
+
 def learning_rate(args, step, total):
-    """The rate of step `step`, or None where the plateau schedule has it."""
+    """Which share of its peak a rate has at step `step`, or None where the plateau schedule has
+    it."""
     rise = min(1.0, (step + 1) / max(1.0, args.warmup * total))
     if args.schedule == "cosine":
-        return args.lr * rise * 0.5 * (1 + math.cos(math.pi * step / total))
-    return args.lr * rise if step <= args.warmup * total else None
+        return rise * 0.5 * (1 + math.cos(math.pi * step / total))
+    return rise if step <= args.warmup * total else None
 
 
 FREE = ("out", "show", "device", "log_every", "images")  # settings that may change in a rerun
@@ -348,19 +436,19 @@ def train(args):
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state and state["finished"]:
         print(f"finished   {out} is complete; delete it to train anew\n{state['finished']}")
-        return
+        return state["best"]
     seed_everything(args.seed)
-    model, processor, trained = build(args, folder)
+    model, processor, trained = build(args, folder, items)
     soft = open_soft(args, processor, model)
     size = args.batch * args.accumulate
     per_epoch = math.ceil(len(items) / size)
     total = per_epoch * args.epochs
     print(f"data       {len(items)} rows, {len(dev)} dev posts, {per_epoch} steps an epoch, "
           f"{total} in all")
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, args.beta2))
+    optimizer = torch.optim.AdamW(rate_groups(args, trained), betas=(0.9, args.beta2))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2,
                                                          min_lr=1e-6)
-    step, best, sums = 0, [-1.0, -1.0, 0], {}
+    step, best, sums = 0, [-math.inf, -math.inf, 0], {}
     if state:
         step, best, sums = state["step"], state["best"], state["sums"]
         restore(state, trained, optimizer, plateau)
@@ -380,7 +468,7 @@ def train(args):
     while step < total:
         if (rate := learning_rate(args, step, total)) is not None:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["peak"]
         rows = step_items(items, step, size, per_epoch, args.seed)
         examples = [encode(post, branches, processor) for post, branches in rows]
         examples.sort(key=len)  # like lengths in a micro-batch, less padding
@@ -407,16 +495,15 @@ def train(args):
             log.interval((step - 1) % args.log_every + 1, step / per_epoch, step, grad_norm=norm,
                          lr=optimizer.param_groups[0]["lr"])
         if step % per_epoch == 0 and dev:
-            accuracy, f1 = evaluate(args, model, processor, dev)
-            log.line(step=step, dev_accuracy=accuracy, dev_f1=f1)
+            first, second = evaluate(args, model, processor, dev)
+            log.line(step=step, **(dict(dev_mae=-first, dev_corr=second) if reads_scores(args) else
+                                   dict(dev_accuracy=first, dev_f1=second)))
             if args.schedule == "plateau":
-                plateau.step(accuracy)
-            if [accuracy, f1] > best[:2]:
-                best = [accuracy, f1, step]
-                save_adapter(model, out / "best")
-                processor.image_processor.save_pretrained(out / "best")  # its image size
-            save_adapter(model, out / "last")
-            processor.image_processor.save_pretrained(out / "last")
+                plateau.step(first)
+            if [first, second] > best[:2]:
+                best = [first, second, step]
+                save_trained(model, processor, out / "best")
+            save_trained(model, processor, out / "last")
         if step % per_epoch == 0 or (args.save_every and step % args.save_every == 0):
             save()
     bar.close()
@@ -424,11 +511,21 @@ def train(args):
         save_base(model, processor, out)
         closing = f"base model after {total} steps: {out}/last"
     else:
-        closing = (f"best dev accuracy {best[0]:.3f} ({args.ties} F1 {best[1]:.3f}) at step "
-                   f"{best[2]}: {out}/best")
+        closing = (f"best dev MAE {-best[0]:.3f} (Corr {best[1]:.3f})" if reads_scores(args) else
+                   f"best dev accuracy {best[0]:.3f} ({args.ties} F1 {best[1]:.3f})")
+        closing += f" at step {best[2]}: {out}/best"
     save(closing)
     print(f"rows {len(items)}  steps {total}\nlog {out}/log.jsonl  config {out}/config.json")
     print(closing)
+    return best
+
+
+def save_trained(model, processor, folder):
+    """The adapter with the image size it was trained with, and a readout's head."""
+    save_adapter(model, folder)
+    processor.image_processor.save_pretrained(folder)
+    if hasattr(model, "readout"):
+        save_readout(model.readout, folder)
 
 
 def restore(state, trained, optimizer, plateau):
@@ -460,6 +557,99 @@ def save_base(model, processor, out):
     processor.image_processor.save_pretrained(part)
     shutil.rmtree(last, ignore_errors=True)
     os.replace(part, last)
+
+
+# ---- the readout -------------------------------------------------------------------------------
+
+
+def readout(args):
+    """A run for each --seed, in a folder of its own where there are several; then their mean and
+    deviation."""
+    if args.compare:
+        return compare(args)
+    seeds, out, bests = args.seed, args.out, []
+    for args.seed in seeds:
+        args.out = out if len(seeds) == 1 else f"{out}/seed-{args.seed}"
+        bests.append(train(args))
+    if len(seeds) > 1 and not args.show:
+        names = ("MAE", "Corr") if reads_scores(args) else ("accuracy", f"{args.ties} F1")
+        figures = [[abs(b[0]) for b in bests], [b[1] for b in bests]]
+        print(f"best dev over {len(seeds)} seeds: " + ", ".join(
+            f"{name} {statistics.mean(xs):.3f} ± {statistics.stdev(xs):.3f}"
+            for name, xs in zip(names, figures)) + f": {out}/seed-*/best")
+
+
+INPUTS = {"text": "--without frames audio", "text + frames": "--without audio",
+          "text + frames + audio": ""}
+
+
+def compare_commands(args):
+    """{(readout, inputs): [the commands that train and ask it]}, all with the same backbone, data,
+    LoRA and budget; under (None, None) what the embedded default needs first."""
+    out, seed, runs = args.out, args.seed[0], {}
+    data, dev, model, flags = args.data, args.dev, args.model, "batch accumulate epochs lr".split()
+    if not model:
+        data, dev, model = [f"{out}/posts.jsonl"], f"{out}/posts.jsonl", f"{out}/base/last"
+        short = "--batch 16 --accumulate 1 --beta2 0.99"
+        runs[None, None] = [
+            f"generate.py toy --clips --train 600 --warmup 1280 --seed {seed} --out {out}",
+            f"train.py base --size omni --data {out}/warmup.jsonl --epochs 3 --lr 0.002 {short} "
+            f"--log-every 40 --seed {seed} --out {out}/base"]
+        settings = f"{short} --epochs 6 --lr 0.005 --head-lr 0.002"
+    else:
+        flags += "head_lr beta2 schedule warmup clip rank alpha dropout scope max_pixels".split()
+        settings = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in flags)
+    images = f" --images {shlex.quote(args.images)}" if args.images else ""
+    for n, (inputs, left_out) in enumerate(INPUTS.items()):
+        for how in ("read", "generate"):
+            run = shlex.quote(f"{out}/{how}-{n}")
+            runs[how, inputs] = [
+                f"train.py readout --data {shlex.join(data)} --dev {shlex.quote(dev)}{images} "
+                f"--model {shlex.quote(model)} --how {how} {settings} --log-every 40 --seed {seed} "
+                f"--device {args.device} --out {run} {left_out}".rstrip(),
+                f"generate.py predict --data {shlex.quote(dev)}{images} --split test "
+                f"--device {args.device} --model {run}/best --batch 64 --out {run}.jsonl"]
+    return runs
+
+
+def compare(args):
+    """paper: the discriminative against the generative readout, and what each input adds; judged on
+    the test split of --dev."""
+    table = []
+    for (how, inputs), commands in compare_commands(args).items():
+        peaks = run_commands(commands)
+        if how is None:
+            continue
+        rows = read_rows(f"{shlex.split(commands[1])[-1]}")
+        gold = {p.id: p.score for p in read_posts(shlex.split(commands[1])[3], args.images, [])}
+        said = [r["score"] for r in rows]
+        table.append(dict(readout=how, inputs=inputs) | regression_metrics(
+            [gold[r["id"]] for r in rows], said) | dict(
+            unparsed=sum(s is None for s in said) / len(said),
+            out_of_range=sum(s is not None and abs(s) > 3 for s in said) / len(said),
+            s_per_post=statistics.mean(r["seconds"] for r in rows), peak_mib=max(peaks)))
+    write_json(Path(args.out, "compare.json"), table)
+    shown = [list(table[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v)
+                                 for v in row.values()] for row in table]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    for row in shown:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(f"wrote {args.out}/compare.json")
+
+
+def peak_mib(reset=False):
+    """The most memory in MiB held since the last reset: of the GPU where there is one, else of this
+    process (0 where the system does not tell)."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+    except (OSError, TypeError):
+        return 0
 
 
 # ---- no arguments: the whole road --------------------------------------------------------------
@@ -501,18 +691,28 @@ def demo_commands(out, seed):
     ]
 
 
-def demo(args):
-    """Runs every stage in this process (libraries load once), each printed as a command line."""
-    here, began = Path(__file__).resolve().parent, time.time()
-    for command in demo_commands(args.out, args.seed):
+def run_commands(commands):
+    """Runs each in this process (libraries load once), printed as a command line; returns their
+    peaks of memory in MiB."""
+    here, peaks = Path(__file__).resolve().parent, []
+    for command in commands:
         print(f"\n$ python {command}", flush=True)
         script, *argv = shlex.split(command)
         sys.argv = [str(here / script), *argv]
+        peak_mib(reset=True)
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as end:
             if end.code:
                 raise
+        peaks.append(peak_mib())
+    return peaks
+
+
+def demo(args):
+    """Runs every stage of the embedded default."""
+    began = time.time()
+    run_commands(demo_commands(args.out, args.seed))
     logs = {name: read_rows(Path(args.out, name, "log.jsonl"))
             for name in ("base/assistant", "base/student", "assistant", "student")}
     rows = [json.dumps({"run": name} | row) + "\n" for name, log in logs.items() for row in log]
@@ -523,7 +723,7 @@ def demo(args):
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    return run_stage(train if args.stage else demo, args)
+    return run_stage({None: demo, "readout": readout}.get(args.stage, train), args)
 
 
 if __name__ == "__main__":

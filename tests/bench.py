@@ -141,14 +141,14 @@ def qwen(device, hidden=512, layers=8, vocab=151936, mlp=1376, tied=True, seed=0
 def samples(n, vocab=151936, seed=0):
     """Examples of random ids: prefix 270-330 with 100 visual tokens, a reason branch with a chain
     of 200-330 tokens, a label branch with an answer of 8."""
-    rng, examples, grid = random.Random(seed), [], torch.tensor([1, 20, 20])
+    rng, examples, grid = random.Random(seed), [], torch.tensor([[1, 20, 20]])
     generator = torch.Generator().manual_seed(seed)
     words = lambda k: [rng.randrange(vocab - 300) for _ in range(k)]
     for _ in range(n):
         prefix = words(20) + [vocab - 284] + [vocab - 281] * 100 + words(rng.randint(149, 209))
         chain, answer = rng.randint(200, 330), 8
         branches = [(words(70 + chain), chain), (words(25 + answer), answer)]
-        positions = mulcot.rope_positions(prefix, vocab - 281, [grid], 2)
+        positions = mulcot.rope_positions(prefix, vocab - 281, grid, 2)
         pixels = torch.randn(400, 1176, generator=generator)
         examples.append(mulcot.Example(prefix, positions, branches, pixels, grid))
     return examples
@@ -166,7 +166,7 @@ def hf_inputs(examples, k, vocab, device):
     inputs = dict(input_ids=ids, attention_mask=real, labels=labels, use_cache=False,
                   mm_token_type_ids=(ids == vocab - 281).int(),
                   pixel_values=torch.cat([e.pixels for e in examples]),
-                  image_grid_thw=torch.stack([e.grid for e in examples]))
+                  image_grid_thw=torch.cat([e.grid for e in examples]))
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
@@ -309,7 +309,7 @@ def hf_generate(model, processor, examples, most, length=0, **options):
         input_ids=ids, attention_mask=real, max_new_tokens=most, do_sample=False,
         eos_token_id=[processor.im_end, pad], pad_token_id=pad, repetition_penalty=1.0,
         pixel_values=torch.cat([e.pixels for e in images]).to(model.device, model.dtype),
-        image_grid_thw=torch.stack([e.grid for e in images]).to(model.device),
+        image_grid_thw=torch.cat([e.grid for e in images]).to(model.device),
         mm_token_type_ids=(ids == model.config.image_token_id).int(), **options)[:, T:].tolist()
 
 
@@ -359,7 +359,7 @@ def classify(args):
         scored = []
         for e in asked:
             ids = e.prefix + e.branches[0][0] + [1, 2, 3]
-            positions = mulcot.rope_positions(ids, IMAGE, [e.grid], 2)
+            positions = mulcot.rope_positions(ids, IMAGE, e.grid, 2)
             scored.append(mulcot.Example(ids, positions, [([4, i, 8, 9], 3) for i in (5, 6, 7)],
                                          e.pixels, e.grid))
         ways = {"score": lambda: mulcot.score_labels(model, mulcot.collate(scored, PAD)),

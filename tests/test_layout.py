@@ -47,7 +47,7 @@ def ordinary_logits(model, processor, example, k):
     ids = torch.tensor([example.prefix + example.branches[k - 1][0]])
     more = {}
     if example.pixels is not None:
-        more = dict(pixel_values=example.pixels, image_grid_thw=example.grid[None])
+        more = dict(pixel_values=example.pixels, image_grid_thw=example.grid)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more,
                  mm_token_type_ids=(ids == processor.image_pad).int()).logits[0]
 
@@ -124,7 +124,7 @@ def test_rope_positions_equal_the_models_own(student, mixed, layout):
         for k in {"shared": (1, 2), "rows": (row % 2 + 1,)}[layout]:
             ids = torch.tensor([e.prefix + e.branches[k - 1][0]])
             want, _ = model.model.get_rope_index(
-                ids, (ids == processor.image_pad).int(), None if e.grid is None else e.grid[None],
+                ids, (ids == processor.image_pad).int(), e.grid,
                 attention_mask=torch.ones_like(ids))
             at = (batch.branch[row] == 0) | (batch.branch[row] == k)
             assert torch.equal(batch.ids[row, at], ids[0])
@@ -270,7 +270,7 @@ def hf_generate(model, processor, examples, **options):
     out = model.generate(
         input_ids=ids, attention_mask=(ids != processor.pad).int(), do_sample=False,
         pixel_values=torch.cat([e.pixels for e in images]),
-        image_grid_thw=torch.stack([e.grid for e in images]),
+        image_grid_thw=torch.cat([e.grid for e in images]),
         mm_token_type_ids=(ids == processor.image_pad).int(), pad_token_id=processor.pad,
         eos_token_id=[processor.im_end, processor.pad], **options)[:, T:].tolist()
     cut = [next((i for i, t in enumerate(row) if t in (processor.im_end, processor.pad)), None)

@@ -28,7 +28,7 @@ def inputs(student, posts):
     e = mulcot.encode(posts[0], [(mulcot.task_format("label"), None)], processor)
     ids = torch.tensor([e.prefix + e.branches[0][0]])
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=e.pixels,
-                image_grid_thw=e.grid[None],
+                image_grid_thw=e.grid,
                 mm_token_type_ids=(ids == processor.image_pad).int())
 
 

@@ -316,7 +316,7 @@ def branch_logits(model, processor, example, k):
     """Logits (T, V) of an ordinary pass over prefix and branch k, and the prefix's length."""
     ids = torch.tensor([example.prefix + example.branches[k - 1][0]])
     more = {} if example.pixels is None else dict(pixel_values=example.pixels,
-                                                  image_grid_thw=example.grid[None])
+                                                  image_grid_thw=example.grid)
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more,
                 mm_token_type_ids=(ids == processor.image_pad).int())
     return out.logits[0], len(example.prefix)

@@ -269,7 +269,8 @@ def test_lone_surrogate_in_text_does_no_harm(folder):
 
 
 @pytest.mark.parametrize("name, content, reason", [
-    ("none.jsonl", None, "does not exist"), ("p.csv", b"a,b", "use .jsonl, .json or .tsv"),
+    ("none.jsonl", None, "does not exist"), ("p.txt", b"a,b", "use .jsonl, .json, .tsv or .csv"),
+    ("p.csv", b"a,b", "must have the columns"),
     ("p.jsonl", b"", "holds no usable post"), ("p.tsv", b"head\n", "holds no usable post"),
     ("p.json", b"", "is not JSON"), ("p.json", b"{}", "must be a list"),
     ("p.json", b'{"id": 1}\n{"id": 2}', "belongs into a .jsonl"),

@@ -1,0 +1,348 @@
+"""The readout: which state is read, its head and loss, its training from data to rows, metrics."""
+
+import argparse
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+import torch
+from transformers import (
+    Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration)
+
+import generate
+import mulcot
+import train
+from mulcot import InputError, Readout
+
+SMALL = "--batch 4 --accumulate 2 --epochs 2 --log-every 2 --save-every 1 --lr 0.003".split()
+
+
+@pytest.fixture(scope="module")
+def scored(toy, tmp_path_factory):
+    """The toy posts with scores."""
+    file = tmp_path_factory.mktemp("scored") / "posts.jsonl"
+    worth = dict(positive=2.4, neutral=0.2, negative=-1.7)
+    lines = [json.dumps(p.row() | dict(score=worth[p.label] + (i % 3) / 10)) + "\n"
+             for i, p in enumerate(mulcot.read_posts(toy / "posts.jsonl"))]
+    file.write_text("".join(lines))
+    return file
+
+
+def readout_args(toy, scored, out, *more):
+    return ["readout", "--data", str(scored), "--dev", str(scored), "--images", f"{toy}/images",
+            "--model", f"{toy}/student", "--out", str(out), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def runs(toy, scored, tmp_path_factory):
+    """A finished run of each kind: score, label, generate."""
+    out = tmp_path_factory.mktemp("runs")
+    for name, more in (("score", []), ("label", ["--target", "label"]),
+                       ("generate", ["--how", "generate"])):
+        assert train.main(readout_args(toy, scored, out / name, *more)) == 0
+    return out
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+# ---- which state is read
+
+def test_last_attended_token_under_either_padding_side():
+    """The story: with left padding, count - 1 is the index of another token."""
+    hidden = torch.arange(24.0).reshape(3, 8, 1)
+    left = torch.tensor([[0] * 5 + [1] * 3, [1] * 8, [0] * 7 + [1]])
+    right = left.flip(1)
+    assert mulcot.last_hidden(hidden, left)[:, 0].tolist() == [7, 15, 23]
+    assert mulcot.last_hidden(hidden, right)[:, 0].tolist() == [2, 15, 16]
+    gaps = torch.tensor([[1, 0, 1, 1, 0, 1, 0, 0]])
+    assert mulcot.last_hidden(hidden[:1], gaps == 1).item() == 5
+    count = left.sum(1) - 1
+    assert hidden[torch.arange(3), count, 0].tolist() == [2, 15, 16]  # what the bug reads
+
+
+def test_what_is_read_equals_an_ordinary_pass(student, posts):
+    """Each post's state is the last one of a pass over the post alone, in a batch of all."""
+    model, processor = student
+    examples = [mulcot.encode(p, mulcot.readout_branches("score"), processor) for p in posts[:5]]
+    batch = mulcot.collate(examples, processor.pad)
+    with torch.no_grad():
+        got = mulcot.last_hidden(mulcot.forward_branches(model, batch), batch.branch >= 0)
+        for e, state in zip(examples, got):
+            ids = torch.tensor([e.prefix + e.branches[0][0]])
+            want = model.model(input_ids=ids, attention_mask=torch.ones_like(ids),
+                               pixel_values=e.pixels, image_grid_thw=e.grid.reshape(-1, 3),
+                               mm_token_type_ids=(ids == processor.image_pad).int())
+            assert (state - want.last_hidden_state[0, -1]).abs().max() < 1e-5
+
+
+# ---- head, loss, counts
+
+def test_head_parameters_at_the_papers_width():
+    """918,529 at D = 3,584; three classes need two more outputs."""
+    count = lambda target: sum(p.numel() for p in Readout(3584, dict(target=target)).parameters())
+    assert count("score") == 918_529 and count("label") == 918_529 + 2 * 257
+    assert not list(Readout(3584, dict(target="score", how="generate")).parameters())
+
+
+def test_loss_by_hand():
+    """L1 of z-scores, summed; cross-entropy of classes, summed."""
+    out, gold = torch.tensor([[0.5], [-1.0]]), torch.tensor([2.0, -1.0])
+    assert mulcot.readout_loss(out, gold, 1.0, 2.0).item() == pytest.approx(0.0 + 0.0)
+    assert mulcot.readout_loss(out, gold, 0.0, 1.0).item() == pytest.approx(1.5 + 0.0)
+    logits = torch.tensor([[0.0, 0.0, 0.0], [0.0, math.log(2), 0.0]])
+    want = math.log(3) + math.log(2)
+    assert mulcot.readout_loss(logits, torch.tensor([2, 1])).item() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("target", ["score", "label"])
+def test_one_batch_equals_micro_batches(toy, student, scored, target):
+    """Posts are counted over the whole step."""
+    model, processor = mulcot.load_model(toy / "student")
+    model.readout = Readout(model.lm_head.in_features, dict(target=target, mean=0.3)).eval()
+    posts = mulcot.read_posts(scored, toy / "images")[:6]
+    examples = [mulcot.encode(p, mulcot.readout_branches(target), processor) for p in posts]
+    args = argparse.Namespace(stage="readout", target=target, how="read")
+
+    def step(size):
+        model.zero_grad()
+        parts = [examples[i : i + size] for i in range(0, 6, size)]
+        batches = [mulcot.collate(part, processor.pad) for part in parts]
+        counts, total = train.token_counts(batches), 0.0
+        for part, batch in zip(parts, batches):
+            loss, terms = train.step_loss(args, model, batch, part, None, counts)
+            loss.backward()
+            total += terms["loss"]
+        return total, torch.cat([p.grad.flatten() for p in model.readout.parameters()])
+
+    (whole, gradient), (sums, parts) = step(6), step(1)
+    assert sums == pytest.approx(whole, rel=1e-5)
+    assert (gradient - parts).norm() < 1e-5 * gradient.norm()
+
+
+def test_lora_on_the_omni_7b_shape():
+    """METHOD: 103,043,072 parameters at rank 32 over language, vision and audio."""
+    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+                num_key_value_heads=4, intermediate_size=18944, vocab_size=152064)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
+                  spatial_merge_size=2, out_hidden_size=3584)
+    audio = dict(encoder_layers=32, d_model=1280, encoder_attention_heads=20, encoder_ffn_dim=5120,
+                 output_dim=3584)
+    config = Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio)
+    with torch.device("meta"):
+        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+        everything = mulcot.add_lora(model, 32, 32, 0.1, scope="all")
+    counts = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tower = next((t for t in ("visual", "audio_tower") if f".{t}." in name), "language")
+            counts[tower] = counts.get(tower, 0) + p.numel()
+    assert counts == dict(language=80_740_352, visual=14_438_400, audio_tower=7_864_320)
+    assert sum(counts.values()) == 103_043_072
+    with torch.device("meta"):
+        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    language = mulcot.add_lora(model, 32, 32, 0.1)
+    assert len(language) == 28 * 7 and set(language) < set(everything)
+    assert not any("visual" in n or "audio_tower" in n for n in language)
+
+
+# ---- training
+
+def test_learning_rates_are_separate(toy, scored, runs):
+    """The head's peak rate is its own, the schedule the same; both kinds of weights moved."""
+    state = torch.load(runs / "score/state.pt")
+    groups = state["optimizer"]["param_groups"]
+    assert [g["peak"] for g in groups] == [0.003, 1e-3]
+    assert groups[0]["lr"] / groups[1]["lr"] == pytest.approx(3.0)
+    assert len(groups[1]["params"]) == 6  # two linears and a norm
+    assert all(state["trained"][k].abs().sum() > 0 for k in state["trained"] if "lora_B" in k)
+
+
+def test_best_holds_adapter_and_head(toy, scored, runs):
+    """Folder -> the same model; mean and deviation are those of the training posts."""
+    names = {p.name for p in (runs / "score/best").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "head.safetensors",
+            "head.json"} <= names
+    about = json.loads((runs / "score/best/head.json").read_text())
+    scores = [p.score for p in mulcot.read_posts(scored, toy / "images") if p.split == "train"]
+    assert about["mean"] == pytest.approx(np.mean(scores))
+    assert about["deviation"] == pytest.approx(np.std(scores))
+    model, processor = mulcot.load_model(runs / "score/best")
+    assert model.readout.about == about and not model.readout.training
+    posts = mulcot.read_posts(scored, toy / "images")
+    dev = [p for p in posts if p.split == "dev"]
+    mae = np.mean([abs(row["score"] - p.score)
+                   for row, p in zip(mulcot.read_out(model, processor, dev), dev)])
+    best = torch.load(runs / "score/state.pt")["best"]
+    assert -best[0] == pytest.approx(mae, abs=1e-4)
+    assert not (runs / "generate/best/head.safetensors").exists()
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(toy, scored, runs, tmp_path, monkeypatch):
+    """Stopped twice, a run ends with the same adapter and head."""
+    real, calls = train.step_loss, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "step_loss", stopping)
+    codes = [train.main(readout_args(toy, scored, tmp_path / "score")) for _ in range(3)]
+    assert codes == [130, 130, 0]
+    for part in ("best", "last"):
+        assert files(runs / "score" / part) == files(tmp_path / "score" / part)
+
+
+def test_predict_rows(toy, scored, runs, tmp_path):
+    """Scores, or predictions with probabilities; independent of the batch; no chain."""
+    rows = {}
+    for name in ("score", "label", "generate"):
+        for batch in ("1", "24"):
+            out = tmp_path / f"{name}{batch}.jsonl"
+            assert generate.main(["predict", "--data", str(scored), "--images", f"{toy}/images",
+                                  "--split", "test", "--model", f"{runs}/{name}/best", "--batch",
+                                  batch, "--out", str(out)]) == 0
+            rows[name, batch] = {r["id"]: r for r in mulcot.read_rows(out)}
+        assert len(rows[name, "1"]) == 6
+    for i, one in rows["score", "1"].items():
+        assert abs(one["score"]) <= 3 and "prediction" not in one
+        assert one["score"] == pytest.approx(rows["score", "24"][i]["score"], abs=2e-4)
+    for i, one in rows["label", "1"].items():
+        assert sum(one["probs"]) == pytest.approx(1, abs=1e-4)
+        assert one["prediction"] == mulcot.LABELS[int(np.argmax(one["probs"]))]
+        assert one["probs"] == pytest.approx(rows["label", "24"][i]["probs"], abs=1e-4)
+    for i, one in rows["generate", "1"].items():
+        assert one["raw"] == rows["generate", "24"][i]["raw"]
+        assert one["score"] == mulcot.parse_score(one["raw"])
+        assert (one["problem"] is None) == (one["score"] is not None)
+
+
+def test_several_seeds_are_summarised(toy, scored, tmp_path, capsys):
+    """Each in its own folder, each resumable; mean and deviation in the last line."""
+    more = ["--epochs", "1", "--seed", "1", "2"]
+    assert train.main(readout_args(toy, scored, tmp_path, *more)) == 0
+    first = capsys.readouterr().out.strip().splitlines()
+    bests = [torch.load(tmp_path / f"seed-{n}/state.pt")["best"] for n in (1, 2)]
+    assert bests[0] != bests[1]
+    mae = [-b[0] for b in bests]
+    assert first[-1].startswith("best dev over 2 seeds: MAE "
+                                f"{np.mean(mae):.3f} ± {np.std(mae, ddof=1):.3f}, Corr ")
+    assert any(line.startswith("trainable ") and "%" in line for line in first)
+    assert train.main(readout_args(toy, scored, tmp_path, *more)) == 0
+    again = capsys.readouterr().out
+    assert again.count("finished ") == 2 and again.strip().splitlines()[-1] == first[-1]
+
+
+def test_it_learns(toy, scored, tmp_path):
+    """A few dozen steps fit the training posts: the loss goes from that of a guess to far below."""
+    args = readout_args(toy, scored, tmp_path, "--epochs", "40", "--dropout", "0", "--head-lr",
+                        "0.003", "--scope", "all")
+    assert train.main(args) == 0
+    loss = [row["loss"] for row in mulcot.read_rows(tmp_path / "log.jsonl") if "loss" in row]
+    assert loss[0] > 0.6 and loss[-1] < 0.5 * loss[0]
+
+
+# ---- bad input
+
+def test_rows_without_a_score_or_out_of_range_are_set_aside(toy, scored, tmp_path):
+    """Each with its reason; the rest is trained on."""
+    rows = mulcot.read_rows(scored)
+    train_rows = [r for r in rows if r["split"] == "train"]
+    for row, score in zip(train_rows, (None, 3.5, float("nan"), "much")):
+        row.pop("score") if score is None else row.update(score=score)
+    data = tmp_path / "posts.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = readout_args(toy, scored, tmp_path / "out", "--epochs", "1")
+    args[2] = str(data)
+    assert train.main(args) == 0
+    reasons = [why for _, why in json.loads((tmp_path / "out/set_aside.json").read_text())]
+    for why in ("no score", "score 3.5 lies outside", "score nan lies outside", "must be a number"):
+        assert sum(why in reason for reason in reasons) == 1, (why, reasons)
+    assert len(reasons) == 4
+
+
+def test_no_usable_row_is_one_line(toy, scored, tmp_path, capsys):
+    """Nothing to train on, nothing to select on, contradicting flags."""
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "score"}) + "\n"
+                            for r in mulcot.read_rows(scored)))
+    args = readout_args(toy, scored, tmp_path / "out")
+    assert train.main(args[:2] + [str(bare)] + args[3:]) == 2
+    assert "no row that the readout stage can train on" in capsys.readouterr().err
+    assert train.main(args[:4] + [str(bare)] + args[5:]) == 2
+    assert "no post of split dev with a score" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*args, "--how", "generate", "--target", "label"])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "head.json").write_text("{"), "damaged or foreign"),
+    (lambda f: (f / "head.safetensors").unlink(), "damaged or foreign"),
+    (lambda f: (f / "head.safetensors").write_bytes(b"xx"), "damaged or foreign"),
+    (lambda f: mulcot.save_readout(Readout(32, dict(target="score")), f), "size mismatch")])
+def test_damaged_heads_are_refused(runs, tmp_path, damage, message):
+    """A head that is cut, gone, or of another width is named."""
+    folder = tmp_path / "best"
+    shutil.copytree(runs / "score/best", folder)
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        mulcot.load_model(folder)
+
+
+# ---- scores as text, and their metrics
+
+@pytest.mark.parametrize("text, score", [
+    ("1.4", 1.4), ("-0.6", -0.6), ("+2", 2.0), (" \u22121.5\n", -1.5), ("Score: 0.0 of 3", 0.0),
+    ("14", 14.0), (".5", 0.5), ("", None), ("positive", None), ("-", None), ("1e5", 1.0),
+    ("9" * 400, 999999999.0), ("\u0663", None)])
+def test_parse_score(text, score):
+    """The first number, in range or not; anything else is None."""
+    assert mulcot.parse_score(text) == score
+
+
+def test_scores_survive_the_written_form():
+    """One decimal, no negative zero."""
+    for tenth in range(-30, 31):
+        assert mulcot.parse_score(mulcot.render_score(tenth / 10)) == tenth / 10
+    assert mulcot.render_score(-0.04) == "0.0" and mulcot.render_score(2.4000000953) == "2.4"
+
+
+def mmsa(gold, predicted):
+    """MMSA's own lines (metricsTop.py, its regression metrics for MOSI and MOSEI), in numpy."""
+    same = lambda top: np.mean(np.round(np.clip(predicted, -top, top))
+                               == np.round(np.clip(gold, -top, top)))
+    keep = gold != 0
+    return dict(
+        mae=np.mean(np.absolute(predicted - gold)), corr=np.corrcoef(predicted, gold)[0][1],
+        acc7=same(3.0), acc5=same(2.0),
+        acc2_has0=sk.accuracy_score(gold >= 0, predicted >= 0),
+        f1_has0=sk.f1_score(gold >= 0, predicted >= 0, average="weighted"),
+        acc2_non0=sk.accuracy_score(gold[keep] > 0, predicted[keep] > 0),
+        f1_non0=sk.f1_score(gold[keep] > 0, predicted[keep] > 0, average="weighted"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regression_metrics_equal_mmsas(seed):
+    """On scores with zeros, halves and predictions beyond the range."""
+    rng = np.random.default_rng(seed)
+    gold = np.round(rng.uniform(-3, 3, 200) * 2) / 2
+    predicted = np.round((gold + rng.normal(0, 1.2, 200)) * 2) / 2
+    got = mulcot.regression_metrics(gold.tolist(), predicted.tolist())
+    assert got == pytest.approx(mmsa(gold, predicted))
+
+
+def test_unparsed_scores_are_wrong_but_not_in_the_mean():
+    """None: wrong in accuracies and F1, left out of MAE and correlation."""
+    got = mulcot.regression_metrics([1.0, -1.0, 2.0, 0.0], [1.0, -2.0, None, None])
+    assert (got["mae"], got["corr"]) == (0.5, pytest.approx(1.0))
+    assert (got["acc7"], got["acc5"], got["acc2_has0"], got["acc2_non0"]) == (
+        0.25, 0.25, 0.5, pytest.approx(2 / 3))
+    assert got["f1_non0"] == pytest.approx(2 / 3 * (2 * 1 / 3) + 1 / 3)
+    flat = mulcot.regression_metrics([0.1] * 3, [0.1, 0.2, 0.3])
+    assert flat["corr"] == 0.0 and math.isnan(mulcot.regression_metrics([], [])["mae"])
