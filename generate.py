@@ -27,12 +27,13 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
+    Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, Shelf, SoftLabels, ToyTeacher,
     Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
-    encode, fingerprint, forward_branches, generate_text, label_branches, label_example, label_row,
-    load_image, load_model, new_cache, parse_reasoning, positive, read_out, read_posts, read_rows,
-    render_reasoning, run_stage, score_labels, task_format, tell_aside, top_k_soft, toy_clip_warmup,
-    toy_clips, toy_posts, toy_warmup, training_branches, two_stage_cot, write_atomic, write_branch)
+    encode, fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
+    label_example, label_row, load_image, load_model, new_cache, parse_reasoning, positive, ranks,
+    read_out, read_posts, read_rows, refuse_ranks, render_reasoning, run_stage, score_labels, shared_rows,
+    task_format, tell_aside, top_k_soft, toy_clip_warmup, toy_clips, toy_posts, toy_warmup,
+    training_branches, two_stage_cot, wait_for_ranks, write_atomic, write_branch)
 
 
 def above_zero(text):
@@ -140,11 +141,13 @@ def posts_of(args, keep=lambda post: True):
     splits = {p.split for p in posts if p.split}
     if split != "all" and splits:
         posts = [p for p in posts if p.split == split]
-    check_settings(beside(args.out, "settings.json"), settings_of(args), os.path.exists(args.out))
-    with RowWriter(beside(args.out, "rejects.jsonl"), "where") as aside:
-        for where, why in rejects:
-            if where not in aside.done:
-                aside.write(dict(where=where, problem=why))
+    if ranks()[0] == 0:
+        check_settings(beside(args.out, "settings.json"), settings_of(args),
+                       os.path.exists(args.out))
+        with RowWriter(beside(args.out, "rejects.jsonl"), "where") as aside:
+            for where, why in rejects:
+                if where not in aside.done:
+                    aside.write(dict(where=where, problem=why))
     tell_aside(rejects, "unreadable rows")
     posts = [p for p in posts if keep(p)]
     if not posts:
@@ -167,12 +170,14 @@ def settings_of(args):
 
 
 def fixed_batches(posts, size, done):
-    """(number, batch) of like lengths, those not wholly done. Their make-up depends on all posts,
-    not on what is left, so that a resumed run pads, samples and rounds as an unbroken one."""
+    """(number, batch) of like lengths, those not wholly done and, under torchrun, of this process's
+    share. Their make-up depends on all posts, not on what is left, so that a resumed or divided
+    run pads, samples and rounds as an unbroken one."""
+    rank, world = ranks()
     order = sorted(range(len(posts)), key=lambda i: (len(posts[i].cot or posts[i].text), i))
     for a in range(0, len(order), size):
         batch = [posts[i] for i in order[a : a + size]]
-        if any(p.id not in done for p in batch):
+        if a // size % world == rank and any(p.id not in done for p in batch):
             yield a // size, batch
 
 
@@ -227,9 +232,10 @@ def teacher(args):
                          "choose another --split, or say --allow-test")
     if args.dry_run:
         return dry_run(args, posts)
-    counts, began, bar = Counter(), time.time(), tqdm(desc="teacher", unit="post", smoothing=0.02)
+    counts, began = Counter(), time.time()
+    bar = tqdm(desc="teacher", unit="post", smoothing=0.02, disable=ranks()[0] > 0)
     rejects = beside(args.out, "rejects.jsonl")
-    with bar, RowWriter(args.out) as kept, RowWriter(rejects) as aside:
+    with bar, shared_rows(args.out) as kept, shared_rows(rejects) as aside:
         done = kept.done | aside.done
         bar.reset(len(posts))
         bar.update(sum(p.id in done for p in posts))
@@ -402,8 +408,9 @@ def augment(args):
     """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
     posts = posts_of(args, lambda p: p.label)
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
-    bar = tqdm(total=len(posts), desc="augment", unit="post")
-    with bar, RowWriter(args.out) as kept, RowWriter(beside(args.out, "rejects.jsonl")) as aside:
+    bar = tqdm(total=len(posts), desc="augment", unit="post", disable=ranks()[0] > 0)
+    rejects = beside(args.out, "rejects.jsonl")
+    with bar, shared_rows(args.out) as kept, shared_rows(rejects) as aside:
         for n, batch in fixed_batches(posts, args.batch, kept.done | aside.done):
             began, done = time.time(), kept.done | aside.done
             torch.manual_seed(args.seed * 100_003 + n)
@@ -426,28 +433,32 @@ def augment(args):
 def soft(args):
     """The assistant's softened distributions for both tasks of every row, taken in eval mode."""
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
-    rows, aside = [], []  # the branches that train.py will ask for
+    rows, aside = Shelf(), []  # the branches that train.py will ask for
     for path in args.data:
-        for post in read_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
+        for post in iter_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
             branches, problem = training_branches(post, processor, args.max_answer)
             if problem:
                 aside.append((f"{path}: {post.id}", problem))
             else:
-                rows.append((post, branches))
+                rows.append((post, branches), len(branches[0][1]))
     tell_aside(aside, "rows without a usable chain")
     if not rows:
         raise InputError(f"{', '.join(args.data)}: no row with a usable chain and label")
     assistant, tokenizer = fingerprint(model, processor.tokenizer)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
-    cache = SoftLabels(args.out, dict(
-        assistant=assistant, tokenizer=tokenizer, temperature=args.temperature, top_k=args.top_k,
-        positions=args.kl_positions, vocab=vocab))
-    if not args.top_k:
-        cache.write_head(model.lm_head.weight[:vocab])
-    everywhere = args.kl_positions == "all"
-    rows.sort(key=lambda row: len(row[1][0][1]))  # by the length of the chain
-    for a in tqdm(range(0, len(rows), args.batch), desc="soft", unit="batch"):
-        examples = [encode(*row, processor) for row in rows[a : a + args.batch]]
+    about = dict(assistant=assistant, tokenizer=tokenizer, temperature=args.temperature,
+                 top_k=args.top_k, positions=args.kl_positions, vocab=vocab)
+    rank, world = ranks()
+    if rank == 0:
+        SoftLabels(args.out, about)
+        if not args.top_k:
+            SoftLabels(args.out).write_head(model.lm_head.weight[:vocab])
+    wait_for_ranks()
+    cache, everywhere = SoftLabels(args.out, about), args.kl_positions == "all"
+    order = sorted(range(len(rows)), key=lambda i: rows.sizes[i])  # by the length of the chain
+    starts = range(rank * args.batch, len(rows), world * args.batch)
+    for a in tqdm(starts, desc="soft", unit="batch", disable=rank > 0):
+        examples = [encode(*rows[i], processor) for i in order[a : a + args.batch]]
         names = [SoftLabels.names(e) for e in examples]
         if all(n in cache.index for each in names for n in each[not everywhere :]):
             continue
@@ -466,6 +477,8 @@ def soft(args):
                 if here.any():
                     entries[name] = tuple(x[here] for x in parts)
         cache.write_part(entries)
+    wait_for_ranks()
+    cache = SoftLabels(args.out)
     size = sum(f.stat().st_size for f in Path(args.out).glob("part-*.safetensors"))
     tokens = sum(end - start for _, start, end in cache.index.values())
     print(f"wrote {len(cache.index)} entries, {tokens} positions of {size / max(tokens, 1):.0f} "
@@ -481,7 +494,8 @@ def predict(args):
         return predict_one(args)
     posts = controlled(posts_of(args), args)
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
-    with tqdm(total=len(posts), desc="predict", unit="post") as bar, RowWriter(args.out) as kept:
+    bar = tqdm(total=len(posts), desc="predict", unit="post", disable=ranks()[0] > 0)
+    with bar, shared_rows(args.out) as kept:
         for _, batch in fixed_batches(posts, args.batch, kept.done):
             began, done = time.time(), set(kept.done)
             for post, said in zip(batch, predict_batch(args, model, processor, batch)):
@@ -557,7 +571,15 @@ def main(argv=None):
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
     stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict)
-    return run_stage(stages[args.stage], args)
+
+    def stage(args):
+        if args.stage == "toy" or getattr(args, "endpoint", None) or getattr(args, "text", None):
+            refuse_ranks("this stage (an endpoint has --workers)")
+        else:
+            args.device = join_ranks(args.device)
+        stages[args.stage](args)
+
+    return run_stage(stage, args)
 
 
 if __name__ == "__main__":

@@ -56,14 +56,18 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import sys
+import tempfile
 import threading
 import time
 import wave
+from array import array
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -148,8 +152,9 @@ def safe_path(name, folder):
     return path
 
 
-def load_image(path):
-    """RGB image, upright (EXIF), first frame of an animation. Raises InputError with the reason."""
+def load_image(path, check=False):
+    """RGB image, upright (EXIF), first frame of an animation. Raises InputError with the reason.
+    `check` reads a JPEG at an eighth of its size: as good a test of the file, and quicker."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -158,6 +163,8 @@ def load_image(path):
             if max(image.size) > 200 * min(image.size):
                 raise InputError(f"image {path} is {image.width} x {image.height}: image "
                                  "processors refuse shapes beyond 200 : 1, crop it")
+            if check:
+                image.draft("RGB", (image.width // 8, image.height // 8))
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing: check --images") from None
@@ -206,7 +213,12 @@ def resample(samples, old, new, zeros=16):
 
 
 def read_posts(path, images=None, rejects=None, may_be_empty=False):
-    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, MMSA's
+    """The posts of `iter_posts` as a list."""
+    return list(iter_posts(path, images, rejects, may_be_empty))
+
+
+def iter_posts(path, images=None, rejects=None, may_be_empty=False):
+    """Posts, one by one, from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, MMSA's
     `label.csv`, or an MVSA folder as downloaded. `images`: the folder of images, frames and audio
     (default: `images/` beside the file, else the file's own folder). Bad rows are appended to
     `rejects` as (where, reason); with rejects=None the first raises InputError."""
@@ -226,7 +238,7 @@ def read_posts(path, images=None, rejects=None, may_be_empty=False):
     else:
         raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json, "
                          ".tsv or .csv")
-    posts, seen, good_images = [], set(), set()
+    seen, good_images = set(), set()
     for where, row in rows:
         try:
             if isinstance(row, InputError):
@@ -235,20 +247,20 @@ def read_posts(path, images=None, rejects=None, may_be_empty=False):
             if post.id in seen:
                 raise InputError(f"duplicate id {post.id!r}: ids name posts in every later file")
             for picture in set(post.pictures) - good_images:
-                load_image(picture)  # choice: decode now, so that no run dies on image 9,000
+                load_image(picture, check=True)  # choice: now; no run shall die on image 9,000
                 good_images.add(picture)
             if post.audio:
                 load_audio(post.audio)
             seen.add(post.id)
-            posts.append(post)
         except InputError as e:
             if rejects is None:
                 raise InputError(f"{where}: {e}") from None
             rejects.append((where, str(e)))
-    if not posts and not may_be_empty:
+        else:
+            yield post
+    if not seen and not may_be_empty:
         why = f"; {len(rejects)} bad rows, first {': '.join(rejects[0])}" if rejects else ""
         raise InputError(f"{path} holds no usable post{why}")
-    return posts
 
 
 def _to_post(row, images):
@@ -987,8 +999,9 @@ class Batch:
     branch: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T)
     example: torch.Tensor  # (B,)
-    pixels: torch.Tensor | None  # (patches of all rows, 1176)
+    pixels: torch.Tensor | None  # (patches of all distinct images, 1176)
     grid: torch.Tensor | None  # (images, 3)
+    order: list | None = None  # which of them fill the rows' seats, in order
     audio: torch.Tensor | None = None  # (frames of all rows, mel bins)
     audio_lengths: torch.Tensor | None = None  # frames (clips,)
 
@@ -1022,14 +1035,29 @@ def collate(examples, pad_id, layout="shared"):
             if answer:  # the only shift in the house: position t is trained to predict token t + 1
                 targets[b, end - answer - 1 : end - 1] = ids[b, end - answer : end]
             at = end
-    images = [e for _, e, _ in rows if e.pixels is not None]
-    pixels = torch.cat([e.pixels for e in images]) if images else None
-    grid = torch.cat([e.grid for e in images]) if images else None
+    pixels, grid, order = _distinct_images([e for _, e, _ in rows])
     clips = [e.audio for _, e, _ in rows if e.audio is not None]
     audio = torch.cat(clips) if clips else None
     lengths = torch.tensor([len(clip) for clip in clips]) if clips else None
     example = torch.tensor([n for n, _, _ in rows])
-    return Batch(ids, position_ids, branch, targets, example, pixels, grid, audio, lengths)
+    return Batch(ids, position_ids, branch, targets, example, pixels, grid, order, audio, lengths)
+
+
+def _distinct_images(examples):
+    """(patches, grids, order) of the examples' images, each file once: posts about several aspects,
+    two chains of one post and the rows of one post share theirs."""
+    known, kept, order = {}, [], []
+    for e in examples:
+        patches = [] if e.pixels is None else e.pixels.split(e.grid.prod(-1).tolist())
+        for n, image in enumerate(patches):
+            name = e.post.pictures[n] if e.post else (id(e), n)
+            if name not in known:
+                known[name] = len(kept)
+                kept.append((image, e.grid[n]))
+            order.append(known[name])
+    if not kept:
+        return None, None, None
+    return torch.cat([image for image, _ in kept]), torch.stack([g for _, g in kept]), order
 
 
 def branch_mask(branch, dtype):
@@ -1307,7 +1335,8 @@ def forward_branches(model, batch, cache=None):
     if batch.pixels is not None:
         parts = core.get_image_features(batch.pixels.to(embeds.dtype), batch.grid).pooler_output
         seats = batch.ids == model.config.image_token_id
-        embeds = embeds.masked_scatter(seats[..., None], torch.cat(list(parts)).to(embeds.dtype))
+        found = torch.cat([parts[i] for i in batch.order])
+        embeds = embeds.masked_scatter(seats[..., None], found.to(embeds.dtype))
     if batch.audio is not None:
         heard = core.audio_tower(batch.audio.T, feature_lens=batch.audio_lengths).last_hidden_state
         seats = batch.ids == model.config.audio_token_id
@@ -1692,8 +1721,8 @@ def regression_metrics(gold, predicted):
 
 
 # ================================================================================================
-# §9 Files and command lines [needs: argparse, errno, hashlib, json, os, random, sys, Path, torch,
-#    safe_open, load_file, save_file, InputError]
+# §9 Files and command lines [needs: argparse, contextlib, errno, hashlib, json, os, pickle, random,
+#    sys, tempfile, array, timedelta, Path, torch, safe_open, load_file, save_file, InputError]
 # ================================================================================================
 
 
@@ -1769,6 +1798,112 @@ class RowWriter:
 
     def __exit__(self, *_):
         self.file.close()
+
+
+class Shelf:
+    """A list on disk: values in an anonymous temporary file, 16 bytes of memory for each. `sizes`
+    holds what was said of each when it was appended."""
+
+    def __init__(self):
+        self.file, self.starts, self.sizes = tempfile.TemporaryFile(), array("Q"), array("Q")
+
+    def append(self, value, size=0):
+        self.starts.append(self.file.seek(0, os.SEEK_END))
+        self.sizes.append(size)
+        pickle.dump(value, self.file)
+
+    def __getitem__(self, i):
+        self.file.seek(self.starts[i])  # an index past the end raises IndexError: loops end there
+        return pickle.load(self.file)
+
+    def __len__(self):
+        return len(self.starts)
+
+
+@contextlib.contextmanager
+def shared_rows(path, key="id"):
+    """A RowWriter. Under torchrun each process writes a file of its own and knows what all have
+    done; in the end, or at the next start after a kill, their rows go into `path`."""
+    if ranks()[0] == 0:
+        _gather_rows(path, key)
+    wait_for_ranks()
+    done = {row.get(key) for row in read_rows(path)} if ranks()[0] else set()
+    wait_for_ranks()
+    rank = ranks()[0]
+    with RowWriter(beside(path, f"rank{rank}.jsonl") if rank else path, key) as writer:
+        writer.done |= done
+        yield writer
+    wait_for_ranks()
+    if rank == 0:
+        _gather_rows(path, key)
+    wait_for_ranks()
+
+
+def _gather_rows(path, key):
+    with RowWriter(path, key) as rows:
+        for part in sorted(Path(path).parent.glob(Path(beside(path, "rank*.jsonl")).name)):
+            RowWriter(part, key).file.close()  # cuts off a torn last line
+            for row in read_rows(part):
+                if row.get(key) not in rows.done:
+                    rows.write(row)
+            part.unlink()
+
+
+def ranks():
+    """(number of this process, number of processes) under torchrun; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse_ranks(what):
+    """Raises InputError under torchrun with more than one process."""
+    if ranks()[1] > 1:
+        raise InputError(f"{what} needs one process: run it without torchrun")
+
+
+def join_ranks(device):
+    """Under torchrun: meets the other processes and returns this one's device. All but the first
+    are silent; files that are no one's share are the first one's to write."""
+    rank, world = ranks()
+    if world == 1:
+        return device
+    on_gpu = str(device).startswith("cuda")
+    if on_gpu:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                             timeout=timedelta(days=7))  # shares may be uneven
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def wait_for_ranks():
+    """Goes on when all processes are here."""
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
+
+
+def gather(value):
+    """[value of each process], in all processes."""
+    if ranks()[1] == 1:
+        return [value]
+    values = [None] * ranks()[1]
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(parameters):
+    """Gradients summed over all processes, in one message. trap: DDP acts in its own forward,
+    which we bypass; a parameter without a gradient (no image in this share) counts as zero."""
+    if ranks()[1] == 1:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+    torch.distributed.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))
 
 
 def seed_everything(seed):

@@ -27,19 +27,21 @@ import statistics
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, SoftLabels, add_lora,
+    LABELS, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, Shelf, SoftLabels, add_lora,
     build_messages, check_settings, chunked_ce_kl, collate, digest, encode, forward_branches,
-    label_example, load_model, load_processor, multitask_loss, positive, read_out, read_posts,
-    read_rows, readout_branches, readout_loss, regression_metrics, render_label, render_score,
-    run_stage, save_adapter, save_readout, score_labels, seed_everything, show_tokens, task_format,
-    tell_aside, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, without,
-    write_atomic, write_json)
+    gather, iter_posts, join_ranks, label_example, load_model, load_processor, multitask_loss,
+    positive, ranks, read_out, refuse_ranks, read_posts, read_rows, readout_branches, readout_loss,
+    regression_metrics, render_label, render_score, run_stage, save_adapter, save_readout,
+    score_labels, seed_everything, show_tokens, sum_gradients, task_format, tell_aside, tiny_model,
+    tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks, without, write_atomic,
+    write_json)
 
 
 def parse_args(argv=None):
@@ -144,18 +146,19 @@ def parse_args(argv=None):
 
 
 def training_items(args, processor):
-    """[(post, branches)] of all rows; what cannot be used is set aside with its reason."""
-    items, aside = [], []
+    """(post, branches) of all rows, on a Shelf; what cannot be used is set aside with its
+    reason."""
+    items, aside = Shelf(), []
     for path in args.data:
-        for post in read_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
+        for post in iter_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
             branches, problem = usable(args, post, processor)
             if problem:
                 aside.append((f"{path}: {post.id}", problem))
             elif branches:
                 post = without(post, args.without) if args.stage == "readout" else post
-                items.append((post, branches))
+                items.append((post, branches), sum(len(a or "") for _, a in branches))
     tell_aside(aside, f"rows in all, reasons in {args.out}/set_aside.json")
-    if aside:
+    if aside and ranks()[0] == 0:
         write_json(Path(args.out, "set_aside.json"), aside)
     if not items:
         raise InputError(f"{', '.join(args.data)}: no row that the {args.stage} stage can train on")
@@ -195,13 +198,16 @@ def dev_posts(args):
     return chosen
 
 
-def step_items(items, step, size, per_epoch, seed):
-    """The items of optimiser step `step`: a seeded order per epoch, a function of nothing else, so
-    that a resumed run goes on with the right posts without decoding an image."""
-    epoch, at = divmod(step, per_epoch)
+def epoch_steps(lengths, size, epoch, seed, window=4):
+    """Which items make up each optimiser step of an epoch: shuffled, sorted by length within
+    windows of a few steps, so that little is padded, and the steps shuffled again. A function of
+    its arguments alone: a resumed run goes on with the right posts and decodes no image."""
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-    order = torch.randperm(len(items), generator=generator).tolist()
-    return [items[i] for i in order[at * size : (at + 1) * size]]
+    order, steps = torch.randperm(len(lengths), generator=generator).tolist(), []
+    for a in range(0, len(order), window * size):
+        alike = sorted(order[a : a + window * size], key=lambda i: lengths[i])
+        steps += [alike[b : b + size] for b in range(0, len(alike), size)]
+    return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
 
 
 # ---- the loss of each stage --------------------------------------------------------------------
@@ -216,12 +222,17 @@ def kl_positions(batch, k, everywhere):
 
 
 def token_counts(batches, everywhere=False):
-    """({branch: supervised tokens}, {branch: KL positions}, posts) of a whole optimiser step. trap:
-    to divide by each micro-batch's own count would make 1 x 8 differ from 8 x 1."""
-    branches = range(1, int(max(b.branch.max() for b in batches)) + 1)
-    ce = {k: sum(int(kl_positions(b, k, False).sum()) for b in batches) for k in branches}
-    kl = {k: sum(int(kl_positions(b, k, everywhere).sum()) for b in batches) for k in branches}
-    return ce, kl, sum(len(b.ids) for b in batches)
+    """({branch: supervised tokens}, {branch: KL positions}, posts) of a whole optimiser step, over
+    all processes. trap: to divide by each micro-batch's own count would make 1 x 8 differ from
+    8 x 1."""
+    ce, kl = Counter(), Counter()
+    for b in batches:
+        for k in range(1, int(b.branch.max()) + 1):
+            ce[k] += int(kl_positions(b, k, False).sum())
+            kl[k] += int(kl_positions(b, k, everywhere).sum())
+    shares = gather((ce, kl, sum(len(b.ids) for b in batches)))
+    return sum((s[0] for s in shares), Counter()), sum((s[1] for s in shares), Counter()), sum(
+        s[2] for s in shares)
 
 
 def gold_of(args, post):
@@ -288,16 +299,19 @@ def evaluate(args, model, processor, posts, batch=16):
     """(accuracy, macro or weighted F1) on dev posts by label scoring, or by the readout; of scores
     (-MAE, correlation). More is better."""
     model.eval()
-    said = []
-    for i in range(0, len(posts), batch):
+    (rank, world), share, said = ranks(), [], [None] * len(posts)
+    mine = posts[rank::world]
+    for i in range(0, len(mine), batch):
         if args.stage == "readout":
-            rows = read_out(model, processor, posts[i : i + batch])
-            said += [row["score" if args.target == "score" else "prediction"] for row in rows]
+            rows = read_out(model, processor, mine[i : i + batch])
+            share += [row["score" if args.target == "score" else "prediction"] for row in rows]
             continue
-        examples = [label_example(p, processor) for p in posts[i : i + batch]]
+        examples = [label_example(p, processor) for p in mine[i : i + batch]]
         scores = score_labels(model, collate(examples, processor.pad).to(model.device))
-        said += [LABELS[j] for j in scores.argmax(-1).tolist()]
+        share += [LABELS[j] for j in scores.argmax(-1).tolist()]
     model.train()
+    for r, part in enumerate(gather(share)):
+        said[r::world] = part
     if reads_scores(args):
         far = [6.0 if s is None else abs(s - p.score) for s, p in zip(said, posts)]
         metrics = regression_metrics([p.score for p in posts], said)
@@ -324,7 +338,8 @@ def build(args, folder, items):
     else:
         model, processor = load_model(folder, args.device, max_pixels=args.max_pixels)
         names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
-        write_json(Path(args.out, "lora_modules.json"), names)
+        if ranks()[0] == 0:
+            write_json(Path(args.out, "lora_modules.json"), names)
         kinds = Counter(name.rpartition(".")[2] for name in names)
         print(f"lora       {', '.join(f'{n} {k}' for k, n in kinds.items())}; all {len(names)} "
               f"names in {args.out}/lora_modules.json")
@@ -346,7 +361,7 @@ def build(args, folder, items):
 def random_init(args):
     """The folder of the random tiny model that the base stage starts from, made on first use."""
     init = Path(args.out, "init")
-    if not init.exists():
+    if not init.exists() and ranks()[0] == 0:
         corpus = [render_label(x) for x in LABELS]
         for post in read_posts(args.data[0], args.images):
             corpus += [part for branch in post.extra.get("branches", []) for part in branch]
@@ -357,6 +372,7 @@ def random_init(args):
         tokenizer = tiny_tokenizer(corpus, omni=args.size in TINY_OMNI)
         tiny_model(f"{init}.part", args.size, tokenizer, args.seed)
         os.replace(f"{init}.part", init)
+    wait_for_ranks()
     return init
 
 
@@ -380,10 +396,14 @@ class Log:
 
     def __init__(self, path, step, sums):
         self.path, self.sums, self.started, self.tokens = path, sums, time.time(), 0
+        if ranks()[0]:
+            self.path = os.devnull
+            return
         rows = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
         write_atomic(path, lambda part: Path(part).write_text("".join(rows)))
 
-    def add(self, terms):
+    def add(self, terms, tokens):
+        self.tokens += tokens
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
@@ -425,13 +445,16 @@ def train(args):
     """The one loop: micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
     if args.show:
         return show_examples(args)
+    args.device, (rank, world) = join_ranks(args.device), ranks()
     out, state_file = Path(args.out), Path(args.out, "state.pt")
     folder = random_init(args) if args.stage == "base" else args.model
     items = training_items(args, load_processor(folder, getattr(args, "max_pixels", None)))
     dev = dev_posts(args) if args.stage != "base" else []
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest([(p.id, b) for p, b in items]), "dev_rows": digest([p.id for p in dev])}
-    check_settings(out / "config.json", settings, state_file.exists())
+        "rows": digest([digest(p.id, b) for p, b in items]),
+        "dev_rows": digest([p.id for p in dev])}
+    if rank == 0:
+        check_settings(out / "config.json", settings, state_file.exists())
     print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state and state["finished"]:
@@ -444,7 +467,9 @@ def train(args):
     per_epoch = math.ceil(len(items) / size)
     total = per_epoch * args.epochs
     print(f"data       {len(items)} rows, {len(dev)} dev posts, {per_epoch} steps an epoch, "
-          f"{total} in all")
+          f"{total} in all" + (f"; {world} processes share each step" if world > 1 else ""))
+    if rank:  # choice: each process draws its own dropout
+        torch.manual_seed(args.seed + 7919 * rank)
     optimizer = torch.optim.AdamW(rate_groups(args, trained), betas=(0.9, args.beta2))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2,
                                                          min_lr=1e-6)
@@ -457,29 +482,39 @@ def train(args):
 
     def save(finished=None):
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        values = dict(step=step, best=best, sums=log.sums, finished=finished, cuda=cuda,
-                      rng=torch.get_rng_state(), optimizer=optimizer.state_dict(),
-                      plateau=plateau.state_dict(),
+        drawn = gather((torch.get_rng_state(), cuda))
+        values = dict(step=step, best=best, sums=log.sums, finished=finished, drawn=drawn,
+                      optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
                       trained={k: p.detach().cpu() for k, p in trained.items()})
-        write_atomic(state_file, lambda part: torch.save(values, part))
+        if rank == 0:
+            write_atomic(state_file, lambda part: torch.save(values, part))
 
-    bar = tqdm(total=total, initial=step, desc=args.stage, unit="step", mininterval=1)
+    bar = tqdm(total=total, initial=step, desc=args.stage, unit="step", mininterval=1,
+               disable=rank > 0)
+    epoch, steps = None, []
     on_gpu = str(args.device).startswith("cuda")
     while step < total:
         if (rate := learning_rate(args, step, total)) is not None:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
-        rows = step_items(items, step, size, per_epoch, args.seed)
-        examples = [encode(post, branches, processor) for post, branches in rows]
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            steps = epoch_steps(items.sizes, size, epoch, args.seed)
+        mine = steps[step % per_epoch][rank::world]  # this process's share
+        examples = [encode(*items[i], processor) for i in mine]
         examples.sort(key=len)  # like lengths in a micro-batch, less padding
         micro = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         batches = [collate(part, processor.pad) for part in micro]
         counts = token_counts(batches, soft is not None and soft.about["positions"] == "all")
+        terms = {}
         for part, batch in zip(micro, batches):
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-                loss, terms = step_loss(args, model, batch.to(args.device), part, soft, counts)
+                loss, shown = step_loss(args, model, batch.to(args.device), part, soft, counts)
             loss.backward()
-            log.add(terms)
+            terms = {k: terms.get(k, 0.0) + v for k, v in shown.items()}
+        sum_gradients(list(trained.values()))
+        for share in gather((terms, sum(map(len, examples)))):
+            log.add(*share)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(norm) or not math.isfinite(log.sums["loss"]):
             bar.close()
@@ -489,7 +524,6 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        log.tokens += sum(map(len, examples))
         bar.update()
         if step % args.log_every == 0 or step == total:
             log.interval((step - 1) % args.log_every + 1, step / per_epoch, step, grad_norm=norm,
@@ -522,6 +556,8 @@ def train(args):
 
 def save_trained(model, processor, folder):
     """The adapter with the image size it was trained with, and a readout's head."""
+    if ranks()[0]:
+        return
     save_adapter(model, folder)
     processor.image_processor.save_pretrained(folder)
     if hasattr(model, "readout"):
@@ -534,22 +570,26 @@ def restore(state, trained, optimizer, plateau):
         p.data.copy_(state["trained"][name])
     optimizer.load_state_dict(state["optimizer"])
     plateau.load_state_dict(state["plateau"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    drawn = state["drawn"]  # by each process; there may be more of them now
+    rng, cuda = drawn[ranks()[0] % len(drawn)]
+    torch.set_rng_state(rng)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
 
 
 def show_examples(args):
     """Prints the first training examples as the model sees them."""
     folder = random_init(args) if args.stage == "base" else args.model
     processor = load_processor(folder, getattr(args, "max_pixels", None))
-    for post, branches in training_items(args, processor)[: args.show]:
+    for post, branches in islice(training_items(args, processor), args.show):
         example = encode(post, branches, processor)
         print(show_tokens(collate([example], processor.pad), processor.tokenizer))
 
 
 def save_base(model, processor, out):
     """The warmed-up model as an ordinary folder, whole or not there."""
+    if ranks()[0]:
+        return
     part, last = Path(out, "last.part"), Path(out, "last")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
@@ -711,6 +751,7 @@ def run_commands(commands):
 
 def demo(args):
     """Runs every stage of the embedded default."""
+    refuse_ranks("the whole road")
     began = time.time()
     run_commands(demo_commands(args.out, args.seed))
     logs = {name: read_rows(Path(args.out, name, "log.jsonl"))
