@@ -326,7 +326,8 @@ STYLE = """
 .positive,.hit,article{--c:light-dark(#1e7a3e,#6cca8c)}.neutral{--c:var(--dim)}
 .negative,.miss,.wrong,.badge{--c:light-dark(#b93a30,#f2857b)}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}
+body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}
 body>*{max-width:76rem;margin:auto;padding:.5rem 1rem}p{margin:.3rem 0}a{color:var(--c0)}
 h1{font-size:1.5rem;margin:.5rem 0 0}h2{font-size:1.15rem;margin:1.8rem 0 .7rem}
 small,dt,th,legend,.dim{color:var(--dim);font-size:.88em}ul{list-style:none;padding:0;margin:0}
@@ -355,9 +356,8 @@ legend{min-width:3.2rem;padding:0}input,button{font:inherit;accent-color:var(--c
 fieldset label{border:1px solid var(--line);border-radius:2rem;padding:.05rem .7rem .05rem .5rem}
 label:has(:checked){background:color-mix(in srgb,var(--c0) 16%,transparent)}
 [type=search]{width:min(24rem,100%);padding:.2rem .6rem}
-article{margin-top:.8rem;display:grid;gap:.2rem 1.2rem;overflow-wrap:anywhere;
-content-visibility:auto;contain-intrinsic-size:auto 20rem;padding-left:1.2rem;
-box-shadow:inset .35rem 0 var(--c)}
+article{margin-top:.8rem;display:grid;gap:.2rem 1.2rem;padding-left:1.2rem;
+content-visibility:auto;contain-intrinsic-size:auto 20rem;box-shadow:inset .35rem 0 var(--c)}
 article[hidden]{display:none}.text{font-size:1.08rem}mark{background:var(--mark);color:inherit}
 article img{border-radius:.5rem;min-width:5rem;max-width:10rem;max-height:14rem}
 li>span{display:inline-block;width:4.2rem;color:var(--dim)}.told::before{content:"teacher: "}
@@ -385,7 +385,7 @@ async function start() {
   for (const img of all("#cards img")) img.src = images[img.dataset.n];
   const cards = all("#cards article").map(node => ({
     node, is: new Set(node.dataset.is.split(" ")),
-    text: [...node.querySelectorAll("small, .text, .route, dd, pre")]
+    text: [...node.querySelectorAll(".id, .text, .route, dd, pre")]
       .map(part => part.textContent).join("\\n").toLowerCase()}));
   const boxes = all("form [type=checkbox]");
   function update() {
@@ -496,7 +496,7 @@ def training_logs(specs):
     """{run: rows} of [NAME=]FILE specs, checked. A row that names its `run` belongs to that one."""
     logs = {}
     for spec in specs:
-        name, _, path = spec.rpartition("=")
+        name, path = spec.split("=", 1) if "=" in spec else ("", spec)
         if not os.path.exists(path):
             raise InputError(f"{path} does not exist: give log.jsonl files of train.py")
         for n, row in enumerate(read_rows(path), 1):
@@ -643,7 +643,7 @@ def card(flags, post, row, chain, told, image):
     text = f"<mark>{escape(post.aspect or '')}</mark>".join(map(escape, pieces))
     marks = " ".join([*flags, f"gold-{post.label}", f"label-{label or 'none'}"])
     return (f'<article class="{" ".join(flags)}" data-is="{marks}"><div>{side}</div>'
-            f"<div><small>{escape(post.id)}</small>{badges}<p class=text>{text}</p>{body}"
+            f"<div><small class=id>{escape(post.id)}</small>{badges}<p class=text>{text}</p>{body}"
             f"{chain_list(chain, told)}</div></article>\n")
 
 
