@@ -272,7 +272,7 @@ def table(runs):
 
 def evaluate(args):
     """Table, metrics.json and report.html of the given runs."""
-    aside = []
+    aside, logs = [], training_logs(args.logs)
     gold = {p.id: p for p in read_posts(args.gold, args.images, aside) if p.label}
     tell_aside(aside, "gold rows cannot be read and are in no number below")
     if not gold:
@@ -308,7 +308,8 @@ def evaluate(args):
         print(f"teacher: {t['kept']} chains kept, {t['unaided']} unaided, "
               f"{t['label_conditioned']} label-conditioned, {t['set_aside']} set aside")
     write_json(Path(args.out, "metrics.json"), metrics)
-    page = report(runs, rows, shown, references, args.cards, training_logs(args.logs))
+    used = {k: v for k, v in SIGNATURES.items() if any(k in m for m in runs.values())}
+    page = report(runs, rows, shown, references, args.cards, used, logs)
     write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_bytes(page))
     print(f"wrote {args.out}/metrics.json and {args.out}/report.html")
 
@@ -413,7 +414,7 @@ start().catch(error => { one("#cards").textContent = `Posts cannot be shown: ${e
 TILES = {  # metric: (title, format, what it says)
     "accuracy": ("accuracy", ".1%", "labels that are right"),
     "macro_f1": ("macro F1", ".1%", "mean of the three classes"),
-    "unparsed": ("unparsed", "d", "no label found; counted wrong"),
+    "unparsed": ("unparsed", "g", "no label found; counted wrong"),
     "ece": ("calibration error", ".1%", "ECE: confidence against accuracy"),
     "aurc": ("AURC", ".3f", "mean error rate over coverages"),
     "parse_rate": ("chains parsed", ".1%", "five fields and a label"),
@@ -427,8 +428,8 @@ FLAGS = {"wrong": "label is not gold", "conflict": "chain and label differ",
 
 
 def html_table(rows, what, shares=None):
-    """Rows of cells, the first a header, in a box called `what` that scrolls sideways. shares: of a
-    confusion matrix's cells in their row, to shade them."""
+    """Rows of cells, the first a header, **bold** ones so, in a box called `what` that scrolls
+    sideways. shares: of a confusion matrix's cells in their row, to shade them."""
     lines = []
     for i, (head, *cells) in enumerate(rows):
         line = f"<th scope={'row' if i else 'col'}>{escape(str(head))}"
@@ -436,7 +437,7 @@ def html_table(rows, what, shares=None):
             tag = "td" if i else "th scope=col"
             if shares and i:
                 tag = f'td class={"hit" if i == j + 1 else "miss"} style="--s:{shares[i - 1][j]}"'
-            line += f"<{tag}>{escape(str(cell))}"
+            line += f"<{tag}>" + re.sub(r"\*\*(.+)\*\*", r"<b>\1</b>", escape(str(cell)))
         lines.append(f"{'' if i else '<thead>'}<tr>{line}{'' if i else '<tbody>'}")
     return (f'<div class=wide tabindex=0 role=region aria-label="{escape(what)}">'
             f"<table>{''.join(lines)}</table></div>")
@@ -533,10 +534,10 @@ def trust_plots(runs):
                    "error rate"))
 
 
-def report(runs, rows, shown, references, most, logs, diagnosis=()):
+def report(runs, rows, shown, references, most, signatures, logs, diagnosis=()):
     """The self-contained page, bytes. runs: {name: metrics}; rows: their table; shown: (name, {id:
     row}, gold posts) of the run whose posts are shown, at most `most`; references: {id: chain};
-    logs: {run: log rows}; diagnosis: sentences. Every string from data goes through html.escape."""
+    signatures, diagnosis: sentences; logs: {run: log rows}. Every string from data is escaped."""
     name, predictions, posts = shown
     values, images, cards = runs[name], {}, []
     cases = [judge(p, predictions.get(p.id, {}), references.get(p.id)) for p in posts]
@@ -545,20 +546,26 @@ def report(runs, rows, shown, references, most, logs, diagnosis=()):
         path = case[1].image
         number = images.setdefault(thumbnail(path), len(images)) if path else None
         cards.append(card(*case, number))
-    tiles = [f"<li>{title}<b>{values[k]:{form}}</b><small>{hint}</small>"
-             for k, (title, form, hint) in TILES.items() if values.get(k) is not None]
-    notes = [f"<li>{escape(v)}" for k, v in SIGNATURES.items() if k in values]
+    tiles, notes = "", "".join(f"<li>{escape(v)}" for v in signatures.values())
+    for key, (title, form, hint) in TILES.items():
+        if values.get(key) is not None:
+            if key in values.get("intervals", ()):
+                low, high = values["intervals"][key]
+                hint = f"95 %: {low:{form}} to {high:{form}}"
+            tiles += f"<li>{title}<b>{values[key]:{form}}</b><small>{hint}</small>"
     sections = {
-        "Summary": ("ul class=tiles", "".join(tiles)),
+        "Summary": ("ul class=tiles", tiles),
         "Diagnosis": ("ul class=diagnosis", "".join(f"<li>{escape(x)}" for x in diagnosis)),
-        "Runs": ("div", f"{html_table(rows, 'runs')}<details><summary>how the chain metrics are "
-                        f"computed</summary><ul>{''.join(notes)}</ul></details>"),
+        "Runs": ("div", f"{html_table(rows, 'runs')}<details><summary>how the numbers are computed"
+                        f"</summary><ul>{notes}</ul></details>"),
         "Errors": ("div", confusion_table(values["confusion"])),
         "Trust": ("div class=plots", trust_plots(runs)),
         "Training": ("div class=plots", training_plots(logs)),
-        "Posts": ("div", f"<p class=dim>{len(cards):,} of {len(posts):,}, wrong ones first</p>"
-                         f"{filters()}<div id=cards></div>")}
+        "Posts": ("div", f"<p class=dim>{len(cards):,} of {len(posts):,}, wrong ones first, then "
+                         f"flagged ones</p>{filters()}<div id=cards></div>")}
     about = f"{len(posts):,} posts, {len(runs) - 1} runs"
+    if "seeds" in values:
+        about += f"; means of {len(values['seeds'])} seeds, confusion and posts of the first"
     return page(name, about, {k: v for k, v in sections.items() if v[1]}, "".join(cards), images)
 
 

@@ -134,12 +134,12 @@ DO = "document.title='hacked'"
 EVIL = [f"<script>{DO}</script>", f'"><img src=x onerror="{DO}">', f"'><svg onload={DO}>",
         f"</style><script>{DO}</script>", f"</script><script>{DO}</script>", "</article></div>",
         f"]]><script>{DO}</script>", f"<!--<script>{DO}", "a\u2028b\u2029c", f"javascript:{DO}",
-        f"<a href=javascript:{DO} autofocus onfocus={DO}>", f"`${{{DO}}}`", "\\u003cb>\\", "%3Cb%3E",
-        "&lt;b&gt; &amp; & &#60;", "<link rel=stylesheet href=http://x.example/a.css>",
+        f"<a href=javascript:{DO} autofocus onfocus={DO}>", f"`${{{DO}}}`", "\\u003cb>\\",
+        "%3Cb%3E", "&lt;b&gt; &amp; & &#60;", "<link rel=stylesheet href=http://x.example/a.css>",
         "<meta http-equiv=refresh content='0;url=http://x.example'>", "a\0b", "</title><b>x",
         "<iframe srcdoc='<script>parent.document.title=1</script>'>", "{}", "<b>bold</b>"]
-KNOWN = set("html head meta title style body header main footer nav section h1 h2 p div table thead "
-            "tbody tr th td ul li article img small mark dl dt dd b i details summary a span form "
+KNOWN = set("html head meta title style body header main footer nav section h1 h2 p div table "
+            "thead tbody tr th td ul li article img small mark dl dt dd b i details summary a span form "
             "label input fieldset legend button output figure figcaption svg path text g polyline "
             "circle noscript script pre".split())
 
@@ -149,8 +149,9 @@ def evil_inputs(folder):
     Image.new("RGB", (300, 200), "red").save(folder / "x.png")
     posts, rows, logs = [], [], []
     for i, evil in enumerate(EVIL):
-        post = dict(id=f"{i}{evil}", text=f"so {evil} !", aspect=evil, label="neutral", image="x.png")
-        posts += [post | dict(cot=evil), dict(post, id=str(i), aspect="so", cot=chain("neutral", evil))]
+        post = dict(id=f"{i}{evil}", text=f"so {evil} !", aspect=evil, label="neutral",
+                    image="x.png", cot=evil)
+        posts += [post, post | dict(id=str(i), aspect="so", cot=chain("neutral", evil))]
         row = dict(prediction="neutral", route=evil, reason=evil, label=evil, image=evil)
         rows += [row | dict(id=f"{i}{evil}", raw=evil, probs=[0.1, 0.2, 0.7]),
                  row | dict(id=str(i), raw=chain("positive", evil + "\ud83d"), model=evil)]
@@ -259,7 +260,8 @@ CHOICES = {"wrong": "p1 p3 p5", "conflict": "p1 p2 p5", "unparsed": "p3 p4", "di
            "gold-positive": "p0 p1", "gold-negative": "p2 p3", "gold-neutral": "p4 p5",
            "label-positive": "p0 p5", "label-negative": "p1 p2", "label-neutral": "p4",
            "label-none": "p3", "wrong conflict": "p1 p5", "conflict disagree": "p2 p5",
-           "wrong conflict disagree gold-neutral": "p5", "gold-positive gold-neutral": "p0 p1 p4 p5",
+           "wrong conflict disagree gold-neutral": "p5",
+           "gold-positive gold-neutral": "p0 p1 p4 p5",
            "gold-positive label-negative": "p1", "wrong gold-negative gold-neutral": "p3 p5",
            "unparsed disagree": ""}
 
@@ -313,8 +315,8 @@ def test_keyboard(browser, small):
     stops = []
     while len(stops) < 40:
         browser.key("Tab", 9)
-        stop = browser.js("(e => e == document.body ? null : [e.localName, e.value || e.textContent"
-                          ".slice(0, 8), getComputedStyle(e).outlineStyle])(document.activeElement)")
+        stop = browser.js("(e => e == document.body ? null : [e.localName, e.value || e.textContent."
+                          "slice(0, 8), getComputedStyle(e).outlineStyle])(document.activeElement)")
         if stop is None or stop in stops:
             break
         stops.append(stop)
@@ -368,7 +370,8 @@ def test_text_can_be_read(browser, evil_page, scheme):
       const low = {};
       for (const q of ["h1", "h2", ".dim", "nav a", ".tiles b", ".tiles small", "th", "tbody th",
                        "td", ".text", "mark", ".badge", "b.negative", "b.neutral", "b.positive",
-                       "dt", "dd", ".said span", "small", "legend", "label", ".legend li", "svg text"]) {
+                       "dt", "dd", ".said span", "small", "legend", "label", ".legend li",
+                       "svg text", ".tiles small"]) {
         const e = document.querySelector(q); if (!e) continue;
         const style = getComputedStyle(e), svg = e.namespaceURI.endsWith("svg");
         const a = bright(rgb(svg ? style.fill : style.color)), b = bright(ground(e));
@@ -413,7 +416,8 @@ def test_three_thousand_posts(browser, tmp_path):
       document.querySelector("article").getBoundingClientRect();
       return performance.now() - began })()""")
     wrong = [i for i in range(3000) if i % 3 != i % 2 and i % 7 == 3]
-    assert browser.js("document.querySelector('#left').textContent") == f"{len(wrong)} of 3000 posts"
+    left = browser.js("document.querySelector('#left').textContent")
+    assert left == f"{len(wrong)} of 3000 posts"
     assert len(ids(browser).split()) == len(wrong)
     print(f"3,000 posts: open {opened:.2f} s, two filters {took:.0f} ms, {len(bare(page)):,} bytes")
     assert opened < 6 and took < 1500
@@ -471,7 +475,7 @@ def test_a_case_by_hand(small):
     assert "decided by <b>ubm</b>: entropy 0.10 &lt;= 0.30" in cards(small)
 
 
-def test_wrong_posts_first_then_flagged(small, tmp_path):
+def test_wrong_posts_first_then_flagged(small):
     """Wrong ones, then those with another flag, then the rest; as many as --cards says."""
     assert re.findall(r"class=id>(p\d)", cards(small)) == ["p1", "p3", "p5", "p2", "p4", "p0"]
 
@@ -536,6 +540,17 @@ def test_plots_say_what_they_are_given():
     assert scores.plot("t", {"a": []}, "x", "y") == scores.trust_plots({"b": {}}) == ""
 
 
+def test_numbers_of_several_seeds():
+    """Means, even of counts, with intervals; a cell that is significantly best in bold."""
+    labels = dict(scores.majority_metrics(["neutral"]), intervals=dict(accuracy=[0.9, 0.975]))
+    post = mulcot.Post("1", "t", label="neutral")
+    page = scores.report({"majority": labels, "a": labels | dict(unparsed=1.5, seeds=[labels] * 3)},
+                         [["run", "accuracy"], ["a", "**0.9 ± 0.1**"]], ("a", {}, [post]), {}, 9,
+                         {"bleu4": "how <it> is done"}, {}).decode()
+    assert "<b>1.5</b>" in page and "95 %: 90.0% to 97.5%" in page and "3 seeds" in page
+    assert "<td><b>0.9 ± 0.1</b>" in page and "<li>how &lt;it&gt; is done" in page
+
+
 @pytest.mark.parametrize("content", ['{"loss": 1}', '{"step": "1"}', "[1]", "nonsense",
                                      '{"step": -1}'])
 def test_bad_log(tmp_path, capsys, content):
@@ -547,7 +562,7 @@ def test_bad_log(tmp_path, capsys, content):
     assert scores.main(run) == 2
     log.write_text(content + "\n")
     assert scores.main(run) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
+    assert capsys.readouterr().err.count("error: ") == 2 and not (tmp_path / "out").exists()
 
 
 def test_logs_are_named(tmp_path):
