@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import time
 import zlib
@@ -52,6 +53,8 @@ class Browser:
         os.write(self.to, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self.buffer:
+                if not select.select([self.back], [], [], 60)[0]:
+                    pytest.fail(f"chromium did not answer {method} in 60 s")
                 self.buffer += os.read(self.back, 1 << 20) or pytest.fail("chromium ended")
             line, self.buffer = self.buffer.split(b"\0", 1)
             reply = json.loads(line)
@@ -70,7 +73,7 @@ class Browser:
         """Loads a file and waits until its posts are there."""
         self.events = []
         self.call("Page.navigate", url=f"file://{path}")
-        end = time.time() + 20
+        end = time.time() + 60
         while not self.js("document.body && document.body.dataset.ready"):
             assert time.time() < end, self.js("document.body.innerText.slice(-300)")
             time.sleep(0.02)
@@ -79,11 +82,6 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
                       windowsVirtualKeyCode=code, **({"text": text} if text else {}))
-
-    def shot(self, path):
-        """A PNG of the whole page, to look at."""
-        got = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(got["data"]))
 
     def close(self):
         self.session = None
