@@ -3,8 +3,7 @@
     python eval.py predictions.jsonl --gold test.tsv --images img --out results
     python eval.py student=s.jsonl assistant=a.jsonl --gold posts.jsonl --out results \\
         --references references.jsonl
-    python eval.py predictions.jsonl --gold posts.jsonl --out results --cards 1000 \\
-        --logs student/log.jsonl
+    python eval.py predictions.jsonl --gold posts.jsonl --out results --cards 1000
 
 Last line: `wrote results/metrics.json and results/report.html`. A prediction row needs id and
 prediction; with `raw` (the chain) the chain is judged too. Gold labels come from --gold, never
