@@ -12,14 +12,17 @@ from the prediction rows.
 
 import argparse
 import base64
-import html
+import hashlib
 import io
+import json
 import math
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 from mulcot import (
@@ -39,6 +42,8 @@ def parse_args(argv=None):
     flag("--references", nargs="*", default=[], metavar="ROWS",
          help="rows with cot to compare chains with, beside the cot of the gold posts")
     flag("--chains", help="the teacher's rows, for their statistics")
+    flag("--logs", nargs="*", default=[], metavar="[NAME=]FILE",
+         help="log.jsonl files of train.py, for the report's curves; NAME: default its folder")
     flag("--cards", type=int, default=200, help="posts shown in the report, wrong ones first")
     flag("--out", required=True, help="folder for metrics.json and report.html")
     return p.parse_args(argv)
@@ -267,7 +272,7 @@ def table(runs):
 
 def evaluate(args):
     """Table, metrics.json and report.html of the given runs."""
-    aside = []
+    aside, logs = [], training_logs(args.logs)
     gold = {p.id: p for p in read_posts(args.gold, args.images, aside) if p.label}
     tell_aside(aside, "gold rows cannot be read and are in no number below")
     if not gold:
@@ -303,92 +308,368 @@ def evaluate(args):
         print(f"teacher: {t['kept']} chains kept, {t['unaided']} unaided, "
               f"{t['label_conditioned']} label-conditioned, {t['set_aside']} set aside")
     write_json(Path(args.out, "metrics.json"), metrics)
-    page = report(runs, rows, shown, references, args.cards)
-    write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_text(page, "utf-8"))
+    used = {k: v for k, v in SIGNATURES.items() if any(k in m for m in runs.values())}
+    page = report(runs, rows, shown, references, args.cards, used, logs)
+    write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_bytes(page))
     print(f"wrote {args.out}/metrics.json and {args.out}/report.html")
 
 
 # ---- the report ------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>MulCoT-RD report</title><style>
-:root{color-scheme:light dark;--line:#8884;--good:#2a8f4d;--bad:#c8453b;--card:#8881}
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}.wide{overflow-x:auto}small{opacity:.75}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right}
-td:first-child,th:first-child{text-align:left}
-.cards{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr))}
-.card{background:var(--card);border-left:4px solid var(--good);border-radius:.6rem;padding:.8rem;
-overflow-wrap:anywhere}.card.wrong{border-color:var(--bad)}
-.card img{float:right;max-width:7rem;border-radius:.4rem;margin-left:.6rem}
-mark{background:#fc08;color:inherit;border-radius:.2rem}
-dl{margin:.5rem 0 0;clear:both;font-size:.88rem}dt{font-weight:600}dd{margin:0 0 .3rem}
-.say b{padding:0 .3rem;border-radius:.3rem;background:var(--card)}
-.bar{display:flex;height:.5rem;border-radius:.25rem;overflow:hidden;margin:.3rem 0}
-.negative{background:#c8453b}.neutral{background:#999}.positive{background:#2a8f4d}
-</style>"""
+STYLE = """
+:root{color-scheme:light dark;--page:light-dark(#f4f5f7,#14161a);--card:light-dark(#fff,#1e2127);
+--text:light-dark(#1c2026,#e6e8ec);--dim:light-dark(#5b6370,#a3abb8);
+--line:light-dark(#dcdfe5,#343943);--mark:light-dark(#ffe08a,#6b5410);
+--c0:light-dark(#3b5bdb,#8da2fb);--c1:light-dark(#c2570c,#f2a365);
+--c2:light-dark(#0b7f6b,#4fd1b5);--c3:light-dark(#a8328f,#e58ad2);
+--c4:light-dark(#8a7500,#d9c64a);--c5:light-dark(#5b6370,#a3abb8);
+--c6:light-dark(#c22f46,#ff8090);--c7:light-dark(#0c7ca8,#5cc4f0)}
+.positive,.hit,article{--c:light-dark(#1e7a3e,#6cca8c)}.neutral{--c:var(--dim)}
+.negative,.miss,.wrong,.badge{--c:light-dark(#b93a30,#f2857b)}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}
+body>*{max-width:76rem;margin:auto;padding:.5rem 1rem}p{margin:.3rem 0}a{color:var(--c0)}
+h1{font-size:1.5rem;margin:.5rem 0 0}h2{font-size:1.15rem;margin:1.8rem 0 .7rem}
+small,dt,th,legend,.dim{color:var(--dim);font-size:.88em}ul{list-style:none;padding:0;margin:0}
+nav{display:flex;flex-wrap:wrap;gap:0 1rem}
+.skip{position:absolute;left:-99rem}.skip:focus{position:static}
+:focus-visible{outline:3px solid var(--c0);outline-offset:2px;border-radius:.2rem}
+.tiles li,.diagnosis,.wide,figure,form,article{background:var(--card);border-radius:.7rem;
+border:1px solid var(--line);padding:.7rem .9rem;margin:0}
+.tiles,.plots{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr))}
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(19rem,100%),1fr))}
+.tiles b,.tiles small{display:block;line-height:1.3}.tiles b{font-size:1.6rem}
+.diagnosis{border-left:.35rem solid var(--c1)}summary{margin:.5rem 0}
+.wide{overflow-x:auto;padding:.3rem .4rem .3rem 0;width:fit-content;max-width:100%}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
+td,th{padding:.3rem .55rem;text-align:right;border-bottom:1px solid var(--line)}
+th:first-child{text-align:left;padding-left:.9rem;position:sticky;left:0;background:var(--card)}
+tbody th{color:inherit}tbody tr:last-child>*{border-bottom:0}
+td[class]{background:color-mix(in srgb,var(--c) calc(var(--s)*45%),transparent)}
+figcaption{font-weight:600}svg{width:100%;display:block}svg text{fill:var(--dim);font-size:10px}
+.grid{stroke:var(--line)}.ideal{stroke:var(--dim);stroke-dasharray:3 4}circle{fill:var(--c)}
+polyline{fill:none;stroke:var(--c);stroke-width:1.8}.ideal~g polyline{opacity:.4}
+.legend li{display:inline-block;margin-right:1rem;font-size:.85em}
+.legend i{display:inline-block;width:1.1rem;height:.25rem;margin-right:.35rem;background:var(--c)}
+fieldset{border:0;padding:0;margin:.35rem 0 0;display:flex;flex-wrap:wrap;gap:.25rem .5rem}
+legend{min-width:3.2rem;padding:0}input,button{font:inherit;accent-color:var(--c0)}
+fieldset label{border:1px solid var(--line);border-radius:2rem;padding:.05rem .7rem .05rem .5rem}
+label:has(:checked){background:color-mix(in srgb,var(--c0) 16%,transparent)}
+[type=search]{width:min(24rem,100%);padding:.2rem .6rem}
+article{margin-top:.8rem;display:grid;gap:.2rem 1.2rem;padding-left:1.2rem;
+content-visibility:auto;contain-intrinsic-size:auto 20rem;box-shadow:inset .35rem 0 var(--c)}
+article[hidden]{display:none}.text{font-size:1.08rem}mark{background:var(--mark);color:inherit}
+article img{border-radius:.5rem;min-width:5rem;max-width:10rem;max-height:14rem}
+li>span{display:inline-block;width:4.2rem;color:var(--dim)}.told::before{content:"teacher: "}
+.badge{border:1px solid;border-radius:2rem;padding:0 .5rem;font-size:.8rem}
+li>b,.badge{color:var(--c)}.bar i{background:var(--c)}
+.bar{display:flex;height:.55rem;border-radius:.3rem;overflow:hidden;max-width:13rem;margin:.3rem 0}
+dl{margin:.4rem 0 0;display:grid;gap:.1rem 1.2rem;font-size:.92rem}
+dt{font-weight:600;margin-top:.3rem}dd{margin:0}.told{border-left:2px solid var(--line);
+padding-left:.6rem}.told::before,.same::after{color:var(--dim);font-size:.85em}
+.same::after{content:"  = teacher"}pre{white-space:pre-wrap;margin:.3rem 0}
+@media(min-width:46rem){article{grid-template-columns:13rem 1fr}dl{grid-template-columns:1fr 1fr}
+legend{float:left}dt,.same,.only dd{grid-column:1/-1}.told{grid-column:2}}
+@media(min-width:46rem)and (min-height:40rem){form{position:sticky;top:0;z-index:1}}
+"""
+
+SCRIPT = """
+"use strict";
+const one = q => document.querySelector(q), all = q => [...document.querySelectorAll(q)];
+
+async function start() {
+  const packed = Uint8Array.from(atob(one("#packed").textContent), c => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  one("#cards").innerHTML = await new Response(stream).text();
+  const images = JSON.parse(one("#images").textContent);
+  for (const img of all("#cards img")) img.src = images[img.dataset.n];
+  const cards = all("#cards article").map(node => ({
+    node, is: new Set(node.dataset.is.split(" ")),
+    text: [...node.querySelectorAll(".id, .text, .route, dd, pre")]
+      .map(part => part.textContent).join("\\n").toLowerCase()}));
+  const boxes = all("form [type=checkbox]");
+  function update() {
+    const words = one("#search").value.toLowerCase().split(/\\s+/), asked = {};
+    for (const box of boxes) if (box.checked) (asked[box.name] ??= []).push(box.value);
+    // Boxes of one name are alternatives; different names and all words must hold.
+    const passes = (card, skipped) => words.every(word => card.text.includes(word)) &&
+      Object.entries(asked).every(([name, values]) =>
+        name == skipped || values.some(value => card.is.has(value)));
+    for (const box of boxes)  // how many posts it would leave
+      box.nextElementSibling.textContent =
+        cards.filter(card => card.is.has(box.value) && passes(card, box.name)).length;
+    const left = cards.filter(card => !(card.node.hidden = !passes(card)));
+    one("#left").textContent = `${left.length} of ${cards.length} posts`;
+  }
+  one("form").addEventListener("input", update);
+  one("form").addEventListener("reset", () => setTimeout(update));
+  one("form").addEventListener("submit", event => event.preventDefault());
+  update();
+  document.body.dataset.ready = cards.length;
+}
+start().catch(error => { one("#cards").textContent = `Posts cannot be shown: ${error}`; });
+"""
+
+TILES = {  # metric: (title, format, what it says)
+    "accuracy": ("accuracy", ".1%", "labels that are right"),
+    "macro_f1": ("macro F1", ".1%", "mean of the three classes"),
+    "unparsed": ("unparsed", "g", "no label found; counted wrong"),
+    "ece": ("calibration error", ".1%", "ECE: confidence against accuracy"),
+    "aurc": ("AURC", ".3f", "mean error rate over coverages"),
+    "parse_rate": ("chains parsed", ".1%", "five fields and a label"),
+    "agreement": ("chain = label", ".1%", "the chain's own prediction"),
+    **{k: (title, ".3f", "against the teacher's chains") for k, title in dict(
+        bleu4="BLEU-4", rouge_l="ROUGE-L", meteor="METEOR", sim="Sim").items()}}
+
+FLAGS = {"wrong": "label is not gold", "conflict": "chain and label differ",
+         "unparsed": "no label, or a chain that lacks a field",
+         "disagree": "chain and teacher's chain name different labels"}
 
 
-def html_table(rows):
-    """Rows of cells, the first a header."""
+def html_table(rows, what, shares=None):
+    """Rows of cells, the first a header, **bold** ones so, in a box called `what` that scrolls
+    sideways. shares: of a confusion matrix's cells in their row, to shade them."""
     lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        cells = (f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row)
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+    for i, (head, *cells) in enumerate(rows):
+        line = f"<th scope={'row' if i else 'col'}>{escape(str(head))}"
+        for j, cell in enumerate(cells):
+            tag = "td" if i else "th scope=col"
+            if shares and i:
+                tag = f'td class={"hit" if i == j + 1 else "miss"} style="--s:{shares[i - 1][j]}"'
+            line += f"<{tag}>" + re.sub(r"\*\*(.+)\*\*", r"<b>\1</b>", escape(str(cell)))
+        lines.append(f"{'' if i else '<thead>'}<tr>{line}{'' if i else '<tbody>'}")
+    return (f'<div class=wide tabindex=0 role=region aria-label="{escape(what)}">'
+            f"<table>{''.join(lines)}</table></div>")
 
 
-def report(runs, rows, shown, references, most):
-    """The self-contained page. Every string that comes from data goes through html.escape."""
-    (name, predictions, posts), majority = shown, runs["majority"]
-    values, title = runs[name], html.escape(name)
-    said = lambda p: predictions.get(p.id, {})
-    posts = sorted(posts, key=lambda p: (said(p).get("prediction") == p.label, p.id))
-    cards = [card(p, said(p), references.get(p.id)) for p in posts[:most]]
-    confusion = [["", *LABELS, "unparsed"]]
-    confusion += [[f"gold {x}", *line] for x, line in zip(LABELS, values["confusion"])]
-    notes = "".join(f"<li>{html.escape(v)}</li>" for k, v in SIGNATURES.items() if k in values)
-    return "\n".join([
-        PAGE, f"<h1>MulCoT-RD: {title}</h1>",
-        f"<p>{values['n']} posts, accuracy {values['accuracy']:.1%}, macro F1 "
-        f"{values['macro_f1']:.1%}; always saying {majority['label']}: "
-        f"{majority['accuracy']:.1%}.</p>", html_table(rows),
-        f"<h2>Confusion of {title}</h2>", html_table(confusion), f"<ul>{notes}</ul>",
-        f"<h2>Posts, wrong ones first ({len(cards)} of {len(posts)})</h2>",
-        f"<div class=cards>{''.join(cards)}</div></html>\n"])
+def confusion_table(counts):
+    """Rows gold, columns said: counts and shares of the row."""
+    shares = [[round(n / max(sum(row), 1), 2) for n in row] for row in counts]
+    rows = [[gold, *(f"{n} · {s:.0%}" for n, s in zip(*line))]
+            for gold, *line in zip(LABELS, counts, shares)]
+    return html_table([["gold", *LABELS, "unparsed"], *rows], "confusion", shares)
 
 
-def card(post, row, reference):
-    """One post: image, text with the aspect marked, verdicts, probabilities and chains."""
-    esc, prediction = html.escape, row.get("prediction")
+def ticks(top):
+    """Round steps from 0 to at least top > 0, at most five."""
+    power = 10.0 ** math.floor(math.log10(top))
+    step = power * next(s for s in (0.25, 0.5, 1, 2, 2.5) if 4 * s * power >= top)
+    return [i * step for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def plot(title, lines, x_name, y_name, log=False, diagonal=False):
+    """A chart as inline SVG, or nothing. lines: {name: [(x, y, weight)]}, weight in [0, 1] the area
+    of a point, x and y >= 0. log: y in powers of ten, zeros left out."""
+    kept = [[p for p in line if math.isfinite(p[0] + p[1]) and p[1] >= 0 and (p[1] or not log)]
+            for line in lines.values()]
+    points = [p for line in kept for p in line]
+    if not points:
+        return ""
+    xs, ys = (ticks(max(1 if diagonal else p[k] for p in points) or 1) for k in (0, 1))
+    scale = math.log10 if log else float
+    if log:
+        low, high = (math.floor(scale(y)) for y in (min(p[1] for p in points), ys[-1]))
+        ys = [10.0 ** k for k in range(low, high + 2, (high - low) // 6 + 1)]
+    bottom, top = scale(ys[0]), max(scale(y) for y in (ys[-1], *(p[1] for p in points)))
+    px = lambda x: 38 + 272 * x / xs[-1]
+    py = lambda y: 176 - 156 * (scale(y) - bottom) / (top - bottom)
+    art = [f'<path class=grid d="M38 {py(y):.1f}H310"/><text x=34 y={py(y) + 3:.1f} '
+           f"text-anchor=end>{y:g}</text>" for y in ys]
+    art += [f"<text x={px(x):.1f} y=189 text-anchor=middle>{x:g}</text>" for x in xs]
+    art += ['<path class=ideal d="M38 176L310 20"/>'] if diagonal else []
+    legend = []
+    for i, (name, line) in enumerate(zip(lines, kept)):
+        if line:
+            color = f'style="--c:var(--c{i % 8})"'
+            legend.append(f"<li {color}><i></i>{escape(name)}")
+            path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y, _ in line)
+            dots = [f"<circle cx={px(x):.1f} cy={py(y):.1f} r={1.5 + 4 * w ** 0.5:.1f} />"
+                    for x, y, w in line if len(line) <= 20]
+            art.append(f'<g {color}><polyline points="{path}"/>{"".join(dots)}</g>')
+    return (f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 320 206" role=img '
+            f'aria-label="{escape(f"{title}: {y_name} by {x_name}")}">{"".join(art)}'
+            f"<text x=174 y=203 text-anchor=middle>{x_name}</text><text x=4 y=9>{y_name}</text>"
+            f"</svg><ul class=legend>{''.join(legend)}</ul></figure>")
+
+
+def training_logs(specs):
+    """{run: rows} of [NAME=]FILE specs, checked. A row that names its `run` belongs to that one."""
+    logs = {}
+    for spec in specs:
+        name, path = spec.split("=", 1) if "=" in spec else ("", spec)
+        if not os.path.exists(path):
+            raise InputError(f"{path} does not exist: give log.jsonl files of train.py")
+        for n, row in enumerate(read_rows(path), 1):
+            step = row.get("step") if isinstance(row, dict) else None
+            if not isinstance(step, int) or step < 0:
+                raise InputError(f"{path}:{n}: a log row needs a step, 0 or above")
+            run = row.get("run", name or Path(path).absolute().parent.name)
+            logs.setdefault(str(run), []).append(row)
+    return logs
+
+
+def training_plots(logs):
+    """Loss terms of each run {name: log rows}, then the dev accuracy of all."""
+    terms = dict.fromkeys(k for rows in logs.values() for row in rows for k in row
+                          if k == "loss" or k.startswith(("ce_", "kl_")))
+    points = lambda rows, key: [(row["step"], row[key], 0) for row in rows
+                                if isinstance(row.get(key), (int, float))]
+    plots = [plot(name, {term: points(rows, term) for term in terms}, "step",
+                  "loss, nats per token", log=True) for name, rows in logs.items()]
+    dev = {name: points(rows, "dev_accuracy") for name, rows in logs.items()}
+    return "".join(plots) + plot("dev accuracy", dev, "step", "accuracy")
+
+
+def trust_plots(runs):
+    """Reliability and risk by coverage of the first eight runs that hold probabilities."""
+    bins, curves = {}, {}
+    for name, m in [item for item in runs.items() if item[1].get("reliability")][:8]:
+        total, curve = sum(n for *_, n in m["reliability"]), m["risk_coverage"]
+        bins[f"{name} (ECE {m['ece']:.3f})"] = [(c, a, n / total) for c, a, n in m["reliability"]]
+        thin = curve[:: len(curve) // 50 + 1] + curve[-1:]
+        curves[f"{name} (AURC {m['aurc']:.3f})"] = [(c, r, 0) for c, r in thin]
+    return (plot("reliability", bins, "mean confidence", "accuracy", diagonal=True)
+            + plot("risk by coverage", curves, "share of posts answered, surest first",
+                   "error rate"))
+
+
+def report(runs, rows, shown, references, most, signatures, logs, diagnosis=()):
+    """The self-contained page, bytes. runs: {name: metrics}; rows: their table; shown: (name, {id:
+    row}, gold posts) of the run whose posts are shown, at most `most`; references: {id: chain};
+    signatures, diagnosis: sentences; logs: {run: log rows}. Every string from data is escaped."""
+    name, predictions, posts = shown
+    values, images, cards = runs[name], {}, []
+    cases = [judge(p, predictions.get(p.id, {}), references.get(p.id)) for p in posts]
+    cases.sort(key=lambda case: ("wrong" not in case[0], not case[0], case[1].id))
+    for case in cases[:most]:
+        path = case[1].image
+        number = images.setdefault(thumbnail(path), len(images)) if path else None
+        cards.append(card(*case, number))
+    tiles, notes = "", "".join(f"<li>{escape(v)}" for v in signatures.values())
+    for key, (title, form, hint) in TILES.items():
+        if values.get(key) is not None:
+            if key in values.get("intervals", ()):
+                low, high = values["intervals"][key]
+                hint = f"95 %: {low:{form}} to {high:{form}}"
+            tiles += f"<li>{title}<b>{values[key]:{form}}</b><small>{hint}</small>"
+    sections = {
+        "Summary": ("ul class=tiles", tiles),
+        "Diagnosis": ("ul class=diagnosis", "".join(f"<li>{escape(x)}" for x in diagnosis)),
+        "Runs": ("div", f"{html_table(rows, 'runs')}<details><summary>how the numbers are computed"
+                        f"</summary><ul>{notes}</ul></details>"),
+        "Errors": ("div", confusion_table(values["confusion"])),
+        "Trust": ("div class=plots", trust_plots(runs)),
+        "Training": ("div class=plots", training_plots(logs)),
+        "Posts": ("div", f"<p class=dim>{len(cards):,} of {len(posts):,}, wrong ones first, then "
+                         f"flagged ones</p>{filters()}<div id=cards></div>")}
+    about = f"{len(posts):,} posts, {len(runs) - 1} runs"
+    if "seeds" in values:
+        about += f"; means of {len(values['seeds'])} seeds, confusion and posts of the first"
+    return page(name, about, {k: v for k, v in sections.items() if v[1]}, "".join(cards), images)
+
+
+def page(name, about, sections, cards, images):
+    """The document, bytes. sections: {title: (tag, HTML)}. The cards travel deflated, a fifth of
+    their size; the browser unpacks them. The policy lets nothing run but SCRIPT, and nothing
+    load."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    packed = base64.b64encode(zlib.compress(cards.encode("utf-8", "replace"), 9)).decode()
+    links = "".join(f"<a href=#{x.lower()}>{x}</a>" for x in sections)
+    body = "\n".join(
+        f"<section id={x.lower()} aria-label={x}><h2>{x}</h2><{tag}>{content}</{tag.split()[0]}>"
+        "</section>" for x, (tag, content) in sections.items())
+    text = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width"><title>{escape(name)}: MulCoT-RD report</title>
+<style>{STYLE}</style></head><body><header><a class=skip href=#posts>skip to the posts</a>
+<h1>MulCoT-RD: {escape(name)}</h1><p class=dim>{about}</p><nav aria-label="sections">{links}</nav>
+</header><main>
+{body}
+</main><footer><noscript>The posts are packed: to see them, allow this page its script.</noscript>
+</footer><script type="application/json" id=images>{json.dumps(list(images))}</script>
+<script type="text/plain" id=packed>{packed}</script>
+<script>{SCRIPT}</script></body></html>
+"""
+    return text.encode("utf-8", "replace")  # half a surrogate pair fits into no file
+
+
+def filters():
+    """The form above the posts; SCRIPT fills in its counts."""
+    boxes = {"only": {flag: flag for flag in FLAGS},
+             "gold": {f"gold-{x}": x for x in LABELS},
+             "label": {f"label-{x}": x for x in (*LABELS, "none")}}
+    sets = ""
+    for legend, members in boxes.items():
+        inner = (f'<label title="{FLAGS.get(value, "")}"><input type=checkbox value={value} name='
+                 f"{value if legend == 'only' else legend}> {said} <b></b></label>"
+                 for value, said in members.items())
+        sets += f"<fieldset><legend>{legend}</legend>{''.join(inner)}</fieldset>"
+    return ('<form role=search aria-label="filter the posts"><label>search <input type=search '
+            f"id=search></label> <button type=reset>clear</button> <output id=left></output>{sets}"
+            "</form>")
+
+
+def judge(post, row, reference):
+    """(those of FLAGS that hold, post, its prediction row, parsed chain or None, the teacher's)."""
+    label, raw = row.get("prediction"), row.get("raw")
+    chain = parse_reasoning(raw) if isinstance(raw, str) else None
+    told = parse_reasoning(reference) if reference else None
+    named, theirs = (x.prediction if x else None for x in (chain, told))
+    holds = {"wrong": label != post.label, "conflict": label and named and label != named,
+             "unparsed": label is None or chain and not chain.complete,
+             "disagree": named and theirs and named != theirs}
+    return [flag for flag in FLAGS if holds[flag]], post, row, chain, told
+
+
+def card(flags, post, row, chain, told, image):
+    """A judged post: image (the number of its thumbnail), text with the aspect marked, verdicts,
+    probabilities, and its chain beside the teacher's."""
+    label, side, body = row.get("prediction"), "", ""
+    if image is not None:
+        side = f'<img alt="the post\'s image" data-n={image}>'
+    verdicts = {"gold": post.label, "label": label} | ({"chain": chain.prediction} if chain else {})
+    verdicts |= {"teacher": told.prediction} if told else {}
+    items = (f"<li><span>{who}</span> <b class={said}>{said or 'none'}</b>"
+             for who, said in verdicts.items())
+    side += f"<ul class=said>{''.join(items)}</ul>"
+    if row.get("probs"):
+        probs = list(zip(LABELS, row["probs"]))
+        bar = "".join(f'<i class={x} style="width:{p:.1%}"></i>' for x, p in probs)
+        said = " · ".join(f"{x}&nbsp;{p:.1%}" for x, p in probs)
+        side += f"<div class=bar>{bar}</div><small>{said}</small>"
+    if row.get("route") is not None:
+        why = "" if row.get("reason") is None else f": {escape(str(row['reason']))}"
+        body = f"<p class=route>decided by <b>{escape(str(row['route']))}</b>{why}</p>"
+    if chain and not chain.complete:
+        body += f"<p>unparsed: {escape(chain.problem)}</p>"
+        body += "" if chain.fields else f"<pre>{escape(row['raw'][:2000])}</pre>"
+    badges = "".join(f" <span class=badge>{flag}</span>" for flag in flags)
     pieces = post.text.split(post.aspect) if post.aspect else [post.text]
-    text = f"<mark>{esc(post.aspect or '')}</mark>".join(map(esc, pieces))
-    image = f'<img alt="" loading=lazy src="{thumbnail(post.image)}">' if post.image else ""
-    bar = "".join(f'<i class={x} style="width:{p:.1%}" title="{x} {p:.1%}"></i>'
-                  for x, p in zip(LABELS, row.get("probs") or []))
-    verdict, chain = f"gold <b>{post.label}</b> · label <b>{esc(str(prediction))}</b>", ""
-    if isinstance(row.get("raw"), str):
-        parsed = parse_reasoning(row["raw"])
-        verdict += f" · chain says <b>{esc(str(parsed.prediction))}</b>"
-        chain = field_list(parsed) or f"<p>unparsed: {esc(row['raw'][:2000])}</p>"
-    if reference:
-        told = field_list(parse_reasoning(reference))
-        chain += f"<details><summary>the teacher's chain</summary>{told}</details>"
-    return (f'<article class="card{"" if prediction == post.label else " wrong"}">{image}'
-            f"<small>{esc(post.id)}</small><p>{text}</p><div class=say>{verdict}</div>"
-            f"<div class=bar>{bar}</div>{chain}</article>\n")
+    text = f"<mark>{escape(post.aspect or '')}</mark>".join(map(escape, pieces))
+    marks = " ".join([*flags, f"gold-{post.label}", f"label-{label or 'none'}"])
+    return (f'<article class="{" ".join(flags)}" data-is="{marks}"><div>{side}</div>'
+            f"<div><small class=id>{escape(post.id)}</small>{badges}<p class=text>{text}</p>{body}"
+            f"{chain_list(chain, told)}</div></article>\n")
 
 
-def field_list(parsed):
-    """A chain's fields as a definition list, or nothing."""
-    items = (f"<dt>{name}</dt><dd>{html.escape(parsed.fields[name])}</dd>"
-             for name in FIELDS if name in parsed.fields)
-    return f"<dl>{''.join(items)}</dl>" if parsed.fields else ""
+def chain_list(chain, told):
+    """Field by field, a chain and the teacher's; where both say the same it stands once."""
+    ours, theirs = (x.fields if x else {} for x in (chain, told))
+    lines = []
+    for name in FIELDS:
+        a, b = ours.get(name), theirs.get(name)
+        if a or b:
+            lines.append(f"<dt>{name.replace('_', ' ')}</dt>")
+            lines += [f"<dd{' class=same' if a == b else ''}>{escape(a)}</dd>"] if a else []
+            lines += [f"<dd class=told>{escape(b)}</dd>"] if b and a != b else []
+    kind = "" if ours and theirs else " class=only"
+    return f"<dl{kind}>{''.join(lines)}</dl>" if lines else ""
 
 
-def thumbnail(path, side=112):
+@lru_cache(maxsize=None)
+def thumbnail(path, side=160):
     """A small JPEG data URL."""
     image, buffer = load_image(path), io.BytesIO()
     image.thumbnail((side, side))

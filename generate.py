@@ -31,9 +31,9 @@ from mulcot import (
     Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
     encode, fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
     label_example, label_row, load_image, load_model, new_cache, parse_reasoning, positive, ranks,
-    read_out, read_posts, read_rows, refuse_ranks, render_reasoning, run_stage, score_labels, shared_rows,
-    task_format, tell_aside, top_k_soft, toy_clip_warmup, toy_clips, toy_posts, toy_warmup,
-    training_branches, two_stage_cot, wait_for_ranks, write_atomic, write_branch)
+    read_out, read_posts, read_rows, refuse_ranks, render_reasoning, run_stage, score_labels,
+    shared_rows, task_format, tell_aside, top_k_soft, toy_clip_warmup, toy_clips, toy_posts,
+    toy_warmup, training_branches, two_stage_cot, wait_for_ranks, write_atomic, write_branch)
 
 
 def above_zero(text):

@@ -164,7 +164,7 @@ def load_image(path, check=False):
                 raise InputError(f"image {path} is {image.width} x {image.height}: image "
                                  "processors refuse shapes beyond 200 : 1, crop it")
             if check:
-                image.draft("RGB", (image.width // 8, image.height // 8))
+                image.draft("RGB", (image.width // 8 + 1, image.height // 8 + 1))
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing: check --images") from None
@@ -218,10 +218,10 @@ def read_posts(path, images=None, rejects=None, may_be_empty=False):
 
 
 def iter_posts(path, images=None, rejects=None, may_be_empty=False):
-    """Posts, one by one, from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, MMSA's
-    `label.csv`, or an MVSA folder as downloaded. `images`: the folder of images, frames and audio
-    (default: `images/` beside the file, else the file's own folder). Bad rows are appended to
-    `rejects` as (where, reason); with rejects=None the first raises InputError."""
+    """Posts, one by one, from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`,
+    MMSA's `label.csv`, or an MVSA folder as downloaded. `images`: the folder of images, frames and
+    audio (default: `images/` beside the file, else the file's own folder). Bad rows are appended
+    to `rejects` as (where, reason); with rejects=None the first raises InputError."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a .jsonl, .json, .tsv or .csv file or an "

@@ -694,6 +694,8 @@ def peak_mib(reset=False):
 
 # ---- no arguments: the whole road --------------------------------------------------------------
 
+DEMO_TRAININGS = ("base/assistant", "base/student", "assistant", "student")
+
 
 def demo_commands(out, seed):
     """The stages of the embedded default, each as a user would type it."""
@@ -727,7 +729,8 @@ def demo_commands(out, seed):
         f"--out {runs['shuffled_images']}.jsonl",
         f"{predict} --no-chain --blank-text --model {student} --out {runs['blank_text']}.jsonl",
         f"eval.py {' '.join(f'{name}={file}.jsonl' for name, file in runs.items())} --gold {posts} "
-        f"--chains {chains} --references {out}/references.jsonl --out {out}",
+        f"--chains {chains} --references {out}/references.jsonl --logs "
+        f"{' '.join(f'{run}={out}/{run}/log.jsonl' for run in DEMO_TRAININGS)} --out {out}",
     ]
 
 
@@ -754,8 +757,7 @@ def demo(args):
     refuse_ranks("the whole road")
     began = time.time()
     run_commands(demo_commands(args.out, args.seed))
-    logs = {name: read_rows(Path(args.out, name, "log.jsonl"))
-            for name in ("base/assistant", "base/student", "assistant", "student")}
+    logs = {name: read_rows(Path(args.out, name, "log.jsonl")) for name in DEMO_TRAININGS}
     rows = [json.dumps({"run": name} | row) + "\n" for name, log in logs.items() for row in log]
     write_atomic(f"{args.out}/log.jsonl", lambda part: Path(part).write_text("".join(rows)))
     print(f"\nthe whole road took {time.time() - began:.0f} s; report: {args.out}/report.html")

@@ -25,7 +25,8 @@ def chains(toy, posts, tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks") / "chains.jsonl"
     lines = []
     for i, post in enumerate(posts[:13]):
-        fields = [f"It says {post.text}." * (1 + i % 3), "A face.", "They agree.", "So.", post.label]
+        said = f"It says {post.text}." * (1 + i % 3)
+        fields = [said, "A face.", "They agree.", "So.", post.label]
         cot = mulcot.render_reasoning(dict(zip(mulcot.FIELDS, fields)))
         row = post.row() | dict(cot=cot, split="train")
         row.pop("image") if i == 4 else None
