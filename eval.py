@@ -18,9 +18,11 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from mulcot import (
     FIELDS, LABELS, Help, InputError, beside, load_image, parse_reasoning, read_posts, read_rows,
@@ -93,40 +95,73 @@ def tokens_13a(text):
     return text.split()
 
 
+def bleu_counts(prediction, reference):
+    """What BLEU is made of (10,): common 1- to 4-grams, those of the prediction, both lengths."""
+    p, r = tokens_13a(prediction.rstrip()), tokens_13a(reference.rstrip())
+    common = np.zeros(10)
+    common[4:8] = [max(0, len(p) - n) for n in range(4)]
+    common[8:] = len(p), len(r)
+    for n in range(4):
+        ours, theirs = (Counter(zip(*(words[i:] for i in range(n + 1)))) for words in (p, r))
+        common[n] = sum(min(k, theirs[gram]) for gram, k in ours.items() if gram in theirs)
+        if not common[n]:
+            break
+    return common
+
+
+def bleu_score(counts, smooth=False):
+    """BLEU-4 in [0, 1] of bleu_counts, one post's or their sum. `smooth`: the k-th order without a
+    common n-gram counts as 1 / 2^k (NIST, sacrebleu's default), but not if no word is common."""
+    common, (ours, theirs) = counts[:4].copy(), counts[8:]
+    if not common[0] or not counts[4:8].all() or not (smooth or common.all()):
+        return 0.0
+    common[common == 0] = 0.5 ** np.arange(1, 5)[: (common == 0).sum()]
+    return math.exp(min(0.0, 1 - theirs / ours) + np.log(common / counts[4:8]).mean())
+
+
 def bleu4(prediction, reference):
     """Sentence BLEU-4 in [0, 1]: 13a tokens, no smoothing, no effective order (the authors' way: a
     pair without a common 4-gram scores 0). Equal to sacrebleu's sentence BLEU with
     smooth_method="none"."""
-    p, r = tokens_13a(prediction.rstrip()), tokens_13a(reference.rstrip())
-    if not p or not r:
-        return 0.0
-    total = 0.0
-    for n in range(1, 5):
-        ours, theirs = (Counter(zip(*(words[i:] for i in range(n)))) for words in (p, r))
-        common = sum((ours & theirs).values())
-        if common == 0:
-            return 0.0
-        total += math.log(common / (len(p) - n + 1))
-    return math.exp(min(0.0, 1 - len(r) / len(p)) + total / 4)
+    return bleu_score(bleu_counts(prediction, reference))
 
 
-def _lcs_words(x, y):
-    """The words of one longest common subsequence, ties broken as `rouge` 1.0.1 breaks them."""
-    table = [[0] * (len(y) + 1)]
-    for a in x:
-        row, above = [0], table[-1]
-        for j, b in enumerate(y):
-            row.append(above[j] + 1 if a == b else max(above[j + 1], row[j]))
-        table.append(row)
-    i, j, words = len(x), len(y), set()
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            words.add(x[i - 1])
+def corpus_bleu(pairs):
+    """BLEU-4 in [0, 1] of all (prediction, reference) pairs at once, as sacrebleu's default."""
+    return bleu_score(sum(bleu_counts(*pair) for pair in pairs), smooth=True)
+
+
+def _places(words):
+    """{word: bits of the positions where it stands}."""
+    bits = defaultdict(int)
+    for j, word in enumerate(words):
+        bits[word] |= 1 << j
+    return bits
+
+
+def _lcs_rows(x, places):
+    """Rows of the table of longest common subsequences of x and the words y of `places`, as bits
+    (Hyyrö 2004): bit j of row i is 0 where length(i + 1, j + 1) = length(i + 1, j) + 1."""
+    row, rows = (1 << sum(map(int.bit_count, places.values()))) - 1, []
+    for word in x:
+        both = row & places.get(word, 0)
+        row = (row + both) | (row - both)
+        rows.append(row)
+    return rows
+
+
+def _lcs_words(x, y, places):
+    """The words of one longest common subsequence, ties broken as `rouge` 1.0.1 breaks them: go up
+    where length(i - 1, j) > length(i, j - 1), which is where row i grows at j."""
+    rows, i, j, words = _lcs_rows(x, places), len(x) - 1, len(y) - 1, set()
+    while i >= 0 and j >= 0:
+        if x[i] == y[j]:
+            words.add(x[i])
             i, j = i - 1, j - 1
-        elif table[i - 1][j] > table[i][j - 1]:
-            i -= 1
-        else:
+        elif rows[i] >> j & 1:
             j -= 1
+        else:
+            i -= 1
     return words
 
 
@@ -137,19 +172,223 @@ def rouge_l(prediction, reference):
                     for text in (prediction, reference))
     if not ours or not theirs:
         return 0.0
-    union = set().union(*(_lcs_words(r, p) for r in theirs for p in ours))
+    placed = [(p, _places(p)) for p in ours]
+    union = set().union(*(_lcs_words(r, *p) for r in theirs for p in placed))
     precision, recall = len(union) / len(set().union(*ours)), len(union) / len(set().union(*theirs))
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
-def distinct_n(texts, n):
-    """Mean over texts of distinct / all n-grams of lower-cased words; a text shorter than n words
-    scores 0. Of the *predictions*: the authors' script measures the references."""
-    shares = []
+def rouge_l_plain(prediction, reference):
+    """ROUGE-L F in [0, 1] as Google's `rouge-score`: one LCS over the lower-cased letters and
+    digits of the whole texts, no stemming."""
+    ours, theirs = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    if not ours or not theirs:
+        return 0.0
+    rows = _lcs_rows(theirs, _places(ours))
+    return 2 * sum(not rows[-1] >> j & 1 for j in range(len(ours))) / (len(ours) + len(theirs))
+
+
+def distinct_n(texts, n, pooled=False):
+    """Distinct / all n-grams of lower-cased words: mean over texts (one shorter than n words scores
+    0), or of all texts `pooled`. Of the *predictions*: the authors' script measures the
+    references."""
+    shares, seen, total = [], set(), 0
     for text in texts:
-        grams = list(zip(*(text.lower().split()[i:] for i in range(n))))
+        words = text.lower().split()
+        grams = list(zip(*(words[i:] for i in range(n))))
         shares.append(len(set(grams)) / len(grams) if grams else 0.0)
+        if pooled:
+            seen.update(grams)
+            total += len(grams)
+    if pooled:
+        return len(seen) / max(total, 1)
     return sum(shares) / len(shares) if shares else 0.0
+
+
+# ---- METEOR ----------------------------------------------------------------------------------
+
+_TREEBANK = [(re.compile(pattern), by) for pattern, by in (
+    ('^"', "``"), ("``", " `` "), (r"""([ ([{<])("|'')""", r"\1 `` "),
+    (r"([:,])(\D)", r" \1 \2"), ("[:,]$", r" \g<0> "), (r"\.\.\.|[;@#$%&]", r" \g<0> "),
+    (r"""([^.])(\.)([])}>"']*)[^\S\x1c-\x1f]*$""", r"\1 \2\3 "), ("[?!]", r" \g<0> "), ("([^'])' ", r"\1 ' "),
+    (r"[][(){}<>]|--", r" \g<0> "), (r"\A|\Z", " "), ("''|\"", " '' "),
+    ("([^' ])('[smd]|') ", r"\1 \2 "), ("([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
+    *((rf"\b({a})({b})\b", r" \1 \2 ") for a, b in (
+        ("can", "not"), ("d", "'ye"), ("gim", "me"), ("gon", "na"), ("got", "ta"), ("lem", "me"),
+        ("more", "'n"))), (r"\b(wan)(na)(?=\s)", r" \1 \2 "), (r" ('t)(is|was)\b", r" \1 \2 "))]
+
+
+def treebank_tokens(text):
+    """Penn Treebank tokens of the lower-cased text, as nltk's TreebankWordTokenizer."""
+    text = text.lower()
+    for pattern, by in _TREEBANK:
+        text = pattern.sub(by, text)
+    return text.split()
+
+
+def _endings(**rules):
+    """A pattern of the endings and what replaces them. An ending of several fits as the longest."""
+    return re.compile(f"({'|'.join(rules)})$"), rules
+
+
+_STEP_2 = [_endings(alli="al"), _endings(
+    ational="ate", tional="tion", enci="ence", anci="ance", izer="ize", bli="ble", entli="ent",
+    eli="e", ousli="ous", ization="ize", ation="ate", ator="ate", alism="al", iveness="ive",
+    fulness="ful", ousness="ous", aliti="al", iviti="ive", biliti="ble", fulli="ful")]
+_STEP_3 = _endings(icate="ic", ative="", alize="al", iciti="ic", ical="ic", ful="", ness="")
+_STEP_4 = _endings(**dict.fromkeys("al ance ence er ic able ible ant ement ment ent ion ou ism ate "
+                                   "iti ous ive ize".split(), ""))
+_IRREGULAR = dict(skies="sky", dying="die", lying="lie", tying="tie", innings="inning",
+                  outings="outing", cannings="canning") | {w: w for w in (
+                      "sky news inning outing canning howe proceed exceed succeed".split())}
+
+
+def _shape(word):
+    """c and v for consonants and vowels; y is a vowel behind a consonant."""
+    shape = ""
+    for letter in word:
+        vowel = letter in "aeiou" or letter == "y" and shape.endswith("c")
+        shape += "v" if vowel else "c"
+    return shape
+
+
+def _measure(word):
+    """Porter's m: how often a consonant follows a vowel."""
+    return _shape(word).count("vc")
+
+
+def _short(word):
+    """Whether it ends consonant, vowel, consonant but w, x, y; or is a vowel and a consonant."""
+    shape = _shape(word)
+    return shape == "vc" or shape.endswith("cvc") and word[-1] not in "wxy"
+
+
+def _replace(word, endings, above):
+    """Replaces the word's ending if what stands before it has a measure above that."""
+    pattern, rules = endings
+    found = pattern.search(word)
+    if not found or _measure(word[: found.start()]) <= above:
+        return word
+    return word[: found.start()] + rules[found[0]]
+
+
+@lru_cache(100_000)
+def stem(word):
+    """Porter's stemmer with nltk's extensions (its default mode), for a lower-cased word."""
+    if word in _IRREGULAR or len(word) <= 2:
+        return _IRREGULAR.get(word, word)
+    if word.endswith(("sses", "ies")):
+        word = word[: -1 if word.endswith("ies") and len(word) == 4 else -2]
+    elif word.endswith("s") and not word.endswith("ss"):
+        word = word[:-1]
+    ending = re.search("ied$|eed$|ed$|ing$", word)
+    start = word[: ending.start()] if ending else ""
+    if ending and ending[0] == "ied":
+        word = word[: -1 if len(word) == 4 else -2]
+    elif ending and ending[0] == "eed":
+        word = word[:-1] if _measure(start) else word
+    elif "v" in _shape(start):
+        word = start
+        if word.endswith(("at", "bl", "iz")):
+            word += "e"
+        elif word[-1] == word[-2:-1] and _shape(word)[-1] == "c":
+            word = word if word[-1] in "lsz" else word[:-1]
+        elif _measure(word) == 1 and _short(word):
+            word += "e"
+    if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c":
+        word = word[:-1] + "i"
+    for endings in _STEP_2:
+        word = _replace(word, endings, 0)
+    if word.endswith("logi") and _measure(word[:-3]):
+        word = word[:-1]
+    word = _replace(word, _STEP_3, 0)
+    if not re.search("(^|[^st])ion$", word):
+        word = _replace(word, _STEP_4, 1)
+    if word.endswith("e") and _measure(word[:-1]) > _short(word[:-1]):
+        word = word[:-1]
+    return word[:-1] if word.endswith("ll") and _measure(word[:-1]) > 1 else word
+
+
+class WordNet:
+    """Synonyms from the plain dictionary files of WordNet 3.0 (index.*, data.*, *.exc), a word's
+    base forms found as nltk finds them."""
+
+    ENDINGS = dict(
+        noun="s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y", adv="",
+        verb="s: ies:y es:e es: ed:e ed: ing:e ing:", adj="er: est: er:e est:e")
+
+    def __init__(self, folder):
+        self.index, self.data, self.exceptions, self.known = {}, {}, {}, {}
+        for part in self.ENDINGS:
+            try:
+                index, exceptions, self.data[part] = (
+                    Path(folder, name).read_bytes()
+                    for name in (f"index.{part}", f"{part}.exc", f"data.{part}"))
+            except OSError as e:
+                raise InputError(f"--wordnet {folder}: {e.strerror}: {e.filename}: give the folder "
+                                 "of WordNet's dictionary files (Debian: wordnet-base)") from None
+            lines = (line.split() for line in index.decode().splitlines() if line[0] != " ")
+            self.index[part] = {word: rest[-int(rest[1]) :] for word, *rest in lines}
+            lines = (line.split() for line in exceptions.decode().splitlines())
+            self.exceptions[part] = {word: forms for word, *forms in lines}
+
+    def synonyms(self, word):
+        """The word and every single word that shares a meaning with it or its base forms."""
+        if word not in self.known:
+            self.known[word] = {word}
+            for part, endings in self.ENDINGS.items():
+                forms = self.exceptions[part].get(word)
+                if forms is None:
+                    rules = (rule.split(":") for rule in endings.split())
+                    forms = [word.removesuffix(a) + b for a, b in rules if word.endswith(a)]
+                for form in {word, *forms}:
+                    for offset in self.index[part].get(form, ()):
+                        self.known[word] |= self.meaning(part, int(offset))
+        return self.known[word]
+
+    def meaning(self, part, offset):
+        """The single words of the meaning at a byte offset."""
+        line = self.data[part][offset : self.data[part].index(b"\n", offset)].decode().split()
+        words = line[4 : 4 + 2 * int(line[3], 16) : 2]
+        return {word.partition("(")[0] for word in words if "_" not in word}
+
+
+open_wordnet = lru_cache(1)(WordNet)
+
+
+def _match(ours, theirs, synonyms=lambda word: (word,)):
+    """Pairs of positions of equal words or synonyms, each used once, from the end; removes them
+    from the {position: word} given."""
+    places, pairs = defaultdict(list), []
+    for j, word in theirs.items():
+        places[word].append(j)
+    for i in reversed(ours):
+        free = [places[word] for word in synonyms(ours[i]) if places.get(word)]
+        if free:
+            pairs.append((i, max(free, key=lambda place: place[-1]).pop()))
+    for i, j in pairs:
+        del ours[i], theirs[j]
+    return pairs
+
+
+def meteor(prediction, reference, wordnet=None):
+    """METEOR in [0, 1] (Lavie and Agarwal 2007; α 0.9, β 3, γ 0.5) on lower-cased Treebank tokens:
+    equal words, then equal stems, then, with `wordnet` (the folder of its dictionary files),
+    synonyms. Equal to nltk 3.10's single_meteor_score."""
+    ours, theirs = (dict(enumerate(treebank_tokens(text))) for text in (prediction, reference))
+    lengths = len(ours), len(theirs)
+    pairs = _match(ours, theirs)
+    ours, theirs = ({i: stem(word) for i, word in words.items()} for words in (ours, theirs))
+    pairs += _match(ours, theirs)
+    if wordnet:  # trap: nltk looks up synonyms of the stems, not of the words
+        pairs += _match(ours, theirs, open_wordnet(str(wordnet)).synonyms)
+    if not pairs:
+        return 0.0
+    precision, recall = (len(pairs) / n for n in lengths)
+    pairs.sort()
+    chunks = 1 + sum((i + 1, j + 1) != after for (i, j), after in zip(pairs, pairs[1:]))
+    mean = precision * recall / (0.9 * precision + 0.1 * recall)
+    return mean * (1 - 0.5 * (chunks / len(pairs)) ** 3)
 
 
 SIGNATURES = {
