@@ -37,14 +37,18 @@ def parse_args(argv=None):
                                 formatter_class=Help)
     flag = p.add_argument
     flag("predictions", nargs="+", metavar="[NAME=]FILE",
-         help="rows of generate.py predict; the report shows the first; NAME may be GROUP/NAME")
+         help="rows of generate.py predict; the report shows the first; NAME may be GROUP/NAME; "
+              "files of one NAME are its seeds, shown as mean ± deviation")
     flag("--gold", required=True, help="labelled posts: .jsonl, .json, .tsv or an MVSA folder")
     flag("--images", help="images folder (default: images/ beside the posts, else their folder)")
     flag("--references", nargs="*", default=[], metavar="ROWS",
          help="rows with cot to compare chains with, beside the cot of the gold posts")
     flag("--chains", help="the teacher's rows, for their statistics")
     flag("--cards", type=int, default=200, help="posts shown in the report, wrong ones first")
-    flag("--out", required=True, help="folder for metrics.json and report.html")
+    flag("--wordnet", metavar="DIR", help="WordNet 3.0's dictionary files, for METEOR's synonyms "
+                                          "(Debian's wordnet-base: /usr/share/wordnet)")
+    flag("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")
+    flag("--out", required=True, help="folder for metrics.json, table.md and report.html")
     return p.parse_args(argv)
 
 
@@ -641,17 +645,20 @@ def prediction_rows(path):
         if row["prediction"] not in (*LABELS, None):
             raise InputError(f"{path}:{n}: prediction {row['prediction']!r} is none of "
                              f"{', '.join(LABELS)} or null")
-        probs = row.get("probs") or [0, 0, 0]
-        numbers = isinstance(probs, list) and all(isinstance(p, (int, float)) for p in probs)
-        if not numbers or len(probs) != 3:
-            raise InputError(f"{path}:{n}: probs must be three numbers")
+        probs, score = row.get("probs") or [0, 0, 0], row.get("score")
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+        if not (isinstance(probs, list) and len(probs) == 3
+                and all(number(p) and 0 <= p <= 1 for p in probs)):
+            raise InputError(f"{path}:{n}: probs must be three numbers from 0 to 1")
+        if not (score is None or number(score)):
+            raise InputError(f"{path}:{n}: score {score!r} is no number")
         rows[str(row["id"])] = row
     return rows
 
 
-def run_metrics(path, gold, references):
-    """(metrics, rows, gold posts) of one prediction file, against all gold posts {id: post} of the
-    splits that it covers: a post without a row counts as unparsed."""
+def run_metrics(path, gold, references, stages={}, wordnet=None, embed=None):
+    """(metrics, resamples, rows, gold posts) of one prediction file, against all gold posts
+    {id: post} of the splits that it covers: a post without a row counts as unparsed."""
     rows = prediction_rows(path)
     splits = {gold[i].split for i in rows if i in gold}
     if not splits:
@@ -663,13 +670,44 @@ def run_metrics(path, gold, references):
     if missing:
         print(f"warning: {path} lacks {len(missing)} of {len(wanted)} gold posts, first "
               f"{missing[0]}: counted as unparsed")
-    predicted = [rows.get(p.id, {}).get("prediction") for p in wanted]
-    metrics = classification_metrics([p.label for p in wanted], predicted)
-    metrics["missing"] = len(missing)
-    chained = {i: row for i, row in rows.items() if i in gold and isinstance(row.get("raw"), str)}
-    if chained:
-        metrics |= chain_metrics(chained, references)
-    return metrics, rows, wanted
+    own, values = {p.id: rows.get(p.id, {}) for p in wanted}, {}
+    labels, predicted = [p.label for p in wanted], [r.get("prediction") for r in own.values()]
+    metrics = classification_metrics(labels, predicted)
+    metrics |= dict(missing=len(missing), source=next(iter(rows.values())).get("source"))
+    chains = {i: row for i, row in own.items() if isinstance(row.get("raw"), str)}
+    if chains:  # a post without a chain has an empty one, as one without a label is unparsed
+        chains = {i: row if i in chains else row | dict(raw="") for i, row in own.items()}
+        metrics |= chain_metrics(chains, references, wordnet, embed, values)
+        right = {i: float(a == b) for i, a, b in zip(own, labels, predicted)}
+        parts = faithfulness(right, values["agreement"], stages)
+        metrics |= {name: sum(v.values()) / len(v) for name, v in parts.items()}
+        values |= parts
+    sure = [p for p in wanted if own[p.id].get("probs")]
+    if sure:
+        metrics |= calibration_metrics([p.label for p in sure], [own[p.id]["probs"] for p in sure])
+    if any(p.score is not None and own[p.id].get("score") is not None for p in wanted):
+        scored = [p for p in wanted if p.score is not None]
+        metrics["scores"] = regression_metrics([p.score for p in scored],
+                                               [own[p.id].get("score") for p in scored])
+        metrics |= {k: metrics["scores"][k] for k in ("mae", "corr", "acc7", "acc2_non0")}
+    drawn = resample(labels, predicted, {name: [v.get(p.id, math.nan) for p in wanted]
+                                         for name, v in values.items()})
+    metrics["intervals"] = {name: interval(v) for name, v in drawn.items()}
+    return metrics, drawn, rows, wanted
+
+
+def faithfulness(right, agreement, stages):
+    """{name: {id: 0 or 1}} of the label's accuracy where chain and label agree and where not, and
+    of accuracy and agreement on the posts whose reference came about unaided (stage 1) and
+    label-conditioned (stage 2); parts without posts are left out."""
+    ids = dict(agree=[i for i, a in agreement.items() if a],
+               disagree=[i for i, a in agreement.items() if not a],
+               unaided=[i for i in right if stages.get(i) == 1],
+               conditioned=[i for i in right if stages.get(i) == 2])
+    parts = {f"accuracy_{part}": {i: right[i] for i in ids[part]} for part in ids}
+    parts |= {f"agreement_{part}": {i: agreement[i] for i in ids[part]}
+              for part in ("unaided", "conditioned")}
+    return {name: part for name, part in parts.items() if part}
 
 
 def chain_rows(path):
@@ -684,71 +722,193 @@ def chain_rows(path):
 
 
 def teacher_metrics(path):
-    """How the teacher's kept chains came about."""
-    rows = chain_rows(path)
+    """How the teacher's kept chains came about. They are right by the way they were chosen; what was
+    not chosen for is whether Final_conclusion names the label and no other (`concludes`).
+    `contradictions`: share of stage-2 answers whose Prediction was not the label they were given;
+    at least, since the answers before a kept one are not on file."""
+    rows, rejects = chain_rows(path), read_rows(beside(path, "rejects.jsonl"))
     stages, tries = Counter(row.get("stage") for row in rows), [row.get("tries", 1) for row in rows]
+    failed = [str(a["problem"]) for row in rejects for a in row.get("attempts", ())
+              if a["stage"] == 2]
+    wrong = sum(problem.startswith("predicts ") for problem in failed)
+    concludes = {1: [], 2: []}
+    for row in rows:
+        parsed = parse_reasoning(row["cot"])
+        concludes.get(row.get("stage"), []).append(names_only(parsed, parsed.prediction))
     return dict(kept=len(rows), unaided=stages[1], label_conditioned=stages[2],
-                set_aside=len(read_rows(beside(path, "rejects.jsonl"))),
-                answers_per_kept_chain=sum(tries) / max(len(rows), 1))
+                set_aside=len(rejects), answers_per_kept_chain=sum(tries) / max(len(rows), 1),
+                concludes={name: sum(concludes[stage]) / max(len(concludes[stage]), 1)
+                           for stage, name in ((1, "unaided"), (2, "label_conditioned"))},
+                contradictions=wrong / max(stages[2] + len(failed), 1))
 
 
-COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
-           "unparsed": "unparsed", "parse_rate": "chains parsed", "agreement": "chain = label",
-           "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "distinct_1": "Distinct-1",
-           "distinct_2": "Distinct-2"}
+def diagnose(runs, teacher=None):
+    """What the numbers of runs {name: metrics} and of the teacher point to, in plain words, by the
+    paper's failure signatures; only what applies. choice: high Distinct is that of the references;
+    low METEOR hardly exceeds that against another post's reference; many is above 5 %."""
+    said = []
+    for name, m in runs.items():
+        if m.get("sim", 1) < 0.85:
+            said.append(f"{name}: Sim {m['sim']:.1%} is below 85 %: the prompts may be out of line "
+                        "with the task")
+        above = runs.get(name.removesuffix("student") + "assistant", m)
+        gap = above["accuracy"] - m["accuracy"]
+        if name.endswith("student") and gap > 0.05 and m.get("source") != "base":
+            said.append(f"{name}: {100 * gap:.1f} points below its assistant: λ may be too high, "
+                        "try train.py student --lam 0.1 to 0.2")
+        if (m.get("distinct_2", 0) >= m.get("distinct_2_references", 1)
+                and m.get("meteor", 1) < m.get("meteor_other", 0) + 0.05):
+            said.append(f"{name}: Distinct-2 {m['distinct_2']:.2f} is as high as the references', "
+                        f"yet METEOR {m['meteor']:.2f} hardly exceeds the {m['meteor_other']:.2f} "
+                        "against another post's reference: fluent but ungrounded chains")
+    if teacher and teacher["contradictions"] > 0.05:
+        said.append(f"teacher: {teacher['contradictions']:.1%} of its stage-2 answers contradict "
+                    "the label they were given: a weak teacher or noisy labels")
+    return said
 
 
-def table(runs):
-    """{name: metrics} -> rows of cells with a header row, for terminal and report."""
-    keys = [k for k in COLUMNS if any(k in m for m in runs.values())]
-    rows = [["run", *(COLUMNS[k] for k in keys)]]
+COLUMNS = {"accuracy": "accuracy", "intervals": "95 %", "macro_f1": "macro F1",
+           "weighted_f1": "weighted F1", "mae": "MAE", "corr": "Corr", "acc7": "Acc-7",
+           "acc2_non0": "Acc-2", "unparsed": "unparsed", "parse_rate": "chains parsed",
+           "agreement": "chain = label", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L",
+           "meteor": "METEOR", "sim": "Sim"}
+MORE = {"bleu4_corpus": "BLEU-4 corpus", "rouge_l_plain": "ROUGE-L plain", "sim_whole": "Sim whole",
+        "distinct_1": "Distinct-1", "distinct_2": "Distinct-2",
+        "distinct_1_pooled": "Distinct-1 pooled", "distinct_2_pooled": "Distinct-2 pooled",
+        "concludes": "conclusion = label", "accuracy_agree": "acc. where chain = label",
+        "accuracy_disagree": "acc. where not", "ece": "ECE", "aurc": "AURC"}
+
+
+def table(runs, columns=COLUMNS, best=(), bold="{}*"):
+    """{name: metrics} -> rows of cells with a header row. `best`: (name, key) of cells in `bold`."""
+    keys = [k for k in columns if any(k in m for m in runs.values())]
+    rows = [["run", *(columns[k] for k in keys)]]
     for name, metrics in runs.items():
-        values = [metrics.get(k, "") for k in keys]
-        rows.append([name, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)])
+        cells = []
+        for k in keys:
+            value, spread = metrics.get(k), metrics.get("deviation", {}).get(k)
+            cell = f"{value:.3f}" if isinstance(value, float) else str("" if value is None else value)
+            if k == "intervals":
+                cell = "–".join(f"{x:.2f}" for x in value["accuracy"]) if value else ""
+            cell += "" if spread is None else f" ± {spread:.3f}"
+            cells.append(bold.format(cell) if (name, k) in best else cell)
+        rows.append([name, *cells])
     return rows
 
 
+def compare(runs, drawn):
+    """{metric: best, next, difference, p of the paired bootstrap} over the runs of `drawn`
+    {name: resamples}, which must be of the same posts."""
+    out = {}
+    for key in (k for k in COLUMNS if k != "unparsed"):
+        order = sorted((name for name in drawn if key in drawn[name]), key=lambda n: -runs[n][key])
+        if len(order) > 1:
+            best, after = order[:2]
+            out[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
+                            p=p_value(drawn[best][key], drawn[after][key]))
+    return out
+
+
+def read_specs(specs):
+    """[NAME=]FILE … -> {name: files}. A name given with several files is one setting's seeds."""
+    files = {}
+    for spec in specs:
+        named = "=" in spec and not os.path.exists(spec)
+        name, path = spec.split("=", 1) if named else (Path(spec).stem, spec)
+        if not name or name.split("/")[0] in ("majority", "signatures", "teacher", "comparisons",
+                                              "diagnosis"):
+            raise InputError(f"run name {name!r} is taken: name the files apart, NAME=FILE")
+        for other, paths in files.items():
+            if name == other and (not named or path in paths):
+                raise InputError(f"run name {name!r} is taken: name the files apart, NAME=FILE")
+            if f"{name}/".startswith(f"{other}/") != f"{other}/".startswith(f"{name}/"):
+                raise InputError(f"run name {name!r} is a group of {other!r}, or the other way")
+        files.setdefault(name, []).append(path)
+    return files
+
+
 def evaluate(args):
-    """Table, metrics.json and report.html of the given runs."""
+    """Table, metrics.json, table.md and report.html of the given runs."""
     aside = []
     gold = {p.id: p for p in read_posts(args.gold, args.images, aside) if p.label}
     tell_aside(aside, "gold rows cannot be read and are in no number below")
     if not gold:
         raise InputError(f"{args.gold} has no labelled post")
     references = {p.id: p.cot for p in gold.values() if p.cot}
+    stages = {p.id: p.extra.get("stage") for p in gold.values()}
     for path in args.references:
-        told = {str(row["id"]): row["cot"] for row in chain_rows(path)}
-        references |= told
+        told = {str(row["id"]): row for row in chain_rows(path)}
+        references |= {i: row["cot"] for i, row in told.items()}
+        stages |= {i: row.get("stage") for i, row in told.items()}
         if not told.keys() & gold.keys():
             print(f"warning: no row of {path} has the id of a gold post: not compared")
-    runs, shown = {}, None
-    for spec in args.predictions:
-        name, path = spec.split("=", 1) if "=" in spec else (Path(spec).stem, spec)
-        if name in ("", "majority", "signatures", "teacher", *runs):
-            raise InputError(f"run name {name!r} is taken: name the files apart, NAME=FILE")
-        runs[name], rows, wanted = run_metrics(path, gold, references)
-        shown = shown or (name, rows, wanted)
+    embed = load_embedder(args.embedder) if args.embedder else None
+    runs, drawn, covered, shown = {}, {}, set(), None
+    for name, paths in read_specs(args.predictions).items():
+        seeds = []
+        for path in paths:
+            metrics, resamples, rows, wanted = run_metrics(path, gold, references, stages,
+                                                           args.wordnet, embed)
+            seeds.append((metrics, resamples))
+            covered.add(tuple(p.id for p in wanted))
+            shown = shown or (name, rows, wanted)
+        runs[name], drawn[name] = group(seeds)
     runs = {"majority": majority_metrics([p.label for p in shown[2]])} | runs
-    rows = table(runs)
+    teacher = teacher_metrics(args.chains) if args.chains else None
+    compared = compare(runs, drawn) if len(covered) == 1 else {}
+    told = dict(signatures={k: v for k, v in signatures(args.wordnet, args.embedder).items()
+                            if any(k in m for m in runs.values())},
+                comparisons=compared, diagnosis=diagnose(runs, teacher))
+    tell(runs, teacher, embed, told)
+    write_metrics(args.out, runs, teacher, told)
+    page = report(runs, table(runs, COLUMNS | MORE), shown, references, args.cards)
+    write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_text(page, "utf-8"))
+    print(f"wrote {args.out}/metrics.json, {args.out}/table.md and {args.out}/report.html")
+
+
+def tell(runs, teacher, embed, told):
+    """Prints the table with what belongs under it."""
+    best = {(c["best"], key) for key, c in told["comparisons"].items() if c["p"] < 0.05}
+    rows = table(runs, best=best)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         line = (c.rjust(w) for c, w in zip(cells, widths[1:]))
         print(name.ljust(widths[0]), *line, sep="  ")
-    metrics = dict(signatures=SIGNATURES)
+    if best:
+        print(SIGNIFICANT.format("*"))
+    if teacher:
+        print(f"teacher: {teacher['kept']} chains kept, {teacher['unaided']} unaided, "
+              f"{teacher['label_conditioned']} label-conditioned, {teacher['set_aside']} set aside")
+    for name in (k for k in COLUMNS if k in told["signatures"]):
+        print(f"  {told['signatures'][name]}")
+    if not embed and "meteor" in told["signatures"]:
+        print("  Sim is left out: --embedder names all-MiniLM-L6-v2 or its folder")
+    for line in told["diagnosis"]:
+        print(f"diagnosis: {line}")
+
+
+SIGNIFICANT = "{}: best, and better than the next best (paired bootstrap over posts, p < 0.05)"
+
+
+def write_metrics(out, runs, teacher, told):
+    """metrics.json, and table.md with all columns."""
+    metrics = dict(told)
     for name, values in runs.items():  # base/student becomes {"base": {"student": …}}
         *groups, leaf = name.split("/")
         place = metrics
-        for group in groups:
-            place = place.setdefault(group, {})
+        for group_name in groups:
+            place = place.setdefault(group_name, {})
         place[leaf] = values
-    if args.chains:
-        metrics["teacher"] = t = teacher_metrics(args.chains)
-        print(f"teacher: {t['kept']} chains kept, {t['unaided']} unaided, "
-              f"{t['label_conditioned']} label-conditioned, {t['set_aside']} set aside")
-    write_json(Path(args.out, "metrics.json"), metrics)
-    page = report(runs, rows, shown, references, args.cards)
-    write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_text(page, "utf-8"))
-    print(f"wrote {args.out}/metrics.json and {args.out}/report.html")
+    if teacher:
+        metrics["teacher"] = teacher
+    write_json(Path(out, "metrics.json"), metrics)
+    best = {(c["best"], key) for key, c in told["comparisons"].items() if c["p"] < 0.05}
+    rows = table(runs, COLUMNS | MORE, best, bold="**{}**")
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
+    lines += ["", SIGNIFICANT.format("bold"), "", *(f"- {x}" for x in told["diagnosis"]), "",
+              *(f"- `{k}`: {v}" for k, v in told["signatures"].items()), ""]
+    write_atomic(Path(out, "table.md"), lambda part: Path(part).write_text("\n".join(lines), "utf-8"))
 
 
 # ---- the report ------------------------------------------------------------------------------
