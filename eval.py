@@ -197,7 +197,6 @@ _13A = [(re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])"), r" \1 "),
         (re.compile(r"([\.,])([^0-9])"), r" \1 \2"), (re.compile(r"([0-9])(-)"), r"\1 \2 ")]
 
 
-@lru_cache(4096)
 def tokens_13a(text):
     """mteval-v13a tokens, as sacrebleu's default."""
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
@@ -295,8 +294,8 @@ def _ngrams(text, n):
 def distinct_n(texts, n):
     """Mean over texts of distinct / all n-grams of lower-cased words; a text shorter than n words
     scores 0. Of the *predictions*: the authors' script measures the references."""
-    grams = [_ngrams(text, n) for text in texts]
-    return sum(len({*g}) / max(len(g), 1) for g in grams) / max(len(grams), 1)
+    shares = [len({*g}) / max(len(g), 1) for g in (_ngrams(text, n) for text in texts)]
+    return sum(shares) / max(len(shares), 1)
 
 
 def distinct_n_pooled(texts, n):
@@ -553,14 +552,15 @@ def chain_metrics(rows, references, wordnet=None, embed=None, per_post=None):
     label; concludes: share whose Final_conclusion names that label alone. An empty or unparsed
     chain scores 0 against its reference; `unparsed_chains` counts them. What each post has a value
     of goes into `per_post` {metric: {id: value}} too."""
-    values = {} if per_post is None else per_post
-    parsed = {i: parse_reasoning(row["raw"]) for i, row in rows.items()}
-    texts = {i: chain_text(r) if r.complete else "" for i, r in parsed.items()}
+    values, texts = {} if per_post is None else per_post, {}
+    for i, row in rows.items():
+        parsed, label = parse_reasoning(row["raw"]), row.get("prediction")
+        texts[i] = chain_text(parsed) if parsed.complete else ""
+        for name, value in (("parse_rate", parsed.complete),
+                            ("agreement", parsed.prediction == label is not None),
+                            ("concludes", names_only(parsed, label))):
+            values.setdefault(name, {})[i] = float(value)
     told = {i: chain_text(parse_reasoning(references[i])) for i in rows if i in references}
-    values["parse_rate"] = {i: float(r.complete) for i, r in parsed.items()}
-    values["agreement"], values["concludes"] = (
-        {i: float(test(parsed[i], row.get("prediction"))) for i, row in rows.items()}
-        for test in (lambda r, label: r.prediction == label is not None, names_only))
     counts = {i: bleu_counts(texts[i], told[i]) for i in told}
     if told:
         values["bleu4"] = {i: bleu_score(c) for i, c in counts.items()}
