@@ -1,13 +1,14 @@
-"""Numbers and a report from prediction files. Runs no language model; parses the raw text anew.
+"""Numbers and a report from prediction files. Parses the raw text anew; runs no model but, where
+--embedder asks for it, the sentence embedder of Sim.
 
     python eval.py predictions.jsonl --gold test.tsv --images img --out results
     python eval.py student=s.jsonl assistant=a.jsonl --gold posts.jsonl --out results \\
-        --references references.jsonl
-    python eval.py predictions.jsonl --gold posts.jsonl --out results --cards 1000
+        --references references.jsonl --wordnet /usr/share/wordnet --embedder all-MiniLM-L6-v2
+    python eval.py full=1.jsonl full=2.jsonl less=3.jsonl less=4.jsonl --gold test.tsv --out table
 
-Last line: `wrote results/metrics.json and results/report.html`. A prediction row needs id and
-prediction; with `raw` (the chain) the chain is judged too. Gold labels come from --gold, never
-from the prediction rows.
+Last line: `wrote results/metrics.json, results/table.md and results/report.html`. A prediction row
+needs id and prediction; with `raw` (the chain) the chain is judged too, with `probs` its
+confidence, with `score` the number. Gold labels come from --gold, never from prediction rows.
 """
 
 import argparse
@@ -801,50 +802,51 @@ def evaluate(args):
     teacher = teacher_metrics(args.chains) if args.chains else None
     used = {k: v for k, v in signatures(args.wordnet, args.embedder).items()
             if any(k in m for m in runs.values())}
-    metrics = dict(signatures=used, diagnosis=diagnose(runs, teacher),
-                   comparisons=compare(runs, drawn) if len(covered) == 1 else {})
-    tell(runs, teacher, embed, **metrics)
-    write_tables(args.out, runs, teacher, metrics)
-    page = report(runs, table(runs, ALL_COLUMNS), shown, references, args.cards)
+    about = dict(signatures=used, diagnosis=diagnose(runs, teacher),
+                 comparisons=compare(runs, drawn) if len(covered) == 1 else {})
+    tell(runs, teacher, about)
+    write_tables(args.out, runs, teacher, about)
+    page = report(runs, table(runs, ALL_COLUMNS), shown, references, args.cards, used)
     write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_text(page, "utf-8"))
     print(f"wrote {args.out}/metrics.json, {args.out}/table.md and {args.out}/report.html")
 
 
-def tell(runs, teacher, embed, signatures, diagnosis, comparisons):
+def tell(runs, teacher, about):
     """Prints the table and what belongs under it."""
-    rows = table(runs, COLUMNS, comparisons, "*{}")
+    rows, used = table(runs, COLUMNS, about["comparisons"], "*{}"), about["signatures"]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         line = (c.rjust(w) for c, w in zip(cells, widths[1:]))
         print(name.ljust(widths[0]), *line, sep="  ")
-    if any(test["p"] < 0.05 for test in comparisons.values()):
+    if any(test["p"] < 0.05 for test in about["comparisons"].values()):
         print(f"* {BOLD}")
-    for name in (k for k in COLUMNS if k in signatures):
-        print(f"  {signatures[name]}")
-    if "meteor" in signatures and not embed:
+    for name in (k for k in COLUMNS if k in used):
+        print(f"  {used[name]}")
+    if "meteor" in used and "sim" not in used:
         print("  Sim is left out: --embedder takes all-MiniLM-L6-v2")
     if teacher:
         print(f"teacher: {teacher['kept']} chains kept, {teacher['unaided']} unaided, "
               f"{teacher['label_conditioned']} label-conditioned, {teacher['set_aside']} set aside")
-    for line in diagnosis:
+    for line in about["diagnosis"]:
         print(f"diagnosis: {line}")
 
 
-def write_tables(out, runs, teacher, metrics):
+def write_tables(out, runs, teacher, about):
     """metrics.json, and table.md with all columns."""
-    rows = table(runs, ALL_COLUMNS, metrics["comparisons"], "**{}**")
+    rows = table(runs, ALL_COLUMNS, about["comparisons"], "**{}**")
     rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
     lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
-    notes = [f"Bold: {BOLD}.", *metrics["diagnosis"], *metrics["signatures"].values()]
+    notes = [f"Bold: {BOLD}.", *about["diagnosis"], *about["signatures"].values()]
     text = "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
     write_atomic(Path(out, "table.md"), lambda part: Path(part).write_text(text, "utf-8"))
+    metrics = about | (dict(teacher=teacher) if teacher else {})
     for name, values in runs.items():  # base/student becomes {"base": {"student": …}}
         *groups, leaf = name.split("/")
         place = metrics
         for each in groups:
             place = place.setdefault(each, {})
         place[leaf] = values
-    write_json(Path(out, "metrics.json"), metrics | (dict(teacher=teacher) if teacher else {}))
+    write_json(Path(out, "metrics.json"), metrics)
 
 
 # ---- the report ------------------------------------------------------------------------------
@@ -879,7 +881,7 @@ def html_table(rows):
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
-def report(runs, rows, shown, references, most):
+def report(runs, rows, shown, references, most, signatures):
     """The self-contained page. Every string that comes from data goes through html.escape."""
     (name, predictions, posts), majority = shown, runs["majority"]
     values, title = runs[name], html.escape(name)
@@ -888,7 +890,7 @@ def report(runs, rows, shown, references, most):
     cards = [card(p, said(p), references.get(p.id)) for p in posts[:most]]
     confusion = [["", *LABELS, "unparsed"]]
     confusion += [[f"gold {x}", *line] for x, line in zip(LABELS, values["confusion"])]
-    notes = "".join(f"<li>{html.escape(v)}</li>" for k, v in SIGNATURES.items() if k in values)
+    notes = "".join(f"<li>{html.escape(v)}</li>" for k, v in signatures.items() if k in values)
     return "\n".join([
         PAGE, f"<h1>MulCoT-RD: {title}</h1>",
         f"<p>{values['n']} posts, accuracy {values['accuracy']:.1%}, macro F1 "

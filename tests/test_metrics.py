@@ -283,7 +283,7 @@ def test_pooled_distinct_by_hand():
 
 @pytest.fixture(scope="session")
 def embedder(tmp_path_factory):
-    """A random tiny BERT with a word-piece tokenizer, in a folder."""
+    """A random tiny BERT with a word-piece tokenizer, in a folder like all-MiniLM-L6-v2's."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("bert")
@@ -295,6 +295,15 @@ def embedder(tmp_path_factory):
     BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2,
                          num_attention_heads=2, intermediate_size=64, initializer_range=0.5,
                          max_position_embeddings=256)).save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    kinds = dict(enumerate(("Transformer", "Pooling")))
+    modules = [dict(idx=i, name=str(i), path="1_Pooling" * i, type=f"sentence_transformers.models.{k}")
+               for i, k in kinds.items()]
+    for name, content in (
+            ("modules.json", modules), ("sentence_bert_config.json", dict(max_seq_length=256)),
+            ("1_Pooling/config.json", dict(word_embedding_dimension=32,
+                                           pooling_mode_mean_tokens=True))):
+        (folder / name).write_text(json.dumps(content))
     return folder
 
 
@@ -337,9 +346,7 @@ def test_sim_equals_plain_mean_pooling(embedder):
 def test_sim_equals_sentence_transformers(embedder):
     """Where that library is installed."""
     library = pytest.importorskip("sentence_transformers")
-    words = library.models.Transformer(str(embedder), max_seq_length=256)
-    model = library.SentenceTransformer(
-        modules=[words, library.models.Pooling(words.get_word_embedding_dimension())], device="cpu")
+    model = library.SentenceTransformer(str(embedder), device="cpu")
     a, b = (model.encode(list(texts), convert_to_tensor=True) for texts in zip(*SIM_PAIRS))
     got = similarities(SIM_PAIRS, load_embedder(str(embedder)))[0]
     assert got == pytest.approx(torch.cosine_similarity(a, b).numpy(), abs=1e-5)
