@@ -1690,33 +1690,34 @@ def _soft_kl_gradient(logits, soft, temperature):
     d = rest.sub_(tail_q[:, None]).exp_().mul_((tail_q.exp() - p_rest)[:, None])
     return kl, d.scatter_(1, ids, top.exp() - log_p.exp()).div_(temperature)
 def regression_metrics(gold, predicted):
-    """MMSA's metrics of scores in [-3, 3]: mae, corr, acc7, acc5, acc2_has0, f1_has0, acc2_non0,
-    f1_non0. choice: a None in `predicted` (no number could be read) is wrong in every accuracy and
-    F1 and left out of MAE and correlation; correlation is 0 where either side is constant, any
-    other metric nan where no post counts.
-
-    MAE and Pearson take the scores as they are; Acc-7 and Acc-5 clip to 3 and 2 and round half to
-    even; has0 is >= 0 against < 0, non0 drops gold zeros, > 0 against < 0; F1 is weighted."""
-    pairs = [(g, p) for g, p in zip(gold, predicted, strict=True) if p is not None]
-    n, mean = max(1, len(pairs)), lambda xs: sum(xs) / len(xs) if xs else math.nan
-    centred = [[x - sum(side) / n for x in side] for side in zip(*pairs)] or [[], []]
-    covariance = sum(a * b for a, b in zip(*centred))
+    """MMSA's metrics of scores in [-3, 3]: MAE and Pearson's r of unclipped numbers; Acc-7 and
+    Acc-5, clipped to ±3 and ±2 and rounded half to even; Acc-2 and weighted F1 of the signs, `has0`
+    (>= 0 or not) and `non0` (> 0 or not, gold zeros dropped). choice: None, or a number that is not
+    finite, is wrong in all but MAE and r, which are of the other posts, and counts in `unparsed`;
+    an answer beyond ±3 counts as any other, and in `out_of_range`. None where undefined."""
+    assert len(gold) == len(predicted) and len(gold), (len(gold), len(predicted))
+    said = [p if p is not None and math.isfinite(p) else None for p in predicted]
+    pairs = [(g, p) for g, p in zip(gold, said) if p is not None]
+    mean = lambda xs: sum(xs) / len(xs) if xs else None
+    centred = [[x - mean(side) for x in side] for side in zip(*pairs)] or [[], []]
     norm = math.sqrt(math.prod(sum(x * x for x in side) for side in centred))
+    covariance = sum(a * b for a, b in zip(*centred))
     out = dict(mae=mean([abs(g - p) for g, p in pairs]),
-               corr=covariance / norm if norm > 1e-12 else 0.0)
+               corr=covariance / norm if norm > 1e-12 else None,
+               unparsed=len(gold) - len(pairs), out_of_range=sum(abs(p) > 3 for _, p in pairs))
     for name, top in (("acc7", 3), ("acc5", 2)):
         step = lambda x: None if x is None else round(min(max(x, -top), top))
-        out[name] = mean([step(g) == step(p) for g, p in zip(gold, predicted)])
+        out[name] = mean([step(g) == step(p) for g, p in zip(gold, said)])
     for name, side, kept in (("has0", lambda x: x >= 0, lambda g: True),
                              ("non0", lambda x: x > 0, lambda g: g != 0)):
-        sides = [(side(g), None if p is None else side(p)) for g, p in zip(gold, predicted)
-                 if kept(g)]
+        sides = [(side(g), None if p is None else side(p)) for g, p in zip(gold, said) if kept(g)]
         f1 = 0.0
         for one in (False, True):
-            golds, said = sum(g == one for g, _ in sides), sum(p == one for _, p in sides)
+            golds, told = sum(g == one for g, _ in sides), sum(p == one for _, p in sides)
             both = sum(g == p == one for g, p in sides)
-            f1 += golds / max(1, len(sides)) * 2 * both / max(1, golds + said)
-        out[f"acc2_{name}"], out[f"f1_{name}"] = mean([g == p for g, p in sides]), f1
+            f1 += golds / max(1, len(sides)) * 2 * both / max(1, golds + told)
+        out[f"acc2_{name}"] = mean([g == p for g, p in sides])
+        out[f"f1_{name}"] = f1 if sides else None
     return out
 
 

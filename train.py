@@ -315,7 +315,7 @@ def evaluate(args, model, processor, posts, batch=16):
     if reads_scores(args):
         far = [6.0 if s is None else abs(s - p.score) for s, p in zip(said, posts)]
         metrics = regression_metrics([p.score for p in posts], said)
-        return -sum(far) / len(far), metrics["corr"]  # choice: no number is as far off as can be
+        return -sum(far) / len(far), metrics["corr"] or 0.0  # choice: no number is as far as can be
     gold = [p.label for p in posts]
     right = Counter(g for g, s in zip(gold, said) if g == s)
     golds, saids, f1 = Counter(gold), Counter(said), 0.0
@@ -663,10 +663,9 @@ def compare(args):
         rows = read_rows(f"{shlex.split(commands[1])[-1]}")
         gold = {p.id: p.score for p in read_posts(shlex.split(commands[1])[3], args.images, [])}
         said = [r["score"] for r in rows]
-        table.append(dict(readout=how, inputs=inputs) | regression_metrics(
-            [gold[r["id"]] for r in rows], said) | dict(
-            unparsed=sum(s is None for s in said) / len(said),
-            out_of_range=sum(s is not None and abs(s) > 3 for s in said) / len(said),
+        metrics = regression_metrics([gold[r["id"]] for r in rows], said)
+        shares = {k: metrics[k] / len(said) for k in ("unparsed", "out_of_range")}
+        table.append(dict(readout=how, inputs=inputs) | metrics | shares | dict(
             s_per_post=statistics.mean(r["seconds"] for r in rows), peak_mib=max(peaks)))
     write_json(Path(args.out, "compare.json"), table)
     shown = [list(table[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v)

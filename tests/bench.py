@@ -10,6 +10,8 @@ classify: labels by scoring against generating them. generate: labels and chains
 authors' way. data: reading and batching 1,000 to 100,000 posts.
 teacher: `generate.py teacher` against a server on this machine that takes 200 ms for each call and
 has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
+metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk one after another,
+one process each, on the same pairs; theirs skip Distinct, parsing and all else that ours do.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -477,10 +480,94 @@ def teacher(_):
     return ("workers", "posts", "posts/s", "of workers/0.2 s", "peak MiB"), rows
 
 
+def chain_pairs(n):
+    """({id: row}, {id: reference}): chains of real posts where they exist, else of as many made-up
+    words, each beside another one's with a third of the words dropped."""
+    real = ROOT.parent / "shared" / "data" / "twitter2015" / "dev_chains.json"
+    rng, names = random.Random(0), ("Text_analysis", "Image_analysis", "Conflict_resolution",
+                                    "Final_conclusion")
+    if real.exists():
+        chains = [row["cot"] for row in json.loads(real.read_text(encoding="utf-8"))]
+    else:
+        words = [f"w{round(rng.paretovariate(0.5))}" for _ in range(20000)]
+        text = lambda: ". ".join(" ".join(rng.sample(words, 17)) for _ in range(3))
+        chains = ["\n".join(f'"{name}": "{text()}."' for name in names) + '\n"Prediction": "neutral"'
+                  for _ in range(1000)]
+    thinned = lambda text: re.sub(r"(?<= )[a-z]+ ", lambda m: m[0] * (rng.random() < 0.67), text)
+    return ({i: dict(raw=thinned(chains[i % len(chains)]), prediction="neutral") for i in range(n)},
+            {i: chains[i % len(chains)] for i in range(n)})
+
+
+def ours(rows, references):
+    """All chain metrics but Sim -> the means that the libraries have too."""
+    from eval import chain_metrics
+
+    out = chain_metrics(rows, references)
+    return [out[k] for k in ("bleu4", "bleu4_corpus", "rouge_l", "meteor")]
+
+
+def theirs(rows, references):
+    """sacrebleu, rouge and nltk, without synonyms."""
+    import logging
+    from types import SimpleNamespace
+
+    import sacrebleu
+    from nltk.tokenize import TreebankWordTokenizer
+    from nltk.translate.meteor_score import single_meteor_score
+    from rouge import Rouge
+
+    from eval import chain_text
+    from mulcot import parse_reasoning
+
+    logging.getLogger("sacrebleu").setLevel(logging.ERROR)
+    text = lambda raw: chain_text(parse_reasoning(raw))
+    pairs = [(text(row["raw"]), text(references[i])) for i, row in rows.items()]
+    judge, tokens = Rouge(metrics=["rouge-l"]), TreebankWordTokenizer().tokenize
+    none = SimpleNamespace(synsets=lambda word: [])
+    mean = lambda values: sum(values) / len(pairs)
+    return [mean(sacrebleu.sentence_bleu(p, [r], smooth_method="none", use_effective_order=False)
+                 .score / 100 for p, r in pairs),
+            sacrebleu.corpus_bleu([p for p, _ in pairs], [[r for _, r in pairs]]).score / 100,
+            mean(judge.get_scores(p, r)[0]["rouge-l"]["f"] for p, r in pairs),
+            mean(single_meteor_score(tokens(r.lower()), tokens(p.lower()), wordnet=none)
+                 for p, r in pairs)]
+
+
+def timed(connection, work, n):
+    """Sends (CPU seconds of this one process, MiB that the work itself added, its result)."""
+    import eval  # noqa: F401, so that its start is not timed
+
+    pairs = chain_pairs(n)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before, began = peak(), time.process_time()
+    result = work(*pairs)
+    connection.send((time.process_time() - began, peak() - before, result))
+
+
+def metrics(_):
+    """Seconds and memory for 1,000 and 10,000 pairs; the libraries' time beside it."""
+    rows = []
+    for n in (1000, 10000):
+        told = []
+        for work in (ours, theirs):
+            here, there = multiprocessing.Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=timed,
+                                                                   args=(there, work, n))
+            process.start()
+            there.close()  # so that recv ends if the process dies
+            told.append(here.recv())
+            process.join()
+        (a, memory, mine), (b, _, others) = told
+        apart = max(abs(x - y) for x, y in zip(mine, others))
+        rows.append((n, f"{a:.1f}", f"{b:.1f}", f"{b / a:.1f}", f"{memory:.0f}", f"{apart:.0e}"))
+    return ("pairs", "ours, CPU s", "libraries, CPU s", "times faster", "ours, MiB added",
+            "largest difference of a mean"), rows
+
+
 def main(argv=None):
     """Prints one table per subject."""
     subjects = dict(train=train, student=student, classify=classify, generate=generate,
-                    teacher=teacher)
+                    metrics=metrics, teacher=teacher)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

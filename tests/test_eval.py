@@ -293,8 +293,8 @@ def test_references_and_teacher_rows(gold, tmp_path, capsys):
     path = said(tmp_path / "s.jsonl", ALL, raw=chain("positive"))
     metrics = evaluate(gold, path, more=["--references", str(chains), "--chains", str(chains)])[1]
     assert metrics["s"]["referenced"] == 4
-    assert metrics["teacher"] == dict(kept=2, unaided=1, label_conditioned=1, set_aside=1,
-                                      answers_per_kept_chain=2.5)
+    assert metrics["teacher"].items() >= dict(kept=2, unaided=1, label_conditioned=1, set_aside=1,
+                                              answers_per_kept_chain=2.5).items()
     assert "2 chains kept, 1 unaided, 1 label-conditioned, 1 set aside" in capsys.readouterr().out
 
 

@@ -1,0 +1,716 @@
+"""METEOR, BLEU, ROUGE and Sim equal to the libraries; scores, intervals, calibration by hand; the
+table of several runs and what it says in words."""
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import nltk
+import numpy as np
+import pytest
+import sacrebleu
+import sklearn.metrics as sk
+import torch
+from nltk.corpus.reader.wordnet import WordNetCorpusReader
+from nltk.stem import PorterStemmer
+from nltk.tokenize import TreebankWordTokenizer
+from nltk.translate.meteor_score import single_meteor_score
+
+import eval as scores
+from eval import (
+    bleu_counts, bleu_score, calibration_metrics, chain_metrics, chain_text, diagnose,
+    distinct_n_pooled, group_seeds, intervals, load_embedder, meteor, names_only, p_value,
+    read_wordnet, regression_metrics, resample, rouge_l_plain, similarities, stem, treebank_tokens)
+from mulcot import FIELDS, LABELS, InputError, parse_reasoning, render_reasoning
+
+PIECES = ['"', "'", "''", "``", "'s", "n't", "'ll", "can", "not", "cannot", "gimme", "wanna", "gonna",
+          "'tis", "d'ye", "more'n", ".", "...", "..", ",", ":", ";", "?", "!", "--", "-", "(", ")",
+          "[", "]", "<", ">", "{", "}", " ", " ", " ", "\n", "\t", "a", "b1", "3", "5.5", "1,000",
+          "don't", "caf\u00e9", "\u0130", "\u00df", "\u03a3", "\U0001F600", "#tag", "@u", "$", "%",
+          "&", "\xa0", "\u2028", "\x1c", "\x85", "\u2019", "\u201c", "\u4e2d\u6587", "i'm"]
+ENDINGS = ("s es ed ing y ly ies ied eed ation ational alli entli logi ness ful fulli ment ion ive "
+           "ize iviti biliti ously tion sion eli e ll er est sses yy").split()
+
+
+def words_of(rng, n):
+    """Made-up words with the endings that stemmers look at."""
+    start = lambda: "".join(rng.choices("aeiouybcdlstnrgwx", k=rng.randint(1, 4)))
+    return [start() + "".join(rng.choices(ENDINGS, k=rng.randint(0, 3))) for _ in range(n)]
+
+
+def pair(seed):
+    """A text and one that shares stems and places with it."""
+    rng = random.Random(seed)
+    words = [rng.choice(["the", "dogs", "dog", "running", "runs", "ran", "happy", "glad", "big", "."])
+             for _ in range(rng.randint(1, 14))] + words_of(rng, 2)
+    other = [w + rng.choice(["", "", "s", "ing"]) for w in words if rng.random() < 0.8]
+    if rng.random() < 0.5:
+        rng.shuffle(other)
+    return " ".join(words), " ".join(other)
+
+
+ODD = [("", ""), ("", "a b"), ("a b", ""), ("x", "x"), ("...", "."), ("\U0001F600", "\U0001F600 #tbt"),
+       ("Caf\u00e9 \u0130", "caf\u00e9 i\u0307"), (" \n", "a"), ("''\"``", "\"")]
+PAIRS = [pair(seed) for seed in range(200)] + ODD
+
+
+def real_chains(folder, n):
+    rows = json.loads((folder / "dev_chains.json").read_text(encoding="utf-8"))[:n]
+    return [chain_text(parse_reasoning(row["cot"])) for row in rows] + [row["cot"] for row in rows]
+
+
+# ---- METEOR
+
+
+def test_tokens_equal_nltk():
+    """Penn Treebank tokens of random punctuation, contractions, spaces of all kinds."""
+    theirs, rng = TreebankWordTokenizer(), random.Random(0)
+    for _ in range(4000):
+        text = "".join(rng.choices(PIECES, k=rng.randint(0, 14)))
+        assert treebank_tokens(text) == theirs.tokenize(text.lower()), repr(text)
+
+
+def test_stems_equal_nltk():
+    """Porter with nltk's extensions, on made-up words and on nltk's irregular ones."""
+    theirs = PorterStemmer()
+    words = words_of(random.Random(1), 20000) + [*theirs.pool, "yyyyying", "flies", "dies", "died",
+                                                 "spied", "ies", "ied", "ss", "as", "geologi"]
+    assert [w for w in words if stem(w) != theirs.stem(w)] == []
+    assert len({stem(w) for w in words}) > 5000
+
+
+def test_real_chains_have_nltk_tokens_and_stems(twitter):
+    """The same on what teachers write."""
+    tokens, stems = TreebankWordTokenizer(), PorterStemmer()
+    texts = real_chains(twitter, 150)
+    assert [t for t in texts if treebank_tokens(t) != tokens.tokenize(t.lower())] == []
+    words = {w for t in texts for w in treebank_tokens(t)}
+    assert len(words) > 1000 and [w for w in words if stem(w) != stems.stem(w)] == []
+
+
+def nltk_meteor(ours, theirs, wordnet):
+    tokens = TreebankWordTokenizer().tokenize
+    return single_meteor_score(tokens(theirs.lower()), tokens(ours.lower()), wordnet=wordnet)
+
+
+NO_SYNONYMS = SimpleNamespace(synsets=lambda word: [])
+
+
+def test_meteor_equals_nltk():
+    """Exact and Porter stages, for random, odd and empty texts."""
+    values = []
+    for ours, theirs in PAIRS:
+        values.append(meteor(ours, theirs))
+        assert values[-1] == pytest.approx(nltk_meteor(ours, theirs, NO_SYNONYMS), abs=1e-9)
+    assert sum(0.05 < v < 0.95 for v in values) > 100 and min(values) == 0
+
+
+@pytest.mark.parametrize("ours, theirs, value", [
+    ("a b c", "a b c", 1 - 0.5 * (1 / 3) ** 3), ("a b c d", "c d a b", 1 - 0.5 * (2 / 4) ** 3),
+    ("a x", "a", 0.5 / (0.9 * 0.5 + 0.1) * 0.5), ("dogs", "dog", 0.5), ("a", "b", 0.0)])
+def test_meteor_by_hand(ours, theirs, value):
+    """Chunks, the mean that favours recall, stems."""
+    assert meteor(ours, theirs) == pytest.approx(value)
+
+
+SYNSETS = [("noun", ["dog", "hound", "Canis_familiaris"]), ("noun", ["joy", "gladness"]),
+           ("verb", ["run", "race"]), ("verb", ["run", "function"]), ("adj", ["happy(a)", "glad(p)"]),
+           ("adj", ["big", "large"]), ("adv", ["well", "good"]), ("noun", ["ox", "Bull"]),
+           ("adj", ["good", "fine"]), ("noun", ["man", "fellow"])]
+
+
+@pytest.fixture(scope="session")
+def small_wordnet(tmp_path_factory):
+    """A dictionary of ten meanings in WordNet's file format."""
+    folder, index = tmp_path_factory.mktemp("wordnet"), {}
+    data = {part: "  1 WordNet 3.0 Copyright\n" for part in ("noun", "verb", "adj", "adv")}
+    for part, names in SYNSETS:
+        offset = len(data[part])
+        for name in names:
+            index.setdefault((part, name.split("(")[0].lower()), []).append(f"{offset:08d}")
+        names = " ".join(f"{name} 0" for name in names)
+        letter, frames = dict(noun="n", verb="v", adj="a", adv="r")[part], "00 " * (part == "verb")
+        data[part] += f"{offset:08d} 00 {letter} {len(names.split()) // 2:02x} {names} 000 {frames}| x\n"
+    for part, text in data.items():
+        lines = ["  1 licence"] + [
+            f"{word} {part[0]} {len(offsets)} 1 @ {len(offsets)} 0 {' '.join(offsets)}  "
+            for (p, word), offsets in sorted(index.items()) if p == part]
+        lines = [line.replace(" a ", " r ", 1) if part == "adv" else line for line in lines]
+        (folder / f"index.{part}").write_text("\n".join(lines) + "\n")
+        (folder / f"data.{part}").write_text(text)
+        (folder / f"{part}.exc").write_text(dict(verb="ran run\n", noun="oxen ox\n").get(part, ""))
+    return folder
+
+
+class Reader(WordNetCorpusReader):
+    """nltk's reader of a folder that lacks the sense index."""
+
+    def map_wn(self, version="wordnet"):
+        return None
+
+
+@pytest.fixture
+def nltk_reader(tmp_path, monkeypatch):
+    """folder of dictionary files -> nltk's own reader of them."""
+
+    def read(folder):
+        for file in Path(folder).iterdir():
+            shutil.copy(file, tmp_path / file.name)  # it refuses links
+        if not (tmp_path / "lexnames").exists():
+            lines = "".join(f"{i:02d}\tx\t1\n" for i in range(45))
+            (tmp_path / "lexnames").write_text(lines)
+        monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+        with pytest.warns(UserWarning, match="multilingual"):
+            return Reader(str(tmp_path), None)
+
+    return read
+
+
+def nltk_synonyms(reader, word):
+    return {word} | {name for meaning in reader.synsets(word) for name in meaning.lemma_names()
+                     if "_" not in name}
+
+
+def test_synonyms_equal_nltk(small_wordnet, nltk_reader):
+    """Base forms by rule and by exception, markers, many meanings, names with spaces."""
+    reader, ours = nltk_reader(small_wordnet), read_wordnet(str(small_wordnet))
+    words = {w.split("(")[0].lower() for _, names in SYNSETS for w in names} | {
+        "dogs", "runs", "running", "ran", "oxen", "bigger", "men", "larger", "xyz", "", "races"}
+    found = {w: ours(w) for w in words}
+    assert found == {w: nltk_synonyms(reader, w) for w in words}
+    assert found["ran"] == {"ran", "run", "race", "function"} and found["oxen"] >= {"ox", "Bull"}
+    assert found["dogs"] == {"dogs", "dog", "hound"} and found["happy"] == {"happy", "glad"}
+
+
+def test_meteor_with_synonyms_equals_nltk(small_wordnet, nltk_reader):
+    """The third stage, which nltk applies to stems: `happi` has no synonyms, `dog` has."""
+    reader = nltk_reader(small_wordnet)
+    for ours, theirs in PAIRS:
+        value = meteor(ours, theirs, small_wordnet)
+        assert value == pytest.approx(nltk_meteor(ours, theirs, reader), abs=1e-9)
+    assert meteor("hounds", "dog", small_wordnet) == 0.5 and meteor("hounds", "dog") == 0
+    assert meteor("happy", "glad", small_wordnet) == 0
+
+
+def test_real_wordnet(twitter, nltk_reader):
+    """WordNet 3.0 as Debian has it: synonyms of many words, METEOR of real chains."""
+    folder = Path("/usr/share/wordnet")
+    if not (folder / "data.noun").exists():
+        pytest.skip("no WordNet dictionary files here (apt-get install wordnet-base)")
+    reader, ours = nltk_reader(folder), read_wordnet(str(folder))
+    texts = real_chains(twitter, 30)[:30]
+    words = {w + end for t in texts for w in treebank_tokens(t) for end in ("", "s", "er")}
+    assert len(words) > 2000
+    assert [w for w in words if ours(w) != nltk_synonyms(reader, w)] == []
+    for a, b in zip(texts, texts[15:]):
+        value = meteor(a, b, folder)
+        assert value == pytest.approx(nltk_meteor(a, b, reader), abs=1e-9) and value > meteor(a, b)
+
+
+def test_missing_wordnet(tmp_path):
+    """A folder without the files says which one, and where to get them."""
+    with pytest.raises(InputError, match="index.noun.*wordnet-base"):
+        meteor("a", "b", tmp_path)
+
+
+# ---- BLEU, ROUGE, Distinct
+
+
+@pytest.mark.parametrize("pairs", [
+    PAIRS, PAIRS[:3], [("", "a b c d")], [("a b c", "a b c")], [("a b c d e", "a b x d e")],
+    [("a b c d", "e f g h")], [("a x y z", "a b c d")], [("a b", "a b c d e f g h")],
+    [("", "a b"), ("a b c d e", "a b c d e f")]])
+def test_corpus_bleu_equals_sacrebleu(pairs):
+    """sacrebleu's defaults: counts of all pairs together, orders without a match smoothed."""
+    ours = bleu_score(sum(bleu_counts(*p) for p in pairs), smooth=True)
+    true = sacrebleu.corpus_bleu([p for p, _ in pairs], [[r for _, r in pairs]]).score / 100
+    assert ours == pytest.approx(true, abs=1e-9)
+
+
+def plain_lcs(x, y):
+    """The table that everybody knows; rouge 1.0.1's way back through it; its last number."""
+    table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, a in enumerate(x, 1):
+        for j, b in enumerate(y, 1):
+            longer = max(table[i - 1][j], table[i][j - 1])
+            table[i][j] = table[i - 1][j - 1] + 1 if a == b else longer
+    i, j, words = len(x), len(y), set()
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            words.add(x[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words, table[-1][-1]
+
+
+@pytest.mark.parametrize("letters, longest", [("ab", 9), ("abcd", 30), ("abcdefghijkl", 90)])
+def test_bits_equal_the_plain_table(letters, longest):
+    """The same words with the same ties, beyond 64 words too; the same length."""
+    rng = random.Random(longest)
+    for _ in range(300):
+        x, y = (rng.choices(letters, k=rng.randint(1, longest)) for _ in range(2))
+        words, length = plain_lcs(x, y)
+        assert scores._lcs_words(x, y) == words
+        value = rouge_l_plain(" ".join(y), " ".join(x))
+        assert value == pytest.approx(2 * length / (len(x) + len(y)))
+
+
+def test_plain_rouge():
+    """By hand, and as rouge-score where that is installed."""
+    assert rouge_l_plain("The cat's HAT.", "the hat, cat") == pytest.approx(2 * 2 / (4 + 3))
+    assert rouge_l_plain("", "a") == rouge_l_plain("a", "\u4e2d") == 0
+    judge = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    for ours, theirs in PAIRS:
+        true = judge.score(theirs, ours)["rougeL"].fmeasure
+        assert rouge_l_plain(ours, theirs) == pytest.approx(true, abs=1e-9)
+
+
+def test_pooled_distinct_by_hand():
+    """All texts as one bag; no pair reaches from one text into the next."""
+    assert distinct_n_pooled(["a b", "A c"], 1) == 3 / 4
+    assert distinct_n_pooled(["a b", "a b c", "b a"], 2) == 3 / 4
+    assert distinct_n_pooled(["a", ""], 2) == distinct_n_pooled([], 1) == 0
+
+
+# ---- Sim
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory):
+    """A random tiny BERT with a word-piece tokenizer, in a folder like all-MiniLM-L6-v2's."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the dog runs ##s happy glad big a b . ,".split()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(5)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, intermediate_size=64, initializer_range=0.5,
+                         max_position_embeddings=256)).save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    kinds = dict(enumerate(("Transformer", "Pooling")))
+    modules = [dict(idx=i, name=str(i), path="1_Pooling" * i, type=f"sentence_transformers.models.{k}")
+               for i, k in kinds.items()]
+    for name, content in (
+            ("modules.json", modules), ("sentence_bert_config.json", dict(max_seq_length=256)),
+            ("1_Pooling/config.json", dict(word_embedding_dimension=32,
+                                           pooling_mode_mean_tokens=True))):
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def lines_of_words(seed, n):
+    return " ".join(random.Random(seed).choices(["the", "dog", "runs", "happy", "big", "zzz", "."],
+                                                k=n))
+
+
+SIM_PAIRS = [(lines_of_words(i, n), lines_of_words(-i - 1, m)) for i, (n, m) in enumerate(
+    ((3, 5), (40, 1), (254, 254), (255, 300), (700, 10), (520, 800), (1, 1), (9, 254)))]
+
+
+def plain_vectors(folder, text):
+    """One text at a time: the mean over its first 256 pieces, over all windows of 254 + 2."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+    states = []
+    for a in range(0, len(ids), 254):
+        window = torch.tensor([[2, *ids[a : a + 254], 3]])
+        with torch.no_grad():
+            states.append(model.eval()(window).last_hidden_state[0])
+    return states[0].mean(0), torch.cat(states).mean(0)
+
+
+def test_sim_equals_plain_mean_pooling(embedder):
+    """Cosines of batches with padding equal those of texts taken one by one; an empty prediction
+    scores 0; up to 256 pieces both forms are the same."""
+    got = similarities(SIM_PAIRS + [("", "the dog")], load_embedder(str(embedder)))
+    for k in (0, 1):
+        for value, (ours, theirs) in zip(got[k], SIM_PAIRS):
+            a, b = plain_vectors(embedder, ours)[k], plain_vectors(embedder, theirs)[k]
+            assert value == pytest.approx(torch.cosine_similarity(a, b, 0).item(), abs=1e-5)
+        assert got[k, -1] == 0
+    same = np.isclose(got[0], got[1], atol=1e-7)
+    assert same[[0, 1, 2, 6, 7]].all() and not same[[3, 4, 5]].any()
+
+
+def test_sim_equals_sentence_transformers(embedder):
+    """Where that library is installed."""
+    library = pytest.importorskip("sentence_transformers")
+    model = library.SentenceTransformer(str(embedder), device="cpu")
+    a, b = (model.encode(list(texts), convert_to_tensor=True) for texts in zip(*SIM_PAIRS))
+    got = similarities(SIM_PAIRS, load_embedder(str(embedder)))[0]
+    assert got == pytest.approx(torch.cosine_similarity(a, b).numpy(), abs=1e-5)
+
+
+# ---- scores
+
+
+def mmsa(gold, said):
+    """MMSA's metricsTop, as published, for arrays without gaps."""
+    def accuracy(edge):
+        rounded = [np.round(np.clip(x, -edge, edge)) for x in (said, gold)]
+        return np.sum(rounded[0] == rounded[1]) / float(len(gold))
+
+    kept = gold != 0
+    return dict(
+        mae=np.mean(np.absolute(said - gold)), corr=np.corrcoef(said, gold)[0][1],
+        acc7=accuracy(3.0), acc5=accuracy(2.0), acc2_has0=sk.accuracy_score(said >= 0, gold >= 0),
+        f1_has0=sk.f1_score(gold >= 0, said >= 0, average="weighted"),
+        acc2_non0=sk.accuracy_score(said[kept] > 0, gold[kept] > 0),
+        f1_non0=sk.f1_score(gold[kept] > 0, said[kept] > 0, average="weighted"))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_regression_equals_mmsa(seed):
+    """Halves that round to even, zeros, answers beyond ±3."""
+    rng = np.random.default_rng(seed)
+    gold = rng.integers(-6, 7, 3 + 20 * seed) / 2
+    gold[:2] = 0, 1.5
+    said = np.round(gold + rng.normal(0, 1.5, len(gold)), seed % 3)
+    got = regression_metrics(gold.tolist(), said.tolist())
+    assert {k: got[k] for k in mmsa(gold, said)} == pytest.approx(mmsa(gold, said), abs=1e-9)
+    assert (got["unparsed"], got["out_of_range"]) == (0, (abs(said) > 3).sum())
+
+
+def test_no_answer_is_wrong():
+    """None and nan are wrong in every accuracy and F1; MAE and r are of those who answered."""
+    gold, said = [1.0, -2.0, 0.0, 2.0], [1.0, None, math.nan, 4.0]
+    got = regression_metrics(gold, said)
+    assert (got["unparsed"], got["out_of_range"]) == (2, 1)
+    assert got["mae"] == 1.0 and got["corr"] == pytest.approx(1)
+    assert (got["acc7"], got["acc5"], got["acc2_has0"]) == (0.25, 0.5, 0.5)
+    assert got["acc2_non0"] == pytest.approx(2 / 3)
+    names = [str(g >= 0) for g in gold], [str(s >= 0) if s else "none" for s in (1.0, None, None, 4.0)]
+    assert got["f1_has0"] == pytest.approx(sk.f1_score(*names, average="weighted", zero_division=0))
+
+
+def test_scores_that_are_not_defined():
+    """No answer at all, or a constant one: no MAE, no r, and valid JSON."""
+    nothing, constant = regression_metrics([1.0], [None]), regression_metrics([1.0, 2.0], [3, 3])
+    assert nothing["mae"] is nothing["corr"] is constant["corr"] is None
+    assert constant["mae"] == 1.5
+    json.dumps([nothing, constant, regression_metrics([0.0], [0.5])], allow_nan=False)
+
+
+# ---- calibration
+
+
+def test_calibration_by_hand():
+    """Two bins; the surest answer is wrong, so risk starts at 1."""
+    probs = [[0.9, 0.05, 0.05], [0.1, 0.62, 0.28], [0.2, 0.2, 0.6], [0.3, 0.1, 0.6]]
+    got = calibration_metrics(["neutral", "neutral", "positive", "negative"], probs, bins=10)
+    assert got["ece"] == pytest.approx((2 * abs(0.6 - 0.5) + abs(0.62 - 1) + abs(0.9 - 0)) / 4)
+    assert got["reliability"] == [pytest.approx([0.6, 0.5, 2]), pytest.approx([0.62, 1, 1]),
+                                  pytest.approx([0.9, 0, 1])]
+    assert got["risk_coverage"] == [pytest.approx(x) for x in (
+        [0.25, 1], [0.5, 0.5], [0.75, 0.5], [1, 0.5])]  # the tie at 0.6 counts as half wrong each
+    assert got["aurc"] == pytest.approx((1 + 0.5 + 0.5 + 0.5) / 4)
+
+
+def test_calibration_of_many():
+    """At most 101 points, from the surest post to all; the order of the rows does not matter."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([1, 1, 1], 3000).round(2)
+    gold = [LABELS[rng.choice(3, p=p / p.sum())] for p in probs]
+    got = calibration_metrics(gold, probs.tolist())
+    back = calibration_metrics(gold[::-1], probs[::-1].tolist())
+    assert got["ece"] == pytest.approx(back["ece"]) and got["aurc"] == pytest.approx(back["aurc"])
+    assert got["ece"] < 0.03 and len(got["risk_coverage"]) == 101
+    assert got["risk_coverage"][0][0] == 1 / 3000 and got["risk_coverage"][-1][0] == 1
+    wrong = np.mean([LABELS[p.argmax()] != g for p, g in zip(probs, gold)])
+    assert got["risk_coverage"][-1][1] == pytest.approx(wrong)
+    assert sum(count for *_, count in got["reliability"]) == 3000
+    json.dumps(got)
+
+
+# ---- chance
+
+
+def drawn_labels(n, seed, right):
+    rng = random.Random(seed)
+    gold = [LABELS[i % 3] for i in range(n)]
+    return gold, [g if rng.random() < right else rng.choice((*LABELS, None)) for g in gold]
+
+
+def test_intervals_equal_a_plain_bootstrap():
+    """Percentiles of accuracy and F1 as from resampled lists of posts, and of a mean with gaps."""
+    gold, said = drawn_labels(150, 1, 0.6)
+    rng = np.random.default_rng(1)
+    extra = [math.nan if i % 3 else i / 150 for i in range(150)]
+    got, plain = intervals(resample(gold, said, {"extra": extra})), []
+    for _ in range(1000):
+        pick = rng.integers(150, size=150)
+        m = scores.classification_metrics([gold[i] for i in pick], [said[i] for i in pick])
+        plain.append((m["accuracy"], m["macro_f1"], m["weighted_f1"],
+                      np.nanmean([extra[i] for i in pick])))
+    for name, values in zip(("accuracy", "macro_f1", "weighted_f1", "extra"), zip(*plain)):
+        assert got[name] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.02), name
+
+
+def test_paired_bootstrap():
+    """The same answers: p = 1. Better on the same posts: small. The posts are drawn in pairs, so
+    a gain on 8 posts of 200 is seen although each interval covers both runs."""
+    gold, said = drawn_labels(200, 2, 0.5)
+    wrong = [i for i, (g, s) in enumerate(zip(gold, said)) if g != s]
+    better = [g if i in wrong[:8] else s for i, (g, s) in enumerate(zip(gold, said))]
+    a, b = resample(gold, said), resample(gold, better)
+    assert p_value(a["accuracy"], a["accuracy"]) == 1
+    assert p_value(b["accuracy"], a["accuracy"]) < 0.02
+    low, high = intervals(a)["accuracy"]
+    assert low < sum(g == s for g, s in zip(gold, better)) / 200 < high
+    assert p_value(b["accuracy"], a["accuracy"]) == p_value(a["accuracy"], b["accuracy"])
+
+
+def test_p_is_fair():
+    """Of runs that are equally good, about one in twenty differs with p < 0.05."""
+    small = 0
+    for seed in range(60):
+        gold, one = drawn_labels(90, seed, 0.6)
+        _, two = drawn_labels(90, seed + 1000, 0.6)
+        small += p_value(resample(gold, one)["accuracy"], resample(gold, two)["accuracy"]) < 0.05
+    assert small <= 9
+
+
+def test_seeds_are_grouped():
+    """Means and sample deviations; the spread of the seeds widens the interval."""
+    gold, one = drawn_labels(300, 3, 0.9)
+    _, two = drawn_labels(300, 4, 0.3)
+    runs = [(scores.classification_metrics(gold, s) | dict(note="x"), resample(gold, s))
+            for s in (one, two)]
+    both, drawn = group_seeds(runs)
+    values = [m["accuracy"] for m, _ in runs]
+    assert both["accuracy"] == pytest.approx(np.mean(values))
+    assert both["deviation"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
+    assert both["n"] == 300 and both["note"] == "x" and both["seeds"] == [m for m, _ in runs]
+    low, high = both["intervals"]["accuracy"]
+    assert low < min(values) + 0.06 and high > max(values) - 0.06
+    assert group_seeds(runs[:1]) is runs[0]
+
+
+# ---- chains
+
+
+def chain(label, conclusion=None, words="one two three four five"):
+    fields = {k: f"{k[:4]} {words}" for k in FIELDS}
+    fields["Final_conclusion"] = conclusion or f"So it is {label}."
+    return render_reasoning(fields | {"Prediction": label})
+
+
+@pytest.mark.parametrize("conclusion, alone", [
+    ("It is positive.", True), ("It is POSITIVE, truly positive", True), ("It is good.", False),
+    ("positive, not negative", False), ("positively great", False), ("neutral", False)])
+def test_conclusion_names_the_label_alone(conclusion, alone):
+    """Words, not parts of words; a second label spoils it."""
+    assert names_only(parse_reasoning(chain("positive", conclusion)), "positive") is alone
+
+
+def test_chain_metrics_count_what_is_empty():
+    """Unparsed chains are counted, score 0, and do not raise Distinct."""
+    rows = {i: dict(raw=raw, prediction="positive") for i, raw in enumerate((chain("positive"), ""))}
+    m = chain_metrics(rows, {i: chain("positive") for i in rows})
+    assert (m["chains"], m["unparsed_chains"], m["referenced"]) == (2, 1, 2)
+    assert m["meteor"] == pytest.approx((1 - 0.5 / 36**3) / 2, abs=1e-3)
+    assert m["rouge_l_plain"] == 0.5 and m["distinct_1"] == m["distinct_1_references"]
+    assert m["concludes"] == 0.5 and "sim" not in m
+
+
+# ---- the program
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def gold(tmp_path):
+    """60 labelled test posts with chains; the second half label-conditioned."""
+    return write(tmp_path / "gold.jsonl", [
+        dict(id=f"p{i}", text=f"text {i}", label=LABELS[i % 3], split="test", score=i % 3 - 1,
+             stage=1 + i // 30, cot=chain(LABELS[i % 3])) for i in range(60)])
+
+
+def said(path, wrong, **more):
+    """Predictions that miss the first `wrong` posts."""
+    label = lambda i: LABELS[(i + (i < wrong)) % 3]
+    return write(path, [dict(id=f"p{i}", prediction=label(i)) | {
+        k: v(i) if callable(v) else v for k, v in more.items()} for i in range(60)])
+
+
+def evaluate(gold, *predictions, more=()):
+    """(exit code, metrics.json, table.md)"""
+    out = gold.parent / "out"
+    code = scores.main([*map(str, predictions), "--gold", str(gold), "--out", str(out), *more])
+    if code:
+        return code, None, None
+    return code, json.loads((out / "metrics.json").read_text()), (out / "table.md").read_text()
+
+
+def test_best_is_bold_only_if_significant(gold, tmp_path, capsys):
+    """40 wrong against 5: bold, and starred in the terminal. 6 against 5: neither."""
+    five, six, forty = (said(tmp_path / f"{n}.jsonl", n) for n in (5, 6, 40))
+    _, metrics, markdown = evaluate(gold, f"a={forty}", f"b={five}")
+    assert metrics["comparisons"]["accuracy"]["p"] < 0.05
+    assert metrics["comparisons"]["accuracy"]["best"] == "b"
+    assert "| b | **0.917** |" in markdown and "*0.917" in capsys.readouterr().out
+    _, metrics, markdown = evaluate(gold, f"a={six}", f"b={five}")
+    assert metrics["comparisons"]["accuracy"]["p"] > 0.05
+    assert "**" not in markdown and "*0." not in capsys.readouterr().out
+
+
+def test_seeds_share_a_name(gold, tmp_path, capsys):
+    """Files of one name become one row, mean ± deviation, with each run kept in metrics.json."""
+    files = [said(tmp_path / f"{n}.jsonl", n) for n in (6, 12, 3)]
+    _, metrics, markdown = evaluate(gold, f"x/a={files[0]}", f"x/a={files[1]}", f"x/b={files[2]}")
+    a = metrics["x"]["a"]
+    assert a["accuracy"] == pytest.approx(0.85) and len(a["seeds"]) == 2
+    assert a["deviation"]["accuracy"] == pytest.approx(0.1 / math.sqrt(2))
+    assert "0.850 ± 0.071" in markdown and "0.850 ± 0.071" in capsys.readouterr().out
+    assert "deviation" not in metrics["x"]["b"]
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("majority/x",), ("signatures/x",),
+                                   ("comparisons",), ("diagnosis",)])
+def test_names_that_would_overwrite_each_other(gold, tmp_path, names):
+    """metrics.json has one place for each."""
+    files = [said(tmp_path / f"{n}.jsonl", n) for n in range(len(names))]
+    assert evaluate(gold, *(f"{n}={f}" for n, f in zip(names, files)))[0] == 2
+
+
+def test_file_with_an_equals_sign(gold, tmp_path):
+    """lr=0.1.jsonl is a file, not a run called .../lr."""
+    assert set(evaluate(gold, said(tmp_path / "lr=0.1.jsonl", 3))[1]) >= {"lr=0.1"}
+
+
+def test_runs_over_other_posts_are_not_compared(gold, tmp_path):
+    """A run over another split stands in the table without a test of significance."""
+    rows = [json.loads(line) for line in gold.read_text().splitlines()]
+    write(gold, rows + [dict(r, id=f"t{r['id']}", split="train") for r in rows])
+    train = write(tmp_path / "t.jsonl", [dict(id=f"tp{i}", prediction="neutral") for i in range(60)])
+    _, metrics, _ = evaluate(gold, said(tmp_path / "s.jsonl", 0), train)
+    assert metrics["comparisons"] == {} and metrics["t"]["n"] == 60
+
+
+def test_faithfulness(gold, tmp_path):
+    """Accuracy where chain and label agree and where not, and by the teacher's stage."""
+    raw = lambda i: chain(LABELS[i % 3])  # the chain is right, the label of the first ten is not
+    m = evaluate(gold, said(tmp_path / "s.jsonl", 10, raw=raw))[1]["s"]
+    assert m["agreement"] == m["concludes"] == pytest.approx(50 / 60)
+    assert (m["accuracy_agree"], m["accuracy_disagree"]) == (1, 0)
+    assert (m["accuracy_unaided"], m["accuracy_conditioned"]) == (pytest.approx(20 / 30), 1)
+    assert m["intervals"]["accuracy_unaided"][1] < 1
+    assert "accuracy_disagree" not in evaluate(gold, said(tmp_path / "r.jsonl", 0, raw=raw))[1]["r"]
+
+
+def test_a_lost_chain_is_an_empty_one(gold, tmp_path):
+    """Half of the chains missing halve every score; they cannot be left out of the mean."""
+    raw = lambda i: chain(LABELS[i % 3]) if i % 2 else None
+    m = evaluate(gold, said(tmp_path / "s.jsonl", 0, raw=raw))[1]["s"]
+    assert (m["chains"], m["unparsed_chains"], m["parse_rate"]) == (60, 30, 0.5)
+    assert m["bleu4"] == m["rouge_l_plain"] == 0.5
+
+
+def test_scores_and_probabilities(gold, tmp_path):
+    """Rows with `score` and `probs` give regression and calibration beside the labels."""
+    path = said(tmp_path / "s.jsonl", 0, score=lambda i: i % 3 - 0.5 if i else None,
+                probs=lambda i: [float(k == i % 3) for k in range(3)])
+    _, metrics, markdown = evaluate(gold, path)
+    m = metrics["s"]
+    assert m["mae"] == m["scores"]["mae"] == 0.5 and m["scores"]["unparsed"] == 1
+    assert m["ece"] == m["aurc"] == 0 and m["reliability"] == [[1, 1, 60]]
+    assert "MAE" in markdown and "AURC" in markdown and "ece" not in metrics["majority"]
+
+
+@pytest.mark.parametrize("score", ["good", True, [1]])
+def test_bad_score(gold, tmp_path, capsys, score):
+    assert evaluate(gold, said(tmp_path / "s.jsonl", 0, score=score))[0] == 2
+    assert "s.jsonl:1" in capsys.readouterr().err
+
+
+def test_sim_in_the_program(gold, tmp_path, embedder, capsys):
+    """With an embedder a column and a signature, without one a notice; a wrong one is an error."""
+    path = said(tmp_path / "s.jsonl", 0, raw=chain("positive"))
+    m = evaluate(gold, path)[1]
+    assert "sim" not in m["s"] and "--embedder" in capsys.readouterr().out
+    m = evaluate(gold, path, more=["--embedder", str(embedder)])[1]
+    assert 0 < m["s"]["sim"] <= 1 and embedder.name in m["signatures"]["sim"]
+    assert "--embedder" not in capsys.readouterr().out
+    assert evaluate(gold, path, more=["--embedder", str(tmp_path / "none")])[0] == 2
+    assert "all-MiniLM-L6-v2" in capsys.readouterr().err
+
+
+def test_signatures(gold, tmp_path, small_wordnet, capsys):
+    """Every text metric has one, printed with it; METEOR's says whether synonyms count."""
+    path = said(tmp_path / "s.jsonl", 0, raw=chain("positive"))
+    _, metrics, markdown = evaluate(gold, path)
+    printed = capsys.readouterr().out
+    assert "no synonyms" in metrics["signatures"]["meteor"]
+    assert {k for k in metrics["s"] if k.split("_")[0] in ("bleu4", "rouge", "meteor", "distinct")
+            } == set(metrics["signatures"])
+    assert all(text in markdown for text in metrics["signatures"].values())
+    assert all(metrics["signatures"][k] in printed for k in ("bleu4", "rouge_l", "meteor"))
+    metrics = evaluate(gold, path, more=["--wordnet", str(small_wordnet)])[1]
+    assert "WordNet 3.0" in metrics["signatures"]["meteor"]
+    assert evaluate(gold, path, more=["--wordnet", str(tmp_path)])[0] == 2
+
+
+def test_teacher_rows(gold, tmp_path):
+    """Conclusions by stage; contradictions among the stage-2 answers on file."""
+    rows = [dict(id="1", cot=chain("positive"), stage=1), dict(id="2", cot=chain("positive"), stage=2),
+            dict(id="3", cot=chain("positive", "who knows"), stage=2)]
+    tried = [dict(stage=1, problem="predicts neutral, label is negative"),
+             dict(stage=2, problem="predicts neutral, label is negative"),
+             dict(stage=2, problem="truncated")]
+    chains = write(tmp_path / "c.jsonl", rows)
+    write(tmp_path / "c.rejects.jsonl", [dict(id="4", attempts=tried), dict(where="x", problem="y")])
+    t = evaluate(gold, said(tmp_path / "s.jsonl", 0), more=["--chains", str(chains)])[1]["teacher"]
+    assert (t["concludes_unaided"], t["concludes_conditioned"]) == (1, 0.5)
+    assert t["contradictions"] == 1 / 4 and t["set_aside"] == 2
+
+
+# ---- the diagnosis
+
+FINE = dict(accuracy=0.8, sim=0.9, meteor=0.5, distinct_2=0.8, distinct_2_references=0.8,
+            source="student")
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(sim=0.84), "prompts"), (dict(accuracy=0.74), "λ"),
+    (dict(meteor=0.39), "ungrounded")])
+def test_diagnosis_of_a_student(change, word):
+    """Each failure signature speaks when it applies, and alone."""
+    runs = {"x/student": FINE | change, "x/assistant": FINE, "student": FINE}
+    assert len(diagnose(runs)) == 1 and word in diagnose(runs)[0]
+    assert diagnose(runs)[0].startswith("x/student: ")
+
+
+@pytest.mark.parametrize("runs", [
+    {"student": FINE, "assistant": FINE | dict(accuracy=0.84)}, {"majority": dict(accuracy=0.3)},
+    {"base/student": dict(accuracy=0.3, source="base"), "base/assistant": dict(accuracy=0.5)},
+    {"blank_text": FINE | dict(accuracy=0.4), "assistant": FINE},
+    {"student": FINE | dict(meteor=0.3, distinct_2=0.7)}])
+def test_no_false_diagnosis(runs):
+    """Models before training, controls, dull but honest chains."""
+    assert diagnose(runs, dict(contradictions=0.05)) == []
+
+
+def test_diagnosis_of_a_teacher():
+    assert "noisy labels" in diagnose({}, dict(contradictions=0.06))[0]
+
+
+def test_diagnosis_is_printed(gold, tmp_path, capsys):
+    """Under the table, in metrics.json and in table.md."""
+    bad, good = said(tmp_path / "b.jsonl", 9), said(tmp_path / "g.jsonl", 0)
+    _, metrics, markdown = evaluate(gold, f"student={bad}", f"assistant={good}")
+    (line,) = metrics["diagnosis"]
+    assert "15.0 points below" in line and line in markdown and line in capsys.readouterr().out
