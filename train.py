@@ -627,7 +627,7 @@ def compare(args):
             out_of_range=sum(s is not None and abs(s) > 3 for s in said) / len(said),
             s_per_post=statistics.mean(r["seconds"] for r in rows), peak_mib=max(peaks)))
     write_json(Path(args.out, "compare.json"), table)
-    shown = [list(table[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v)
+    shown = [list(table[0])] + [[f"{v:.4f}" if isinstance(v, float) else str(v)
                                  for v in row.values()] for row in table]
     widths = [max(map(len, column)) for column in zip(*shown)]
     for row in shown:
