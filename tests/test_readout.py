@@ -242,8 +242,9 @@ def test_several_seeds_are_summarised(toy, scored, tmp_path, capsys):
 
 def test_it_learns(toy, scored, tmp_path):
     """A few dozen steps fit the training posts: the loss goes from that of a guess to far below."""
-    args = readout_args(toy, scored, tmp_path, "--epochs", "40", "--dropout", "0", "--head-lr",
-                        "0.003", "--scope", "all")
+    args = readout_args(toy, scored, tmp_path, "--epochs", "25", "--dropout", "0", "--head-lr",
+                        "0.01", "--scope", "all", "--batch", "12", "--accumulate", "1",
+                        "--save-every", "0")
     assert train.main(args) == 0
     loss = [row["loss"] for row in mulcot.read_rows(tmp_path / "log.jsonl") if "loss" in row]
     assert loss[0] > 0.6 and loss[-1] < 0.5 * loss[0]
