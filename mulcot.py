@@ -2197,12 +2197,14 @@ TOY_PITCHES = ("very low", "low", "middle", "high", "very high")
 
 
 def toy_clips(folder, sizes, seed=0):
-    """Toy posts as clips with scores in [-3, 3]: the side of the words (-1, 0, 1), of the two
-    frames (-1, 0, 1) and the pitch of a voice (-1 to 1 in tenths, an octave below to one above 250
-    Hz) add up, so that each input is needed."""
+    """Toy posts (of three words a side) as clips with scores in [-3, 3]: the side of the words
+    (-1, 0, 1), of the two frames (-1, 0, 1) and the pitch of a voice (-1 to 1 in tenths, an octave
+    below to one above 250 Hz) add up, so that each input is needed."""
     rng, posts = random.Random(seed + 1), toy_posts(folder, sizes, seed)
     for post in posts:
         facts, pitch = post.extra["facts"], rng.randint(-10, 10) / 10
+        word = rng.choice(TOY_WORDS[facts["words"]][:3])
+        post.text, facts["word"] = post.text.replace(facts["word"], word), word
         second, audio = (f"{post.image[:-4]}{end}" for end in ("-2.png", ".wav"))
         _draw(facts["scene"], rng).save(second)
         _voice(audio, 250 * 2**pitch, rng)

@@ -630,12 +630,12 @@ def compare_commands(args):
     data, dev, model, flags = args.data, args.dev, args.model, "batch accumulate epochs lr".split()
     if not model:
         data, dev, model = [f"{out}/posts.jsonl"], f"{out}/posts.jsonl", f"{out}/base/last"
-        short = "--batch 16 --accumulate 1 --beta2 0.99"
         runs[None, None] = [
-            f"generate.py toy --clips --train 600 --warmup 1280 --seed {seed} --out {out}",
-            f"train.py base --size omni --data {out}/warmup.jsonl --epochs 3 --lr 0.002 {short} "
-            f"--log-every 40 --seed {seed} --out {out}/base"]
-        settings = f"{short} --epochs 6 --lr 0.005 --head-lr 0.002"
+            f"generate.py toy --clips --seed {seed} --out {out}",
+            f"train.py base --size omni --data {out}/warmup.jsonl --epochs 3 --lr 0.002 --batch 16 "
+            f"--accumulate 1 --beta2 0.99 --log-every 40 --seed {seed} --out {out}/base"]
+        settings = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 6 --lr 0.003 --head-lr 0.002 "
+                    "--dropout 0.05")
     else:
         flags += "head_lr beta2 schedule warmup clip rank alpha dropout scope max_pixels".split()
         settings = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in flags)
@@ -668,7 +668,7 @@ def compare(args):
         table.append(dict(readout=how, inputs=inputs) | metrics | shares | dict(
             s_per_post=statistics.mean(r["seconds"] for r in rows), peak_mib=max(peaks)))
     write_json(Path(args.out, "compare.json"), table)
-    shown = [list(table[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v)
+    shown = [list(table[0])] + [[f"{v:.4f}" if isinstance(v, float) else str(v)
                                  for v in row.values()] for row in table]
     widths = [max(map(len, column)) for column in zip(*shown)]
     for row in shown:

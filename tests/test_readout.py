@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shlex
 import shutil
 
 import numpy as np
@@ -241,8 +242,9 @@ def test_several_seeds_are_summarised(toy, scored, tmp_path, capsys):
 
 def test_it_learns(toy, scored, tmp_path):
     """A few dozen steps fit the training posts: the loss goes from that of a guess to far below."""
-    args = readout_args(toy, scored, tmp_path, "--epochs", "40", "--dropout", "0", "--head-lr",
-                        "0.003", "--scope", "all")
+    args = readout_args(toy, scored, tmp_path, "--epochs", "25", "--dropout", "0", "--head-lr",
+                        "0.01", "--scope", "all", "--batch", "12", "--accumulate", "1",
+                        "--save-every", "0")
     assert train.main(args) == 0
     loss = [row["loss"] for row in mulcot.read_rows(tmp_path / "log.jsonl") if "loss" in row]
     assert loss[0] > 0.6 and loss[-1] < 0.5 * loss[0]
@@ -346,3 +348,89 @@ def test_unparsed_scores_are_wrong_but_not_in_the_mean():
     assert got["f1_non0"] == pytest.approx(2 / 3 * (2 * 1 / 3) + 1 / 3)
     flat = mulcot.regression_metrics([0.1] * 3, [0.1, 0.2, 0.3])
     assert flat["corr"] is None and mulcot.regression_metrics([0.5], [None])["mae"] is None
+
+
+# ---- the comparison
+
+def test_toy_clips_need_each_input(tmp_path):
+    """The score is words + frames + pitch, in tenths, within the range; files are there."""
+    posts = mulcot.toy_clips(tmp_path, {"train": 40}, seed=5)
+    sums = []
+    for post in posts:
+        facts = post.extra["facts"]
+        side = sum(mulcot.TOY_SIDES.get(facts[k], 0) for k in ("words", "mood"))
+        pitch = round(post.score - side, 1)
+        assert abs(pitch) <= 1 and facts["pitch"] == mulcot.TOY_PITCHES[round((pitch + 1) * 2)]
+        samples = mulcot.load_audio(post.audio)
+        spectrum = torch.fft.rfft(samples * torch.hann_window(len(samples))).abs()
+        peak = spectrum.argmax().item() * 16_000 / len(samples)
+        assert peak == pytest.approx(250 * 2**pitch, rel=0.05)
+        assert facts["word"] in post.text and len(post.frames) == 2 and post.image is None
+        sums.append((side, pitch))
+    assert len(set(sums)) > 25
+    warm = mulcot.toy_clip_warmup(tmp_path / "warm", 6)
+    assert all(p.score is None and len(p.extra["branches"]) == 3 for p in warm)
+
+
+def compare_args(*more):
+    return train.parse_args(["readout", "--compare", *more])
+
+
+def test_compare_commands_parse_and_differ_in_one_thing():
+    """Both readouts: same data, model, LoRA and budget; inputs as the table says."""
+    own = ["--data", "a b.csv", "--dev", "a b.csv", "--model", "x/y", "--epochs", "3"]
+    for args in (compare_args(), compare_args(*own, "--out", "my out")):
+        parsed = {}
+        for key, commands in train.compare_commands(args).items():
+            for command in commands:
+                script, *argv = shlex.split(command)
+                ran = {"train.py": train, "generate.py": generate}[script].parse_args(argv)
+                if key[0] and script == "train.py":
+                    parsed[key] = {k: v for k, v in vars(ran).items() if k != "out"}
+        assert len(parsed) == 6
+        for (how, inputs), ran in parsed.items():
+            assert ran.pop("how") == how
+            assert {"frames", "audio"} - set(ran["without"]) == set(inputs.split(" + ")) - {"text"}
+        for inputs in train.INPUTS:
+            assert parsed["read", inputs] == parsed["generate", inputs]
+    assert parsed["read", "text"]["data"] == ["a b.csv"] and ran["epochs"] == 3
+
+
+def test_compare_table(toy, scored, tmp_path, monkeypatch, capsys):
+    """Rows of the six runs -> metrics, shares of unparsed and out-of-range answers."""
+    def pretend(commands):
+        out = shlex.split(commands[1])[-1]
+        posts = [p for p in mulcot.read_posts(scored, f"{toy}/images") if p.split == "test"]
+        with mulcot.RowWriter(out) as rows:
+            for i, p in enumerate(posts):
+                said = p.score if "read" in out else [None, 5.0, p.score][i % 3]
+                rows.write(dict(id=p.id, score=said, seconds=0.5))
+        return [10, 20]
+
+    monkeypatch.setattr(train, "run_commands", pretend)
+    args = ["readout", "--compare", "--data", str(scored), "--dev", str(scored), "--images",
+            f"{toy}/images", "--model", f"{toy}/student", "--out", str(tmp_path)]
+    assert train.main(args) == 0
+    table = json.loads((tmp_path / "compare.json").read_text())
+    assert [row["readout"] for row in table] == ["read", "generate"] * 3
+    assert table[0]["mae"] == 0 and table[0]["acc7"] == 1 and table[0]["unparsed"] == 0
+    assert table[1]["unparsed"] == pytest.approx(1 / 3) == table[1]["out_of_range"]
+    assert table[1]["acc7"] < 1 and table[1]["s_per_post"] == 0.5 and table[1]["peak_mib"] == 20
+    assert "text + frames + audio" in capsys.readouterr().out
+
+
+def test_peak_memory_is_of_the_run():
+    """A big tensor shows, and is forgotten after the reset."""
+    before = train.peak_mib(reset=True)
+    torch.ones(64 * 2**20 // 4).sum()
+    after = train.peak_mib()
+    if not before:
+        pytest.skip("the system does not tell")
+    assert 55 < after - before < 200 and train.peak_mib(reset=True) < after - 40
+
+
+@pytest.mark.parametrize("more", [[], ["--data", "x"], ["--compare", "--model", "x/y"]])
+def test_incomplete_flags_are_refused(more):
+    """All of data, dev and model, or --compare alone."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["readout", "--out", "o", *more])
