@@ -9,7 +9,8 @@ loss:
   §1 Posts      files -> Post                      §5 LoRA    low-rank adapters in PEFT's format
   §2 Prompts    Post -> messages, text -> fields   §6 Model   loading, branches, labels, chains
   §3 Teacher    two-stage chains with retries      §7 Losses  pure functions of tensors and floats
-  §4 Tokens     Post -> Example -> Batch           §9 Files   rows, soft labels, fingerprints
+  §4 Tokens     Post -> Example -> Batch           §8 UBM     small classifier, cascade
+                                                   §9 Files   rows, soft labels, fingerprints
                                                    §10 The embedded default: a toy world
 
 Every section runs alone with the imports and sections that its ruler names (a test does that).
@@ -1249,6 +1250,174 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
     kl_weights = weights if kl_weights is None else kl_weights
     kl = (kl_weights * soft_kl(logits[:, :vocab], soft, temperature)).sum()
     return student_loss(ce, kl, lam), {"ce": ce.detach(), "kl": kl.detach()}
+
+
+# ================================================================================================
+# §8 Small model and cascade [needs: json, math, re, Path, torch, F, Image, SafetensorError,
+#    load_file, save_file, nn, LABELS, InputError, §1, §9]
+# ================================================================================================
+
+SCORES = tuple(range(-3, 4))  # choice: a score in [-3, 3] as seven classes, so that it has entropy
+
+
+def clean_tweet(text):
+    """A tweet for a small encoder: without links and RT prefix, `@name` as `@ user`, hashtags split
+    at capitals."""
+    text = re.sub(r"https?:\S*|www\.\S+", " ", text)
+    text = re.sub(r"^\s*RT @ ?[^:]{1,30}: ", " ", text)
+    text = re.sub(r"@ ?\w+", "@ user", text)
+    words = lambda m: "# " + re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", m[1])
+    return " ".join(re.sub(r"# ?(\w+)", words, text).split())
+
+
+def mark_aspect(post):
+    """(clean text with `* aspect *` marked in place, clean aspect or "")."""
+    text, aspect = clean_tweet(post.text), clean_tweet(post.aspect or "")
+    place = re.search(rf"(?<!\w){re.escape(aspect)}(?!\w)", text) if aspect else None
+    if place:
+        text = f"{text[:place.start()]}* {aspect} *{text[place.end():]}"
+    return text, aspect
+
+
+class UBM(nn.Module):
+    """A small classifier of posts into `classes` (LABELS or SCORES): any Hugging Face text encoder
+    and, if given, an image encoder ("small": four convolutions); one linear layer reads the first
+    token, the mean over the aspect's pieces and the mean over the image. `temperature` divides the
+    logits where probabilities are wanted. Build it with `new_ubm` or `load_ubm`."""
+
+    def __init__(self, text, tokenizer, classes, images=None, image_processor=None):
+        super().__init__()
+        self.text, self.tokenizer, self.classes = text, tokenizer, tuple(classes)
+        self.images, self.image_processor, self.temperature = images, image_processor, 1.0
+        if images == "small":
+            sizes = (3, 16, 32, 64, 64)
+            layers = [(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.ReLU())
+                      for a, b in zip(sizes, sizes[1:])]
+            self.images = nn.Sequential(*(part for layer in layers for part in layer))
+        self.seen = 0
+        if images is not None:  # how wide the encoder's output is, it says itself
+            with torch.no_grad():
+                self.seen = self._mean(torch.zeros(self._pixels([Image.new("RGB", (64, 64))]).shape)
+                                       ).shape[1]
+        width = 2 * text.config.hidden_size + self.seen
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, len(self.classes)))
+
+    def forward(self, posts):
+        """Posts (B of them) -> logits (B, C), not yet divided by the temperature."""
+        device, pairs = self.head[1].weight.device, [mark_aspect(p) for p in posts]
+        ids = self.tokenizer([t for t, _ in pairs], [a for _, a in pairs], padding=True,
+                             truncation=True, max_length=256, split_special_tokens=True,
+                             return_tensors="pt")
+        hidden = self.text(**ids.to(device)).last_hidden_state.float()  # (B, T, D)
+        # the aspect is the second segment; without one the mean is over the text
+        spot = torch.tensor([[s == bool(a) for s in ids.sequence_ids(b)]
+                             for b, (_, a) in enumerate(pairs)], device=device)[..., None]
+        mean = (hidden * spot).sum(1) / spot.sum(1).clamp(min=1)
+        parts = [hidden[:, 0], mean]
+        if self.images is not None:
+            view = hidden.new_zeros(len(posts), self.seen)  # stays zero for a post without image
+            there = [b for b, p in enumerate(posts) if p.image]
+            if there:
+                pixels = self._pixels([load_image(posts[b].image) for b in there])
+                view[there] = self._mean(pixels.to(device)).float()
+            parts.append(view)
+        return self.head(torch.cat(parts, 1))
+
+    def _pixels(self, images):
+        """PIL images -> (B, 3, H, W) as the encoder wants them."""
+        if self.image_processor is not None:
+            return self.image_processor(images=images, return_tensors="pt").pixel_values
+        raw = [bytearray(image.resize((64, 64)).tobytes()) for image in images]
+        flat = torch.stack([torch.frombuffer(r, dtype=torch.uint8) for r in raw])
+        return flat.view(-1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def _mean(self, pixels):
+        """(B, 3, H, W) -> (B, W), over positions of a map or tokens of a sequence."""
+        out = self.images(pixels)
+        out = getattr(out, "last_hidden_state", out)
+        return out.flatten(2).mean(2) if out.dim() == 4 else out.mean(1)
+
+    @torch.no_grad()
+    def probs(self, posts):
+        """Calibrated probabilities (B, C) on the CPU; in eval mode."""
+        return (self.eval()(posts) / self.temperature).softmax(-1).cpu()
+
+
+def new_ubm(text, classes=LABELS, images=None, weights=True):
+    """A UBM over encoders given by hub name or folder (images: also "small"); its head is random.
+    weights=False: shapes only, the encoders are random too."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    def encoder(name):
+        if not weights:
+            return AutoModel.from_config(AutoConfig.from_pretrained(name),
+                                         attn_implementation="eager")
+        return AutoModel.from_pretrained(name, attn_implementation="eager", dtype=torch.float32)
+
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(text), encoder(text)
+        processor, look = None, images
+        if images not in (None, "small"):
+            processor = AutoImageProcessor.from_pretrained(images, backend="pil")
+            look = encoder(images)
+    except (OSError, ValueError) as e:
+        raise InputError(f"encoder {text!r}{f' or {images!r}' if images else ''} cannot be "
+                         f"loaded: {str(e).splitlines()[0]}") from None
+    if tokenizer.pad_token is None or not tokenizer.is_fast:
+        raise InputError(f"encoder {text!r}: its tokenizer must be a fast one with a pad token")
+    for part in (model, look):
+        if getattr(part, "pooler", None) is not None:
+            part.pooler = None  # unused here; without it no weight lacks a gradient
+    return UBM(model, tokenizer, classes, look, processor)
+
+
+def save_ubm(model, folder):
+    """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
+    hub."""
+    folder, images = Path(folder), model.images
+    model.text.config.save_pretrained(folder / "text")
+    model.tokenizer.save_pretrained(folder / "text")
+    if model.image_processor is not None:
+        images.config.save_pretrained(folder / "image")
+        model.image_processor.save_pretrained(folder / "image")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomic(folder / "ubm.safetensors", lambda part: save_file(tensors, part))
+    kind = images and ("image" if model.image_processor is not None else "small")
+    write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
+                                         images=kind))
+
+
+def load_ubm(folder, device="cpu"):
+    """The UBM that `save_ubm` wrote, in eval mode."""
+    try:
+        about = json.loads(Path(folder, "ubm.json").read_text())
+        tensors = load_file(Path(folder, "ubm.safetensors"))
+        images = about["images"] and str(Path(folder, "image")) if about["images"] == "image" \
+            else about["images"]
+        model = new_ubm(str(Path(folder, "text")), about["classes"], images, weights=False)
+        model.load_state_dict(tensors)
+        model.temperature = float(about["temperature"])
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no UBM folder: give the --out of train.py ubm") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{folder} holds a damaged UBM: {e}") from None
+    return model.to(device).eval()
+
+
+def uncertainty(probs):
+    """u = H(p) / log C of distributions (B, C) -> (B,): 0 is certain, 1 knows nothing. paper:
+    entropy; choice: divided by its maximum."""
+    return torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
+
+
+def fit_temperature(logits, targets):
+    """The temperature of least cross-entropy for logits (N, C) and targets (N,), to 1 %, between
+    0.1 and 10. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
+    grid = torch.logspace(-1, 1, 461)
+    losses = [F.cross_entropy(logits / t, targets).item() for t in grid]
+    return grid[losses.index(min(losses))].item()
 
 
 # ================================================================================================
