@@ -27,12 +27,14 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, SoftLabels, ToyTeacher,
-    Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
-    encode, fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
-    parse_reasoning, positive, read_posts, read_rows, render_reasoning, run_stage, score_labels,
-    task_format, tell_aside, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
-    write_atomic)
+    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, Request, RowWriter,
+    SoftLabels, ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds,
+    build_messages, cascade_route, check_answer, check_settings, collate, digest, encode,
+    fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
+    load_ubm, mark_aspect, parse_reasoning, positive, post_prompt, read_posts, read_rows,
+    reference_prompt, render_reasoning, run_stage, score_labels, task_format, tell_aside,
+    threshold_grid, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
+    verdict, write_atomic, write_json)
 
 
 def above_zero(text):
@@ -52,7 +54,7 @@ def parse_args(argv=None):
     def stage(name, about, model=True):
         """A stage's parser with the flags that stages share; returns its add_argument."""
         p = stages.add_parser(name, help=about, description=about, formatter_class=Help)
-        flag, single = p.add_argument, name == "predict"
+        flag, single = p.add_argument, name in ("predict", "cascade")
         flag("--out", required=not single,
              help="a folder" if name in ("toy", "soft") else "where the rows go (.jsonl)")
         flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
@@ -60,8 +62,9 @@ def parse_args(argv=None):
             flag("--data", nargs="+", metavar="POSTS", required=not single,
                  help="posts: .jsonl, .json, .tsv or an MVSA folder")
             flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
-            flag("--model", required=True, help="hub name, model or adapter folder (teacher: also "
-                                                "toy, or the name at --endpoint)")
+            flag("--model", required=name != "cascade",
+                 help="the MLLM's name at --endpoint" if name == "cascade" else "hub name, model "
+                      "or adapter folder (teacher: also toy, or the name at --endpoint)")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                  help="cpu, cuda or cuda:1")
             flag("--batch", type=positive, default=24, help="posts at once (authors: 24)")
@@ -74,13 +77,9 @@ def parse_args(argv=None):
         flag(f"--{split}", type=int, default=size, help=f"number of {split} posts")
 
     flag = stage("teacher", "two-stage chains: predict; keep if right, else explain the label")
-    flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
-                            "the key is read from OPENAI_API_KEY")
-    flag("--allow-http", action="store_true", help="plain http to another machine")
+    endpoint_flags(flag)
     flag("--split", default="train", help="only posts of this split, where posts have one, or all")
     flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
-    flag("--workers", type=positive, default=8, help="--endpoint: calls at once")
-    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
     flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
     flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
     flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
@@ -109,16 +108,52 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
     flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
     flag("--blank-text", action="store_true", help="control: take the words away")
-    flag("--source", default="student", help="the writer's name in the rows")
+    flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
+    one_post_flags(flag)
+
+    flag = stage("cascade", "a small model first, the MLLM only where that one is unsure")
+    flag("--ubm", required=True, help="folder of train.py ubm")
+    flag("--mllm", help="the MLLM: hub name, model or adapter folder; or give --endpoint, --model")
+    endpoint_flags(flag)
+    flag("--logprobs", action=yes_no, default=True,
+         help="--endpoint: --no-logprobs for a server that refuses to give them")
+    flag("--dev", help="posts to fit the thresholds on (split dev, where posts have one)")
+    flag("--split", default="all", help="only posts of this split, where posts have one, or all")
+    flag("--budget", type=float, default=0.4, help="MLLM passes per post, at most, on dev")
+    flag("--compare", action="store_true",
+         help="ask the MLLM about every post, for the accuracy-cost curve")
+    one_post_flags(flag)
+    args = top.parse_args(argv)
+    if args.stage in ("predict", "cascade"):
+        if not (args.text or (args.data and args.out)):
+            top.error(f"{args.stage} needs --data and --out, or one post in --text (and --image, "
+                      "--aspect)")
+        if args.text and args.data:
+            top.error("--text (one post) and --data (many) exclude each other")
+    if args.stage == "cascade":
+        if bool(args.mllm) == bool(args.endpoint) or bool(args.endpoint) != bool(args.model):
+            top.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
+        if not (args.dev if args.data else args.out):
+            top.error("cascade fits its thresholds on --dev; one post in --text needs the --out of "
+                      "such a run")
+        args.model, args.max_posts, args.budget_tokens = args.mllm or args.model, 0, 0
+    return args
+
+
+def endpoint_flags(flag):
+    """How to reach an endpoint."""
+    flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
+                            "the key is read from OPENAI_API_KEY")
+    flag("--allow-http", action="store_true", help="plain http to another machine")
+    flag("--workers", type=positive, default=8, help="--endpoint: calls at once")
+    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
+
+
+def one_post_flags(flag):
+    """One post from the shell."""
     flag("--text", help="one post instead of --data: its text")
     flag("--image", help="one post: its image")
     flag("--aspect", help="one post: its target aspect")
-    args = top.parse_args(argv)
-    if args.stage == "predict" and not (args.text or (args.data and args.out)):
-        top.error("predict needs --data and --out, or one post in --text (and --image, --aspect)")
-    if args.stage == "predict" and args.text and args.data:
-        top.error("--text (one post) and --data (many) exclude each other")
-    return args
 
 
 # ---- shared by the stages ----------------------------------------------------------------------
@@ -158,9 +193,9 @@ KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_ima
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
     settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
-    file = Path(args.model, "adapter_model.safetensors")
-    if file.exists():
-        adapter = digest(file.read_bytes())
+    for name in ("adapter_model.safetensors", "ubm.safetensors"):
+        if Path(args.model, name).exists():
+            adapter = digest(Path(args.model, name).read_bytes())
     return settings | {"adapter": adapter}
 
 
@@ -175,7 +210,8 @@ def fixed_batches(posts, size, done):
 
 
 SAID = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage", "tries",
-        "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt"}
+        "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt",
+        "uncertainty", "predicted_score", "bin_probs", "route", "reason", "stages"}
 
 
 def new_row(post, args, source, **more):
@@ -323,15 +359,17 @@ class PaidCalls:
         return answer
 
 
-def from_endpoint(args, posts, done, counts):
-    """(post, result) as they are finished, --workers dialogues at once. A post that the server
+def from_endpoint(args, posts, done, counts, dialogue=None):
+    """(post, result) as they are finished, --workers dialogues at once: the teacher's two stages,
+    or dialogue(post), a generator like two_stage_cot. A post that the server
     refuses is set aside; when it answers none, or the budget is spent, the stage stops."""
     calls, failed = PaidCalls(args, done, counts), []
     todo = islice((p for p in posts if p.id not in done), args.max_posts or None)
 
     def talk(post):
         began = time.time()
-        asked = two_stage_cot(post, args.max_tries, args.max_new_tokens, args.stage2)
+        asked = dialogue(post) if dialogue else two_stage_cot(
+            post, args.max_tries, args.max_new_tokens, args.stage2)
         (_, result), = answer_all([asked], lambda requests: [calls(requests[0])])
         return result | dict(seconds=share(began, [post]))
 
@@ -469,6 +507,8 @@ def soft(args):
 
 def predict(args):
     """paper: the label from the label prompt, the chain from another run by the reason prompt."""
+    if Path(args.model, "ubm.json").exists():
+        return predict_ubm(args)
     if args.text:
         return predict_one(args)
     posts = controlled(posts_of(args), args)
@@ -480,6 +520,24 @@ def predict(args):
                 if post.id not in done:
                     said["seconds"] = share(began, batch)
                     kept.write(new_row(post, args, args.source, **said, cot=None))
+            bar.update(len(batch))
+    closing(args.out)
+
+
+def predict_ubm(args):
+    """The same rows, of source ubm, with calibrated probabilities and their uncertainty."""
+    ubm = load_ubm(args.model, args.device)
+    if args.text:
+        said = verdict(ubm.probs([Post("1", args.text, args.image, args.aspect)])[0], ubm.classes)
+        return print(f"label: {said['prediction']} (uncertainty {said['uncertainty']:.2f} of 1)")
+    posts = controlled(posts_of(args), args)
+    with tqdm(total=len(posts), desc="predict", unit="post") as bar, RowWriter(args.out) as kept:
+        for _, batch in fixed_batches(posts, args.batch, kept.done):
+            began, done = time.time(), set(kept.done)
+            for post, probs in zip(batch, ubm.probs(batch)):
+                if post.id not in done:
+                    kept.write(new_row(post, args, "ubm", **verdict(probs, ubm.classes),
+                                       seconds=share(began, batch), cot=None))
             bar.update(len(batch))
     closing(args.out)
 
@@ -533,10 +591,225 @@ def predict_one(args):
     print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
 
 
+# ---- cascade -----------------------------------------------------------------------------------
+
+
+def cascade(args):
+    """paper: U-ACS. The UBM keeps what it is sure of, the MLLM is asked about the rest, and again
+    where it is unsure and contradicts the UBM."""
+    ubm = load_ubm(args.ubm, args.device)
+    refuse_other_labels(args, ubm.classes)
+    if args.text:
+        return cascade_one(args, ubm)
+    posts, gold = posts_of(args), "label" if ubm.classes == LABELS else "score"
+    dev = read_posts(args.dev, args.images, aside := [])
+    tell_aside(aside, "of the dev rows")
+    dev = [p for p in dev if p.split == "dev"] or [p for p in dev if p.split is None]
+    dev = [p for p in dev if getattr(p, gold) is not None]
+    if not dev:
+        raise InputError(f"{args.dev}: no post of split dev has the {gold} that {args.ubm} was "
+                         "trained for, to fit the thresholds on")
+    with Asked(args, ubm) as asked:
+        grid = threshold_grid(asked.settle(dev, -1, -1), errors(dev, gold))
+        passes, wrong, tau1, tau2 = best_thresholds(grid, args.budget)
+        print(f"thresholds {tau1:.3f} UBM, {tau2:.3f} MLLM: {passes:.2f} MLLM passes a post and "
+              f"{'error' if gold == 'label' else 'MAE'} {wrong:.3f} on {len(dev)} dev posts")
+        said = asked.settle(posts, *((-1, -1) if args.compare else (tau1, tau2)))
+    rows = [cascade_row(args, post, x, tau1, tau2) for post, x in zip(posts, said)]
+    known = all(getattr(p, gold) is not None for p in posts)
+    about = dict(tau1=tau1, tau2=tau2, budget=args.budget, ubm=args.ubm, mllm=args.model,
+                 dev_passes=passes, dev_error=wrong, routes=Counter(row["route"] for row in rows))
+    about |= costs(said, rows, errors(posts, gold) if known else None, grid, args.compare)
+    write_json(beside(args.out, "cascade.json"), about)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(args.out, lambda part: Path(part).write_text(lines, "utf-8"))
+    print("routes     " + "  ".join(f"{k} {n}" for k, n in about["routes"].items()))
+    for name, numbers in about["runs"].items():
+        print(f"{name:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    closing(args.out)
+
+
+def refuse_other_labels(args, classes):
+    """A model that was trained to give other answers must not be scored on these."""
+    config = Path(args.mllm or "", os.pardir, "config.json")  # of train.py, beside best/
+    if args.mllm and Path(args.mllm, "ubm.json").exists():
+        raise InputError(f"--mllm {args.mllm} is a UBM: give it as --ubm")
+    if args.mllm and config.exists():
+        stage = json.loads(config.read_text()).get("stage")
+        if stage == "readout" or (stage in ("assistant", "student") and classes != LABELS):
+            raise InputError(f"--mllm {args.mllm} ({stage}) was trained for other answers than the "
+                             f"UBM's {', '.join(map(str, classes))}: choose another of the two")
+
+
+class Asked:
+    """Who says what of each post. The MLLM's answers are kept in NAME.asked.jsonl as they come:
+    killed and rerun, also with another --budget, nothing is asked twice."""
+
+    def __init__(self, args, ubm):
+        self.args, self.ubm, self.model = args, ubm, None
+        self.file = RowWriter(beside(args.out, "asked.jsonl"), "key")
+        self.known = {row["key"]: row["said"] for row in read_rows(self.file.path)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def settle(self, posts, tau1, tau2):
+        """[[UBM, MLLM, MLLM again], …]: the verdicts on posts, asking no more than the routes at
+        these thresholds want (-1: nobody is ever sure)."""
+        said = [[self.by_ubm(post), None, None] for post in tqdm(posts, "ubm", unit="post")]
+        for stage, wanted in ((1, "ask"), (2, "ask again")):
+            todo = {}
+            for i, (post, x) in enumerate(zip(posts, said)):
+                if cascade_route(*x, tau1, tau2)[0] == wanted:
+                    prompt = post_prompt(post) if stage == 1 else reference_prompt(post, *x[:2])
+                    key = digest(str(self.args.model), post.id, post.image, prompt)
+                    todo[i] = key, post, prompt
+            new = [it for it in todo.values() if it[0] not in self.known]
+            answers = self.by_endpoint(new) if self.args.endpoint else self.by_model(new)
+            for key, answer in tqdm(answers, ("mllm", "mllm again")[stage - 1], len(new)):
+                self.known[key] = answer
+                self.file.write(dict(key=key, said=answer))
+            for i, (key, _, _) in todo.items():
+                said[i][stage] = self.known.get(key, "the server did not answer")
+        return said
+
+    def by_ubm(self, post):
+        """The UBM's verdict, or why it has none."""
+        began = time.time()
+        try:
+            answer = verdict(self.ubm.probs([post])[0], self.ubm.classes)
+        except InputError as e:
+            return str(e)
+        tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
+        return answer | spent(self.ubm, tokens, time.time() - began)
+
+    def by_model(self, todo):
+        """(key, verdict or why there is none) of [(key, post, prompt), …]: a local model scores all
+        answers, so that its distribution is exact."""
+        if todo and self.model is None:
+            self.model = load_model(self.args.model, self.args.device,
+                                    max_pixels=self.args.max_pixels)
+        todo = sorted(todo, key=lambda it: len(it[2]))
+        for a in range(0, len(todo), self.args.batch):
+            (model, processor), began, examples = self.model, time.time(), {}
+            for key, post, prompt in todo[a : a + self.args.batch]:
+                try:
+                    examples[key] = encode(post, label_branches(self.ubm.classes), processor,
+                                           prompt)
+                except InputError as e:
+                    yield key, str(e)
+            if examples:
+                batch = collate(list(examples.values()), processor.pad).to(self.args.device)
+                probs = score_labels(model, batch).exp().cpu()
+                for (key, example), p in zip(examples.items(), probs):
+                    yield key, verdict(p, self.ubm.classes) | spent(model, len(example),
+                                                                    share(began, examples))
+
+    def by_endpoint(self, todo):
+        """The same from an endpoint, with the teacher stage's client, retries and stops."""
+        asked = {post.id: (key, prompt) for key, post, prompt in todo}
+
+        def dialogue(post):
+            messages = build_messages(post, "label")
+            messages[-1]["content"][-1]["text"] = (
+                asked[post.id][1] + label_branches(self.ubm.classes)[0][0])
+            answer = yield Request(post, messages, 0.0, 32, self.args.logprobs)
+            used = dict(tokens=answer.tokens_in + answer.tokens_out)
+            return dict(said=answer_verdict(answer, self.ubm.classes), used=used, attempts=[])
+
+        posts = [post for _, post, _ in todo]
+        for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
+            said = result.get("said", result.get("problem"))
+            if isinstance(said, dict):
+                said |= result["used"] | dict(seconds=result["seconds"])
+            yield asked[post.id][0], said
+
+
+def spent(model, tokens, seconds):
+    """What a pass cost; FLOPs: 2 x parameters x tokens."""
+    size = sum(p.numel() for p in model.parameters())
+    return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(2e-9 * size * tokens, 4))
+
+
+def errors(posts, gold):
+    """error(answer or None, n): 1 for a wrong or no label; the distance of a score, 6 for none."""
+    def error(answer, n):
+        if gold == "label":
+            return float(answer is None or answer["prediction"] != posts[n].label)
+        return abs(answer["predicted_score"] - posts[n].score) if answer else 6.0
+
+    return error
+
+
+def cascade_row(args, post, said, tau1, tau2):
+    """The post with its answer, the route and why, and the verdict (or failure) of every stage that
+    this route asked."""
+    route, answer, reason = cascade_route(*said, tau1, tau2)
+    asked = 1
+    while cascade_route(*said[:asked], *[None] * (3 - asked), tau1, tau2)[0].startswith("ask"):
+        asked += 1
+    stages = dict(zip(("ubm", "mllm", "again")[:asked], said))
+    answer = answer or dict(prediction=None)
+    keep = {k: v for k, v in answer.items() if k not in ("tokens", "seconds", "gflops")}
+    return new_row(post, args, "cascade", **keep, route=route, reason=reason, stages=stages)
+
+
+def costs(said, rows, error, grid, compare):
+    """{"runs": {name: its numbers a post}, "curve": [[passes, error], …]}. The curve
+    needs all answers (--compare); its thresholds are those that dev chooses for each budget."""
+    def run(answers, paid):
+        verdicts = [v for stages in paid for v in stages if isinstance(v, dict)]
+        numbers = {k: sum(v.get(k) or 0 for v in verdicts) / len(rows)
+                   for k in ("seconds", "gflops")}
+        if error:
+            numbers["error"] = sum(error(x, n) for n, x in enumerate(answers)) / len(rows)
+        return numbers
+
+    good = lambda v: v if isinstance(v, dict) else None
+    paid = [list(row["stages"].values()) for row in rows]
+    passes = sum(len(stages) - 1 for stages in paid) / len(rows)
+    ends = [row if row["prediction"] else None for row in rows]
+    runs = {"cascade": dict(passes=passes) | run(ends, paid),
+            "ubm": dict(passes=0) | run([good(x[0]) for x in said], [x[:1] for x in said])}
+    if not compare:
+        return dict(runs=runs)
+    runs["mllm"] = dict(passes=1) | run([good(x[1]) for x in said], [x[1:2] for x in said])
+    taus = [best_thresholds(grid, tenths / 10)[2:] for tenths in range(21)]
+    curve = sorted({g[:2] for g in threshold_grid(said, error, taus)}) if error else []
+    return dict(runs=runs, curve=curve)
+
+
+def cascade_one(args, ubm):
+    """One post from the shell: what each stage says, and who settles it, in words."""
+    file = Path(beside(args.out, "cascade.json"))
+    if not file.exists():
+        raise InputError(f"{file} does not exist: run cascade with --data and --dev onto this "
+                         "--out first, which fits the thresholds")
+    taus = [json.loads(file.read_text())[k] for k in ("tau1", "tau2")]
+    if args.image:
+        load_image(args.image)
+    with Asked(args, ubm) as asked:
+        said, = asked.settle([Post("1", args.text, args.image, args.aspect)], *taus)
+    route, answer, reason = cascade_route(*said, *taus)
+    for name, verdict in zip(("small model", "large model", "asked again"), said):
+        if isinstance(verdict, dict):
+            u = verdict["uncertainty"]
+            sure = "" if u is None else f", uncertainty {u:.2f} of 1"
+            score = f" ({verdict['predicted_score']:+.2f})" if "predicted_score" in verdict else ""
+            print(f"{name}: {verdict['prediction']}{score}{sure}")
+        elif verdict:
+            print(f"{name}: failed: {verdict}")
+    print(f"route: {route} ({reason})\nlabel: {answer['prediction'] if answer else None}")
+
+
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict)
+    stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict,
+                  cascade=cascade)
     return run_stage(stages[args.stage], args)
 
 

@@ -357,6 +357,8 @@ FORMATS = {
 "Prediction": negative, neutral or positive""",
     "label": """Answer with this field only:
 "Prediction": negative, neutral or positive""",
+    "score": """Answer with this field only:
+"Prediction": a whole number from -3 (most negative) to 3 (most positive)""",
 }
 TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
@@ -496,17 +498,19 @@ class Request:
     messages: list
     temperature: float
     max_tokens: int
+    logprobs: bool = False
 
 
 @dataclass
 class Answer:
     """What came back. `finish` is "stop" or "length" (truncated); tokens as the teacher counts
-    them."""
+    them; `logprobs`, if asked for and offered: [(token, {likely token: log-probability}), …]."""
 
     text: str
     finish: str = "stop"
     tokens_in: int = 0
     tokens_out: int = 0
+    logprobs: list | None = None
 
 
 def two_stage_cot(post, max_tries=3, max_tokens=512, stage2=True):
@@ -600,6 +604,8 @@ class Endpoint:
         messages = [dict(m, content=[_wire(p) for p in m["content"]]) for m in request.messages]
         body = dict(model=self.model, messages=messages, temperature=request.temperature,
                     max_tokens=request.max_tokens)
+        if request.logprobs:
+            body |= dict(logprobs=True, top_logprobs=5)
         ready_at, problem = 0.0, None
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._open_at) - time.monotonic()
@@ -666,8 +672,11 @@ def _read_reply(reply):
         content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str):
         raise TypeError(f"content is a {type(content).__name__}")
+    told = (choice.get("logprobs") or {}).get("content")
+    told = told and [(t["token"], {x["token"]: float(x["logprob"]) for x in t["top_logprobs"]})
+                     for t in told if t.get("top_logprobs")]
     return Answer(content, choice.get("finish_reason") or "stop", usage.get("prompt_tokens") or 0,
-                  usage.get("completion_tokens") or 0)
+                  usage.get("completion_tokens") or 0, told)
 
 
 def _wire(part):
@@ -1113,7 +1122,7 @@ def forward_branches(model, batch):
 
 @torch.no_grad()
 def score_labels(model, batch):
-    """Log-probabilities (B, 3) in the order of LABELS, normalised over the three, from a batch
+    """Log-probabilities (B, C) in the order of the branches, normalised over them, from a batch
     whose examples were encoded with `label_branches()`. One forward pass, exact, never
     unparsed."""
     hidden = forward_branches(model, batch)
@@ -1121,14 +1130,15 @@ def score_labels(model, batch):
     logits = model.lm_head(hidden[at]).float()  # (N, V)
     token = logits.log_softmax(-1).gather(1, batch.targets[at][:, None])[:, 0]  # (N,)
     row = torch.arange(len(batch.ids), device=at.device)[:, None].expand_as(at)[at]
-    scores = token.new_zeros(int(batch.example.max()) + 1, len(LABELS))
+    scores = token.new_zeros(int(batch.example.max()) + 1, int(batch.branch.max()))
     scores.index_put_((batch.example[row], batch.branch[at] - 1), token, accumulate=True)
     return scores.log_softmax(-1)
 
 
-def label_branches():
-    """The label prompt with each of the three answers."""
-    return [(task_format("label"), render_label(label)) for label in LABELS]
+def label_branches(classes=LABELS):
+    """The label (or score) prompt with each of its answers."""
+    task = "label" if tuple(classes) == LABELS else "score"
+    return [(task_format(task), render_label(answer)) for answer in classes]
 
 
 def training_branches(post, processor, max_answer=512, reasoning=True):
@@ -1254,7 +1264,7 @@ def dense_ce_kl(hidden, weight, targets, weights=None, soft=None, lam=0.0, tempe
 
 # ================================================================================================
 # §8 Small model and cascade [needs: json, math, re, Path, torch, F, Image, SafetensorError,
-#    load_file, save_file, nn, LABELS, InputError, §1, §9]
+#    load_file, save_file, nn, LABELS, InputError, §1, §2, §9]
 # ================================================================================================
 
 SCORES = tuple(range(-3, 4))  # choice: a score in [-3, 3] as seven classes, so that it has entropy
@@ -1271,12 +1281,14 @@ def clean_tweet(text):
 
 
 def mark_aspect(post):
-    """(clean text with `* aspect *` marked in place, clean aspect or "")."""
+    """(clean text with `* aspect *` marked in place, clean aspect or "", where in the text the
+    aspect stands: (start, end), of the whole text if it is not found)."""
     text, aspect = clean_tweet(post.text), clean_tweet(post.aspect or "")
     place = re.search(rf"(?<!\w){re.escape(aspect)}(?!\w)", text) if aspect else None
-    if place:
-        text = f"{text[:place.start()]}* {aspect} *{text[place.end():]}"
-    return text, aspect
+    if place is None:
+        return text, aspect, (0, len(text))
+    text = f"{text[:place.start()]}* {aspect} *{text[place.end():]}"
+    return text, aspect, (place.start() + 2, place.start() + 2 + len(aspect))
 
 
 class UBM(nn.Module):
@@ -1304,14 +1316,15 @@ class UBM(nn.Module):
 
     def forward(self, posts):
         """Posts (B of them) -> logits (B, C), not yet divided by the temperature."""
-        device, pairs = self.head[1].weight.device, [mark_aspect(p) for p in posts]
-        ids = self.tokenizer([t for t, _ in pairs], [a for _, a in pairs], padding=True,
-                             truncation=True, max_length=256, split_special_tokens=True,
-                             return_tensors="pt")
+        device, (texts, aspects, places) = self.head[1].weight.device, zip(*map(mark_aspect, posts))
+        ids = self.tokenizer(list(texts), list(aspects), padding=True, truncation=True,
+                             max_length=256, split_special_tokens=True, return_tensors="pt",
+                             return_offsets_mapping=True)
+        start, end = ids.pop("offset_mapping").unbind(-1)  # (B, T) each, in characters
+        first = torch.tensor([[s == 0 for s in ids.sequence_ids(b)] for b in range(len(posts))])
+        place = torch.tensor(places)[..., None]  # (B, 2, 1)
+        spot = (first & (start < place[:, 1]) & (end > place[:, 0]))[..., None].to(device)
         hidden = self.text(**ids.to(device)).last_hidden_state.float()  # (B, T, D)
-        # the aspect is the second segment; without one the mean is over the text
-        spot = torch.tensor([[s == bool(a) for s in ids.sequence_ids(b)]
-                             for b, (_, a) in enumerate(pairs)], device=device)[..., None]
         mean = (hidden * spot).sum(1) / spot.sum(1).clamp(min=1)
         parts = [hidden[:, 0], mean]
         if self.images is not None:
@@ -1406,15 +1419,144 @@ def load_ubm(folder, device="cpu"):
     return model.to(device).eval()
 
 
+def class_targets(posts, classes):
+    """What to learn (N, C): the label; a score's two neighbouring bins, so that the expectation is
+    the score. Scores beyond the outer bins count as those."""
+    if tuple(classes) == LABELS:
+        return F.one_hot(torch.tensor([LABELS.index(p.label) for p in posts]), 3).float()
+    scores = torch.tensor([float(p.score) for p in posts]).clamp(classes[0], classes[-1])
+    return (1 - (scores[:, None] - torch.tensor(classes)).abs()).clamp(min=0)
+
+
 def uncertainty(probs):
     """u = H(p) / log C of distributions (B, C) -> (B,): 0 is certain, 1 knows nothing. paper:
     entropy; choice: divided by its maximum."""
     return torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
 
 
+POLARITY_EPSILON = 0.5  # choice: a score nearer to 0 than half a bin takes no side
+PASSES = {"ubm": 0, "mllm": 1, "agree": 1, "again": 2}  # of the MLLM, by route
+
+
+def verdict(probs, classes):
+    """What a distribution (C,) over `classes` says, as entries of a row: prediction, probs and
+    uncertainty; of a score the polarity, predicted_score (its expectation) and bin_probs."""
+    u, probs = round(uncertainty(probs).item(), 6), [round(p, 6) for p in probs.tolist()]
+    if tuple(classes) == LABELS:
+        return dict(prediction=LABELS[probs.index(max(probs))], probs=probs, uncertainty=u)
+    return score_verdict(sum(p * c for p, c in zip(probs, classes)), u) | dict(bin_probs=probs)
+
+
+def answer_verdict(answer, classes):
+    """What an endpoint's Answer says, as entries of a row, or a str: why it says nothing. Its
+    uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
+    parsed = parse_reasoning(answer.text)
+    if tuple(classes) != LABELS:
+        said = re.findall(r"[-+]?\d+(?:\.\d+)?", parsed.fields.get("Prediction", answer.text))
+        if len(said) != 1 or not classes[0] <= float(said[0]) <= classes[-1]:
+            return f"no score in {answer.text[:80]!r}"
+        return score_verdict(float(said[0]), None)
+    if parsed.prediction is None:
+        return f"no label in {answer.text[:80]!r}"
+    fits = lambda token: [x for x in LABELS if (word := token.strip(' "').lower())
+                          and x.startswith(word)]
+    for token, likely in reversed(answer.logprobs or ()):
+        if fits(token) == [parsed.prediction]:  # where the label begins
+            mass = dict.fromkeys(LABELS, 1e-6)
+            for other, log_p in likely.items():
+                if len(found := fits(other)) == 1:
+                    mass[found[0]] += math.exp(log_p)
+            probs = torch.tensor(list(mass.values()))
+            return verdict(probs / probs.sum(), LABELS) | dict(prediction=parsed.prediction)
+    return dict(prediction=parsed.prediction, uncertainty=None)
+
+
+def score_verdict(score, u):
+    """The entries of a predicted score with uncertainty u (None where unknown)."""
+    side = LABELS[1 + (score > POLARITY_EPSILON) - (score < -POLARITY_EPSILON)]
+    return dict(prediction=side, predicted_score=round(score, 6), uncertainty=u)
+
+
+def cascade_route(ubm, mllm, again, tau1, tau2):
+    """How far a post is settled -> (route, answer, reason). `ubm`, `mllm`, `again`: the stages'
+    verdicts, None where a stage was not asked, a str (why) where it failed. Routes "ask" and "ask
+    again" want the next stage; "ubm", "mllm", "agree", "again" settle the post; "none": all failed.
+    paper: keep what the UBM is sure of; accept the MLLM if it is sure or of the UBM's polarity;
+    else ask it again. choice: sure is u <= τ, an unknown u never; a failed stage leaves the surest
+    earlier answer."""
+    asked = isinstance(mllm, dict)
+    if isinstance(ubm, dict) and ubm["uncertainty"] <= tau1:
+        return "ubm", ubm, f"sure: uncertainty {ubm['uncertainty']:.2f} <= {tau1:.2f}"
+    if mllm is None:
+        return "ask", None, "the UBM is unsure" if isinstance(ubm, dict) else f"UBM failed: {ubm}"
+    if not isinstance(ubm, dict) and not asked:
+        return "none", None, f"UBM failed: {ubm}; MLLM failed: {mllm}"
+    if not asked:
+        return "ubm", ubm, f"unsure, but the MLLM failed: {mllm}"
+    if mllm["uncertainty"] is not None and mllm["uncertainty"] <= tau2:
+        return "mllm", mllm, f"sure: uncertainty {mllm['uncertainty']:.2f} <= {tau2:.2f}"
+    if not isinstance(ubm, dict):
+        return "mllm", mllm, f"unsure, but the UBM failed: {ubm}"
+    if mllm["prediction"] == ubm["prediction"]:
+        return "agree", _mean_verdict(ubm, mllm), "the MLLM is unsure and agrees with the UBM"
+    if again is None:
+        return "ask again", None, "the MLLM is unsure and contradicts the UBM"
+    if isinstance(again, dict):
+        return "again", again, "asked again with both answers in the prompt"
+    surer = min(("mllm", mllm), ("ubm", ubm), key=lambda it: it[1]["uncertainty"] or 0.0)
+    return *surer, f"the surer of two; asking again failed: {again}"
+
+
+def _mean_verdict(ubm, mllm):
+    """Two answers of one polarity as one: for scores their mean, weighted by 1 - u (paper: v1; an
+    unknown u counts as 0.5); the label is the same."""
+    if "predicted_score" not in mllm:
+        return mllm
+    u = [0.5 if x["uncertainty"] is None else x["uncertainty"] for x in (ubm, mllm)]
+    weights = [1 - x + 1e-6 for x in u]
+    mean = lambda xs: sum(w * x for w, x in zip(weights, xs)) / sum(weights)
+    return score_verdict(mean([ubm["predicted_score"], mllm["predicted_score"]]), mean(u))
+
+
+def threshold_grid(said, error, taus=None):
+    """[(passes per post, mean error, τ1, τ2), …] for `said`, a list of (ubm, mllm, again) of posts
+    that were all asked, at given pairs `taus`, else at all pairs of the quantiles of u.
+    error(answer or None, n) -> the cost of an answer to post n."""
+    def levels(stage):
+        u = sorted(x[stage]["uncertainty"] for x in said if isinstance(x[stage], dict)
+                   and x[stage]["uncertainty"] is not None)
+        return [-1.0] + sorted({u[len(u) * k // 20 - (k > 0)] for k in range(21)} if u else ())
+
+    grid = []
+    for tau1, tau2 in taus or [(a, b) for a in levels(0) for b in levels(1)]:
+        ends = [cascade_route(*x, tau1, tau2) for x in said]
+        passes = sum(PASSES.get(route, 1) for route, _, _ in ends) / len(ends)
+        wrong = sum(error(answer, n) for n, (_, answer, _) in enumerate(ends)) / len(ends)
+        grid.append((passes, wrong, tau1, tau2))
+    return grid
+
+
+def best_thresholds(grid, budget):
+    """The entry of least error whose passes stay within the budget (the UBM alone always does);
+    among equals the cheapest."""
+    return min((g for g in grid if g[0] <= budget), default=min(grid), key=lambda g: (g[1], g[0]))
+
+
+def reference_prompt(post, ubm, mllm):
+    """The shared part of the prompt that asks again: the post, then both answers and how sure."""
+    def told(said):
+        answer = f"{said['predicted_score']:+.1f}" if "predicted_score" in said \
+            else said["prediction"]
+        u = said["uncertainty"]
+        return answer if u is None else f"{answer} (uncertainty {u:.2f} of 1)"
+
+    return (post_prompt(post) + f"Two earlier answers disagree. A small classifier: {told(ubm)}. "
+            f"You: {told(mllm)}. Look again and decide.\n\n")
+
+
 def fit_temperature(logits, targets):
-    """The temperature of least cross-entropy for logits (N, C) and targets (N,), to 1 %, between
-    0.1 and 10. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
+    """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.1 and
+    10. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
     grid = torch.logspace(-1, 1, 461)
     losses = [F.cross_entropy(logits / t, targets).item() for t in grid]
     return grid[losses.index(min(losses))].item()
