@@ -609,7 +609,8 @@ def cascade(args):
     if not dev:
         raise InputError(f"{args.dev}: no post of split dev has the {gold} that {args.ubm} was "
                          "trained for, to fit the thresholds on")
-    with Asked(args, ubm) as asked:
+    asked = Asked(args, ubm)
+    with asked.file:
         grid = threshold_grid(asked.settle(dev, -1, -1), errors(dev, gold))
         passes, wrong, tau1, tau2 = best_thresholds(grid, args.budget)
         print(f"thresholds {tau1:.3f} UBM, {tau2:.3f} MLLM: {passes:.2f} MLLM passes a post and "
@@ -649,12 +650,6 @@ class Asked:
         self.args, self.ubm, self.model = args, ubm, None
         self.file = RowWriter(beside(args.out, "asked.jsonl"), "key")
         self.known = {row["key"]: row["said"] for row in read_rows(self.file.path)}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
     def settle(self, posts, tau1, tau2):
         """[[UBM, MLLM, MLLM again], …]: the verdicts on posts, asking no more than the routes at
@@ -791,7 +786,8 @@ def cascade_one(args, ubm):
     taus = [json.loads(file.read_text())[k] for k in ("tau1", "tau2")]
     if args.image:
         load_image(args.image)
-    with Asked(args, ubm) as asked:
+    asked = Asked(args, ubm)
+    with asked.file:
         said, = asked.settle([Post("1", args.text, args.image, args.aspect)], *taus)
     route, answer, reason = cascade_route(*said, *taus)
     for name, verdict in zip(("small model", "large model", "asked again"), said):
