@@ -27,14 +27,14 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, Request, RowWriter,
-    SoftLabels, ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds,
-    build_messages, cascade_route, check_answer, check_settings, collate, digest, encode,
-    fingerprint, forward_branches, generate_text, label_branches, load_image, load_model,
-    load_ubm, mark_aspect, parse_reasoning, positive, post_prompt, read_posts, read_rows,
+    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, Request, RowWriter, SoftLabels,
+    ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds, build_messages,
+    cascade_route, check_answer, check_settings, collate, digest, encode, fingerprint,
+    forward_branches, generate_text, label_branches, load_image, load_model, load_ubm,
+    mark_aspect, of_split, parse_reasoning, positive, post_prompt, read_posts, read_rows,
     reference_prompt, render_reasoning, run_stage, score_labels, task_format, tell_aside,
-    threshold_grid, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot,
-    verdict, write_atomic, write_json)
+    threshold_grid, top_k_soft, toy_posts, toy_warmup, training_branches, two_stage_cot, verdict,
+    write_atomic, write_json)
 
 
 def above_zero(text):
@@ -507,12 +507,10 @@ def soft(args):
 
 def predict(args):
     """paper: the label from the label prompt, the chain from another run by the reason prompt."""
-    if Path(args.model, "ubm.json").exists():
-        return predict_ubm(args)
     if args.text:
         return predict_one(args)
     posts = controlled(posts_of(args), args)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_either(args)
     with tqdm(total=len(posts), desc="predict", unit="post") as bar, RowWriter(args.out) as kept:
         for _, batch in fixed_batches(posts, args.batch, kept.done):
             began, done = time.time(), set(kept.done)
@@ -524,22 +522,12 @@ def predict(args):
     closing(args.out)
 
 
-def predict_ubm(args):
-    """The same rows, of source ubm, with calibrated probabilities and their uncertainty."""
-    ubm = load_ubm(args.model, args.device)
-    if args.text:
-        said = verdict(ubm.probs([Post("1", args.text, args.image, args.aspect)])[0], ubm.classes)
-        return print(f"label: {said['prediction']} (uncertainty {said['uncertainty']:.2f} of 1)")
-    posts = controlled(posts_of(args), args)
-    with tqdm(total=len(posts), desc="predict", unit="post") as bar, RowWriter(args.out) as kept:
-        for _, batch in fixed_batches(posts, args.batch, kept.done):
-            began, done = time.time(), set(kept.done)
-            for post, probs in zip(batch, ubm.probs(batch)):
-                if post.id not in done:
-                    kept.write(new_row(post, args, "ubm", **verdict(probs, ubm.classes),
-                                       seconds=share(began, batch), cot=None))
-            bar.update(len(batch))
-    closing(args.out)
+def load_either(args):
+    """(model, Processor), or (UBM, None) where --model is a folder of train.py ubm."""
+    if Path(args.model, "ubm.json").exists():
+        args.source = "ubm"
+        return load_ubm(args.model, args.device), None
+    return load_model(args.model, args.device, max_pixels=args.max_pixels)
 
 
 def controlled(posts, args):
@@ -556,7 +544,10 @@ def controlled(posts, args):
 
 
 def predict_batch(args, model, processor, posts):
-    """What is said of each post: prediction, probs or raw_label, and the chain with its problem."""
+    """What is said of each post: prediction, probs or raw_label, and the chain with its problem; of
+    a UBM (no processor) its verdict."""
+    if processor is None:
+        return [verdict(probs, model.classes) for probs in model.probs(posts)]
     if args.decode == "score":
         examples = [encode(p, label_branches(), processor) for p in posts]
         batch = collate(examples, processor.pad).to(args.device)
@@ -582,7 +573,7 @@ def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
     if args.image:
         load_image(args.image)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_either(args)
     post = Post("1", args.text, args.image, args.aspect)
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:
@@ -599,28 +590,26 @@ def cascade(args):
     where it is unsure and contradicts the UBM."""
     ubm = load_ubm(args.ubm, args.device)
     refuse_other_labels(args, ubm.classes)
-    if args.text:
-        return cascade_one(args, ubm)
-    posts, gold = posts_of(args), "label" if ubm.classes == LABELS else "score"
-    dev = read_posts(args.dev, args.images, aside := [])
-    tell_aside(aside, "of the dev rows")
-    dev = [p for p in dev if p.split == "dev"] or [p for p in dev if p.split is None]
-    dev = [p for p in dev if getattr(p, gold) is not None]
-    if not dev:
-        raise InputError(f"{args.dev}: no post of split dev has the {gold} that {args.ubm} was "
-                         "trained for, to fit the thresholds on")
     asked = Asked(args, ubm)
+    if args.text:
+        return cascade_one(args, asked)
+    posts = posts_of(args)
+    dev = of_split(read_posts(args.dev, args.images, aside := []), "dev")
+    tell_aside(aside, "of the dev rows")
+    dev = [p for p in dev if getattr(p, ubm.target) is not None]
+    if not dev:
+        raise InputError(f"{args.dev}: no post of split dev has the {ubm.target} that {args.ubm} "
+                         "was trained for, to fit the thresholds on")
     with asked.file:
-        grid = threshold_grid(asked.settle(dev, -1, -1), errors(dev, gold))
-        passes, wrong, tau1, tau2 = best_thresholds(grid, args.budget)
-        print(f"thresholds {tau1:.3f} UBM, {tau2:.3f} MLLM: {passes:.2f} MLLM passes a post and "
-              f"{'error' if gold == 'label' else 'MAE'} {wrong:.3f} on {len(dev)} dev posts")
-        said = asked.settle(posts, *((-1, -1) if args.compare else (tau1, tau2)))
-    rows = [cascade_row(args, post, x, tau1, tau2) for post, x in zip(posts, said)]
-    known = all(getattr(p, gold) is not None for p in posts)
-    about = dict(tau1=tau1, tau2=tau2, budget=args.budget, ubm=args.ubm, mllm=args.model,
-                 dev_passes=passes, dev_error=wrong, routes=Counter(row["route"] for row in rows))
-    about |= costs(said, rows, errors(posts, gold) if known else None, grid, args.compare)
+        grid = threshold_grid(asked.settle(dev), errors(dev, ubm.target))
+        passes, wrong, *taus = best_thresholds(grid, args.budget)
+        print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
+              f"error {wrong:.3f}, on {len(dev)} dev posts")
+        said = asked.settle(posts, *((-1, -1) if args.compare else taus))
+    rows = [cascade_row(args, post, x, taus) for post, x in zip(posts, said)]
+    about = dict(taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
+                 dev_error=wrong, routes=Counter(row["route"] for row in rows))
+    about |= costs(posts, said, rows, grid, args.compare, ubm.target)
     write_json(beside(args.out, "cascade.json"), about)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(args.out, lambda part: Path(part).write_text(lines, "utf-8"))
@@ -632,14 +621,13 @@ def cascade(args):
 
 def refuse_other_labels(args, classes):
     """A model that was trained to give other answers must not be scored on these."""
-    config = Path(args.mllm or "", os.pardir, "config.json")  # of train.py, beside best/
-    if args.mllm and Path(args.mllm, "ubm.json").exists():
-        raise InputError(f"--mllm {args.mllm} is a UBM: give it as --ubm")
-    if args.mllm and config.exists():
-        stage = json.loads(config.read_text()).get("stage")
-        if stage == "readout" or (stage in ("assistant", "student") and classes != LABELS):
-            raise InputError(f"--mllm {args.mllm} ({stage}) was trained for other answers than the "
-                             f"UBM's {', '.join(map(str, classes))}: choose another of the two")
+    folder = Path(args.mllm or "no folder")
+    config = folder.parent / "config.json"  # of train.py, beside best/
+    stage = json.loads(config.read_text()).get("stage") if args.mllm and config.exists() else None
+    other = stage == "readout" or (stage in ("assistant", "student") and classes != LABELS)
+    if other or (folder / "ubm.json").exists():
+        raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
+                         f"{', '.join(map(str, classes))}: choose another of the two")
 
 
 class Asked:
@@ -651,7 +639,7 @@ class Asked:
         self.file = RowWriter(beside(args.out, "asked.jsonl"), "key")
         self.known = {row["key"]: row["said"] for row in read_rows(self.file.path)}
 
-    def settle(self, posts, tau1, tau2):
+    def settle(self, posts, tau1=-1, tau2=-1):
         """[[UBM, MLLM, MLLM again], …]: the verdicts on posts, asking no more than the routes at
         these thresholds want (-1: nobody is ever sure)."""
         said = [[self.by_ubm(post), None, None] for post in tqdm(posts, "ubm", unit="post")]
@@ -705,12 +693,11 @@ class Asked:
 
     def by_endpoint(self, todo):
         """The same from an endpoint, with the teacher stage's client, retries and stops."""
-        asked = {post.id: (key, prompt) for key, post, prompt in todo}
+        asked, question = {it[1].id: it for it in todo}, label_branches(self.ubm.classes)[0][0]
 
         def dialogue(post):
             messages = build_messages(post, "label")
-            messages[-1]["content"][-1]["text"] = (
-                asked[post.id][1] + label_branches(self.ubm.classes)[0][0])
+            messages[-1]["content"][-1]["text"] = asked[post.id][2] + question
             answer = yield Request(post, messages, 0.0, 32, self.args.logprobs)
             used = dict(tokens=answer.tokens_in + answer.tokens_out)
             return dict(said=answer_verdict(answer, self.ubm.classes), used=used, attempts=[])
@@ -729,76 +716,72 @@ def spent(model, tokens, seconds):
     return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(2e-9 * size * tokens, 4))
 
 
-def errors(posts, gold):
+def errors(posts, target):
     """error(answer or None, n): 1 for a wrong or no label; the distance of a score, 6 for none."""
     def error(answer, n):
-        if gold == "label":
+        if target == "label":
             return float(answer is None or answer["prediction"] != posts[n].label)
         return abs(answer["predicted_score"] - posts[n].score) if answer else 6.0
 
     return error
 
 
-def cascade_row(args, post, said, tau1, tau2):
+def cascade_row(args, post, said, taus):
     """The post with its answer, the route and why, and the verdict (or failure) of every stage that
     this route asked."""
-    route, answer, reason = cascade_route(*said, tau1, tau2)
-    asked = 1
-    while cascade_route(*said[:asked], *[None] * (3 - asked), tau1, tau2)[0].startswith("ask"):
+    (route, answer, reason), asked = cascade_route(*said, *taus), 1
+    while cascade_route(*said[:asked], *[None] * (3 - asked), *taus)[0].startswith("ask"):
         asked += 1
     stages = dict(zip(("ubm", "mllm", "again")[:asked], said))
-    answer = answer or dict(prediction=None)
-    keep = {k: v for k, v in answer.items() if k not in ("tokens", "seconds", "gflops")}
-    return new_row(post, args, "cascade", **keep, route=route, reason=reason, stages=stages)
+    kept = {k: v for k, v in (answer or dict(prediction=None)).items()
+            if k not in ("tokens", "seconds", "gflops")}
+    return new_row(post, args, "cascade", **kept, route=route, reason=reason, stages=stages)
 
 
-def costs(said, rows, error, grid, compare):
-    """{"runs": {name: its numbers a post}, "curve": [[passes, error], …]}. The curve
-    needs all answers (--compare); its thresholds are those that dev chooses for each budget."""
+def costs(posts, said, rows, grid, compare, target):
+    """runs: what a post cost and the mean error (where gold is known) of the cascade and of either
+    model alone; with --compare the curve [[passes, error], …] at the thresholds that dev chose for
+    each budget."""
+    known = all(getattr(p, target) is not None for p in posts)
+    error, mean = errors(posts, target), lambda values: sum(values) / len(posts)
+
     def run(answers, paid):
-        verdicts = [v for stages in paid for v in stages if isinstance(v, dict)]
-        numbers = {k: sum(v.get(k) or 0 for v in verdicts) / len(rows)
-                   for k in ("seconds", "gflops")}
-        if error:
-            numbers["error"] = sum(error(x, n) for n, x in enumerate(answers)) / len(rows)
-        return numbers
+        dicts = [v for stages in paid for v in stages if isinstance(v, dict)]
+        told = {k: sum(v.get(k, 0) for v in dicts) / len(posts) for k in ("seconds", "gflops")}
+        wrong = dict(error=mean(error(x, n) for n, x in enumerate(answers))) if known else {}
+        return told | wrong
 
-    good = lambda v: v if isinstance(v, dict) else None
     paid = [list(row["stages"].values()) for row in rows]
-    passes = sum(len(stages) - 1 for stages in paid) / len(rows)
-    ends = [row if row["prediction"] else None for row in rows]
-    runs = {"cascade": dict(passes=passes) | run(ends, paid),
-            "ubm": dict(passes=0) | run([good(x[0]) for x in said], [x[:1] for x in said])}
+    alone = lambda k: run([x[k] if isinstance(x[k], dict) else None for x in said],
+                          [[x[k]] for x in said])
+    runs = dict(cascade=dict(passes=mean(len(stages) - 1 for stages in paid)) | run(
+        [row if row["prediction"] else None for row in rows], paid), ubm=dict(passes=0) | alone(0))
     if not compare:
         return dict(runs=runs)
-    runs["mllm"] = dict(passes=1) | run([good(x[1]) for x in said], [x[1:2] for x in said])
     taus = [best_thresholds(grid, tenths / 10)[2:] for tenths in range(21)]
-    curve = sorted({g[:2] for g in threshold_grid(said, error, taus)}) if error else []
-    return dict(runs=runs, curve=curve)
+    curve = sorted({g[:2] for g in threshold_grid(said, error, taus)}) if known else []
+    return dict(runs=runs | dict(mllm=dict(passes=1) | alone(1)), curve=curve)
 
 
-def cascade_one(args, ubm):
+def cascade_one(args, asked):
     """One post from the shell: what each stage says, and who settles it, in words."""
     file = Path(beside(args.out, "cascade.json"))
     if not file.exists():
         raise InputError(f"{file} does not exist: run cascade with --data and --dev onto this "
                          "--out first, which fits the thresholds")
-    taus = [json.loads(file.read_text())[k] for k in ("tau1", "tau2")]
+    taus = json.loads(file.read_text())["taus"]
     if args.image:
         load_image(args.image)
-    asked = Asked(args, ubm)
     with asked.file:
         said, = asked.settle([Post("1", args.text, args.image, args.aspect)], *taus)
+    for name, x in zip(("small model", "large model", "asked again"), said):
+        if isinstance(x, dict):
+            u = "unknown" if x["uncertainty"] is None else f"{x['uncertainty']:.2f} of 1"
+            print(f"{name}: {x.get('predicted_score', x['prediction'])}, uncertainty {u}")
+        elif x:
+            print(f"{name}: failed: {x}")
     route, answer, reason = cascade_route(*said, *taus)
-    for name, verdict in zip(("small model", "large model", "asked again"), said):
-        if isinstance(verdict, dict):
-            u = verdict["uncertainty"]
-            sure = "" if u is None else f", uncertainty {u:.2f} of 1"
-            score = f" ({verdict['predicted_score']:+.2f})" if "predicted_score" in verdict else ""
-            print(f"{name}: {verdict['prediction']}{score}{sure}")
-        elif verdict:
-            print(f"{name}: failed: {verdict}")
-    print(f"route: {route} ({reason})\nlabel: {answer['prediction'] if answer else None}")
+    print(f"route: {route} ({reason})\nlabel: {answer['prediction'] if answer else 'none'}")
 
 
 def main(argv=None):

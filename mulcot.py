@@ -186,6 +186,11 @@ def read_posts(path, images=None, rejects=None, may_be_empty=False):
     return posts
 
 
+def of_split(posts, split):
+    """The posts of a split, or all where the rows have none."""
+    return [p for p in posts if p.split == split] or [p for p in posts if p.split is None]
+
+
 def _to_post(row, images):
     """A row dict of any source -> a checked Post."""
     if not isinstance(row, dict):
@@ -1300,6 +1305,7 @@ class UBM(nn.Module):
     def __init__(self, text, tokenizer, classes, images=None, image_processor=None):
         super().__init__()
         self.text, self.tokenizer, self.classes = text, tokenizer, tuple(classes)
+        self.target = "label" if self.classes == LABELS else "score"
         self.images, self.image_processor, self.temperature = images, image_processor, 1.0
         if images == "small":
             sizes = (3, 16, 32, 64, 64)

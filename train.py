@@ -34,8 +34,8 @@ from mulcot import (
     LABELS, SCORES, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages,
     check_settings, class_targets, collate, dense_ce_kl, digest, encode, fit_temperature,
     forward_branches, label_branches, load_model, load_processor, mark_aspect, multitask_loss,
-    new_ubm, positive, read_posts, read_rows, render_label, run_stage, save_adapter, save_ubm,
-    score_labels, seed_everything, show_tokens, tell_aside, tiny_model, tiny_tokenizer,
+    new_ubm, of_split, positive, read_posts, read_rows, render_label, run_stage, save_adapter,
+    save_ubm, score_labels, seed_everything, show_tokens, tell_aside, tiny_model, tiny_tokenizer,
     tokenizer_hash, training_branches, write_atomic, write_json)
 
 
@@ -173,7 +173,7 @@ def dev_posts(args):
     aside = []
     posts = [p for p in read_posts(args.dev, args.images, aside) if p.label]
     tell_aside(aside, "of the dev rows")
-    chosen = [p for p in posts if p.split == "dev"] or [p for p in posts if p.split is None]
+    chosen = of_split(posts, "dev")
     if not chosen:
         raise InputError(f"{args.dev} has no labelled post of split dev to select on")
     return chosen
@@ -502,8 +502,8 @@ def ubm_posts(args):
     dev = read_posts(args.dev, args.images, aside)
     tell_aside(aside, "rows in all")
     posts = [p for p in posts if p.split not in ("dev", "test")]
-    dev = [p for p in dev if p.split == "dev"] or [p for p in dev if p.split is None]
-    sets = [[p for p in rows if getattr(p, need) is not None] for rows in (posts, dev)]
+    sets = [[p for p in rows if getattr(p, need) is not None]
+            for rows in (posts, of_split(dev, "dev"))]
     for name, rows in zip(("--data", "--dev"), sets):
         if not rows:
             raise InputError(f"{name}: no post of a fitting split has a {need}")
