@@ -635,18 +635,23 @@ def ubm(args):
 
 
 def tiny_encoder(args, posts):
-    """The folder of a random two-layer BERT with word pieces from the posts, made on first use."""
+    """The folder of a random two-layer BERT that knows the posts' words and all letters, made on
+    first use."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    init = Path(args.out, "init")
+    init, part = Path(args.out, "init"), Path(args.out, "init.part")
     if not init.exists():
-        corpus = [mark_aspect(p)[0] for p in posts]
-        tokenizer = BertTokenizer().train_new_from_iterator(corpus, 1000, show_progress=False)
+        words = Counter(w for p in posts for w in mark_aspect(p)[0].lower().split())
+        signs = sorted({sign for word in words for sign in word})
+        # trap: the library's own training of word pieces differs from run to run
+        pieces = [*signs, *("##" + s for s in signs), *sorted(words, key=lambda w: (-words[w], w))]
+        names = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces[:2000]])
+        tokenizer = BertTokenizer(vocab={name: n for n, name in enumerate(names)})
+        config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
+                            num_attention_heads=2, intermediate_size=128)
         seed_everything(args.seed)
-        part = Path(args.out, "init.part")
+        BertModel(config).save_pretrained(part)
         tokenizer.save_pretrained(part)
-        BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
-                             num_attention_heads=2, intermediate_size=128)).save_pretrained(part)
         os.replace(part, init)
     return str(init)
 

@@ -45,7 +45,7 @@ def encoder(tmp_path_factory):
     args = train.parse_args(["ubm", "--data", "x", "--dev", "x", "--text-encoder", "tiny", "--out",
                              str(tmp_path_factory.mktemp("encoder"))])
     words = "Kanye loves such a day , Rex is dull but Mia shines # tbt @ user ( )".split()
-    return train.tiny_encoder(args, [mulcot.Post(str(n), " ".join(words)) for n in range(9)])
+    return train.tiny_encoder(args, [mulcot.Post("1", " ".join(words), aspect="Rex")])
 
 
 @pytest.fixture
