@@ -1543,9 +1543,11 @@ def threshold_grid(said, error, taus=None):
 
 
 def best_thresholds(grid, budget):
-    """The entry of least error whose passes stay within the budget (the UBM alone always does);
-    among equals the cheapest."""
-    return min((g for g in grid if g[0] <= budget), default=min(grid), key=lambda g: (g[1], g[0]))
+    """The entry of least error whose passes stay within the budget (the UBM alone always does).
+    choice: few dev posts leave many equals; of those the one that asks about most posts, then the
+    one that asks again about fewest."""
+    return min((g for g in grid if g[0] <= budget), default=min(grid),
+               key=lambda g: (g[1], g[2], -g[3]))
 
 
 def reference_prompt(post, ubm, mllm):
