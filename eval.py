@@ -24,7 +24,6 @@ import zlib
 from collections import Counter, defaultdict
 from functools import lru_cache
 from html import escape
-from itertools import islice
 from pathlib import Path
 
 import numpy as np

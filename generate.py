@@ -27,13 +27,16 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    Answer, Endpoint, Help, InputError, Post, Refused, RowWriter, Shelf, SoftLabels, ToyTeacher,
-    Unreachable, answer_all, beside, build_messages, check_answer, check_settings, collate, digest,
-    encode, fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
-    label_example, label_row, load_image, load_model, new_cache, parse_reasoning, positive, ranks,
-    read_out, read_posts, read_rows, refuse_ranks, render_reasoning, run_stage, score_labels,
-    shared_rows, task_format, tell_aside, top_k_soft, toy_clip_warmup, toy_clips, toy_posts,
-    toy_warmup, training_branches, two_stage_cot, wait_for_ranks, write_atomic, write_branch)
+    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, Request, RowWriter, Shelf,
+    SoftLabels, ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds,
+    build_messages, cascade_route, check_answer, check_settings, collate, digest, encode,
+    fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
+    label_example, label_row, load_image, load_model, load_ubm, mark_aspect, new_cache, of_split,
+    parse_reasoning, positive, post_prompt, ranks, read_out, read_posts, read_rows,
+    reference_prompt, refuse_ranks, render_reasoning, run_stage, score_labels, shared_rows,
+    task_format, tell_aside, threshold_grid, top_k_soft, toy_clip_warmup, toy_clips, toy_posts,
+    toy_warmup, training_branches, two_stage_cot, verdict, wait_for_ranks, write_atomic,
+    write_branch, write_json)
 
 
 def above_zero(text):
@@ -53,7 +56,7 @@ def parse_args(argv=None):
     def stage(name, about, model=True):
         """A stage's parser with the flags that stages share; returns its add_argument."""
         p = stages.add_parser(name, help=about, description=about, formatter_class=Help)
-        flag, single = p.add_argument, name == "predict"
+        flag, single = p.add_argument, name in ("predict", "cascade")
         flag("--out", required=not single,
              help="a folder" if name in ("toy", "soft") else "where the rows go (.jsonl)")
         flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
@@ -61,8 +64,9 @@ def parse_args(argv=None):
             flag("--data", nargs="+", metavar="POSTS", required=not single,
                  help="posts: .jsonl, .json, .tsv or an MVSA folder")
             flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
-            flag("--model", required=True, help="hub name, model or adapter folder (teacher: also "
-                                                "toy, or the name at --endpoint)")
+            flag("--model", required=name != "cascade",
+                 help="the MLLM's name at --endpoint" if name == "cascade" else "hub name, model "
+                      "or adapter folder (teacher: also toy, or the name at --endpoint)")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                  help="cpu, cuda or cuda:1")
             flag("--batch", type=positive, default=64, help="posts at once (authors: 24)")
@@ -76,13 +80,9 @@ def parse_args(argv=None):
     flag("--clips", action="store_true", help="posts with frames, a voice and a score")
 
     flag = stage("teacher", "two-stage chains: predict; keep if right, else explain the label")
-    flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
-                            "the key is read from OPENAI_API_KEY")
-    flag("--allow-http", action="store_true", help="plain http to another machine")
+    endpoint_flags(flag)
     flag("--split", default="train", help="only posts of this split, where posts have one, or all")
     flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
-    flag("--workers", type=positive, default=8, help="--endpoint: calls at once")
-    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
     flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
     flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
     flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
@@ -112,16 +112,52 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
     flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
     flag("--blank-text", action="store_true", help="control: take the words away")
-    flag("--source", default="student", help="the writer's name in the rows")
+    flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
+    one_post_flags(flag)
+
+    flag = stage("cascade", "a small model first, the MLLM only where that one is unsure")
+    flag("--ubm", required=True, help="folder of train.py ubm")
+    flag("--mllm", help="the MLLM: hub name, model or adapter folder; or give --endpoint, --model")
+    endpoint_flags(flag)
+    flag("--logprobs", action=yes_no, default=True,
+         help="--endpoint: --no-logprobs for a server that refuses to give them")
+    flag("--dev", help="posts to fit the thresholds on (split dev, where posts have one)")
+    flag("--split", default="all", help="only posts of this split, where posts have one, or all")
+    flag("--budget", type=float, default=0.4, help="MLLM passes per post, at most, on dev")
+    flag("--compare", action="store_true",
+         help="ask the MLLM about every post, for the accuracy-cost curve")
+    one_post_flags(flag)
+    args = top.parse_args(argv)
+    if args.stage in ("predict", "cascade"):
+        if not (args.text or (args.data and args.out)):
+            top.error(f"{args.stage} needs --data and --out, or one post in --text (and --image, "
+                      "--aspect)")
+        if args.text and args.data:
+            top.error("--text (one post) and --data (many) exclude each other")
+    if args.stage == "cascade":
+        if bool(args.mllm) == bool(args.endpoint) or bool(args.endpoint) != bool(args.model):
+            top.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
+        if not (args.dev if args.data else args.out):
+            top.error("cascade fits its thresholds on --dev; one post in --text needs the --out of "
+                      "such a run")
+        args.model, args.max_posts, args.budget_tokens = args.mllm or args.model, 0, 0
+    return args
+
+
+def endpoint_flags(flag):
+    """How to reach an endpoint."""
+    flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
+                            "the key is read from OPENAI_API_KEY")
+    flag("--allow-http", action="store_true", help="plain http to another machine")
+    flag("--workers", type=positive, default=8, help="--endpoint: calls at once")
+    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
+
+
+def one_post_flags(flag):
+    """One post from the shell."""
     flag("--text", help="one post instead of --data: its text")
     flag("--image", help="one post: its image")
     flag("--aspect", help="one post: its target aspect")
-    args = top.parse_args(argv)
-    if args.stage == "predict" and not (args.text or (args.data and args.out)):
-        top.error("predict needs --data and --out, or one post in --text (and --image, --aspect)")
-    if args.stage == "predict" and args.text and args.data:
-        top.error("--text (one post) and --data (many) exclude each other")
-    return args
 
 
 # ---- shared by the stages ----------------------------------------------------------------------
@@ -163,8 +199,9 @@ KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_ima
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
     settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
-    files = [Path(args.model, name) for name in ("adapter_model.safetensors", "head.safetensors")]
-    if files[0].exists():
+    names = ("adapter_model.safetensors", "head.safetensors", "ubm.safetensors")
+    files = [Path(args.model, name) for name in names]
+    if files[0].exists() or files[2].exists():
         adapter = digest(*(file.read_bytes() for file in files if file.exists()))
     return settings | {"adapter": adapter}
 
@@ -182,7 +219,8 @@ def fixed_batches(posts, size, done):
 
 
 SAID = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage", "tries",
-        "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt"}
+        "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt",
+        "uncertainty", "predicted_score", "bin_probs", "route", "reason", "stages"}
 
 
 def new_row(post, args, source, **more):
@@ -332,15 +370,17 @@ class PaidCalls:
         return answer
 
 
-def from_endpoint(args, posts, done, counts):
-    """(post, result) as they are finished, --workers dialogues at once. A post that the server
+def from_endpoint(args, posts, done, counts, dialogue=None):
+    """(post, result) as they are finished, --workers dialogues at once: the teacher's two stages,
+    or dialogue(post), a generator like two_stage_cot. A post that the server
     refuses is set aside; when it answers none, or the budget is spent, the stage stops."""
     calls, failed = PaidCalls(args, done, counts), []
     todo = islice((p for p in posts if p.id not in done), args.max_posts or None)
 
     def talk(post):
         began = time.time()
-        asked = two_stage_cot(post, args.max_tries, args.max_new_tokens, args.stage2)
+        asked = dialogue(post) if dialogue else two_stage_cot(
+            post, args.max_tries, args.max_new_tokens, args.stage2)
         (_, result), = answer_all([asked], lambda requests: [calls(requests[0])])
         return result | dict(seconds=share(began, [post]))
 
@@ -493,7 +533,7 @@ def predict(args):
     if args.text:
         return predict_one(args)
     posts = controlled(posts_of(args), args)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_either(args)
     bar = tqdm(total=len(posts), desc="predict", unit="post", disable=ranks()[0] > 0)
     with bar, shared_rows(args.out) as kept:
         for _, batch in fixed_batches(posts, args.batch, kept.done):
@@ -504,6 +544,14 @@ def predict(args):
                     kept.write(new_row(post, args, args.source, **said, cot=None))
             bar.update(len(batch))
     closing(args.out)
+
+
+def load_either(args):
+    """(model, Processor), or (UBM, None) where --model is a folder of train.py ubm."""
+    if Path(args.model, "ubm.json").exists():
+        args.source = "ubm"
+        return load_ubm(args.model, args.device), None
+    return load_model(args.model, args.device, max_pixels=args.max_pixels)
 
 
 def controlled(posts, args):
@@ -521,8 +569,10 @@ def controlled(posts, args):
 
 @torch.no_grad()
 def predict_batch(args, model, processor, posts):
-    """What is said of each post: prediction, probs or raw_label, and the chain with its problem;
-    by a model with a readout, what that reads, and no chain."""
+    """What is said of each post: prediction, probs or raw_label, and the chain with its problem; of
+    a UBM (no processor) its verdict, of a model with a readout what that reads."""
+    if processor is None:
+        return [verdict(probs, model.classes) for probs in model.probs(posts)]
     if hasattr(model, "readout"):
         return read_out(model, processor, posts)
     chain, chains = [(task_format("reason"), None)], []
@@ -556,7 +606,7 @@ def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
     if args.image:
         load_image(args.image)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_either(args)
     post = Post("1", args.text, args.image, args.aspect)
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:
@@ -567,13 +617,217 @@ def predict_one(args):
     print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
 
 
+# ---- cascade -----------------------------------------------------------------------------------
+
+
+def cascade(args):
+    """paper: U-ACS. The UBM keeps what it is sure of, the MLLM is asked about the rest, and again
+    where it is unsure and contradicts the UBM."""
+    ubm = load_ubm(args.ubm, args.device)
+    refuse_other_labels(args, ubm.classes)
+    asked = Asked(args, ubm)
+    if args.text:
+        return cascade_one(args, asked)
+    posts = posts_of(args)
+    dev = of_split(read_posts(args.dev, args.images, aside := []), "dev")
+    tell_aside(aside, "of the dev rows")
+    dev = [p for p in dev if getattr(p, ubm.target) is not None]
+    if not dev:
+        raise InputError(f"{args.dev}: no post of split dev has the {ubm.target} that {args.ubm} "
+                         "was trained for, to fit the thresholds on")
+    with asked.file:
+        grid = threshold_grid(asked.settle(dev), errors(dev, ubm.target))
+        passes, wrong, *taus = best_thresholds(grid, args.budget)
+        print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
+              f"error {wrong:.3f}, on {len(dev)} dev posts")
+        said = asked.settle(posts, *((-1, -1) if args.compare else taus))
+    rows = [cascade_row(args, post, x, taus) for post, x in zip(posts, said)]
+    about = dict(taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
+                 dev_error=wrong, routes=Counter(row["route"] for row in rows))
+    about |= costs(posts, said, rows, grid, args.compare, ubm.target)
+    write_json(beside(args.out, "cascade.json"), about)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(args.out, lambda part: Path(part).write_text(lines, "utf-8"))
+    print("routes     " + "  ".join(f"{k} {n}" for k, n in about["routes"].items()))
+    for name, numbers in about["runs"].items():
+        print(f"{name:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    closing(args.out)
+
+
+def refuse_other_labels(args, classes):
+    """A model that was trained to give other answers must not be scored on these."""
+    folder = Path(args.mllm or "no folder")
+    config = folder.parent / "config.json"  # of train.py, beside best/
+    stage = json.loads(config.read_text()).get("stage") if args.mllm and config.exists() else None
+    other = stage == "readout" or (stage in ("assistant", "student") and classes != LABELS)
+    if other or (folder / "ubm.json").exists():
+        raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
+                         f"{', '.join(map(str, classes))}: choose another of the two")
+
+
+class Asked:
+    """Who says what of each post. The MLLM's answers are kept in NAME.asked.jsonl as they come:
+    killed and rerun, also with another --budget, nothing is asked twice."""
+
+    def __init__(self, args, ubm):
+        self.args, self.ubm, self.model = args, ubm, None
+        self.file = RowWriter(beside(args.out, "asked.jsonl"), "key")
+        self.known = {row["key"]: row["said"] for row in read_rows(self.file.path)}
+
+    def settle(self, posts, tau1=-1, tau2=-1):
+        """[[UBM, MLLM, MLLM again], …]: the verdicts on posts, asking no more than the routes at
+        these thresholds want (-1: nobody is ever sure)."""
+        said = [[self.by_ubm(post), None, None] for post in tqdm(posts, "ubm", unit="post")]
+        for stage, wanted in ((1, "ask"), (2, "ask again")):
+            todo = {}
+            for i, (post, x) in enumerate(zip(posts, said)):
+                if cascade_route(*x, tau1, tau2)[0] == wanted:
+                    prompt = post_prompt(post) if stage == 1 else reference_prompt(post, *x[:2])
+                    key = digest(str(self.args.model), post.id, post.image, prompt)
+                    todo[i] = key, post, prompt
+            new = [it for it in todo.values() if it[0] not in self.known]
+            answers = self.by_endpoint(new) if self.args.endpoint else self.by_model(new)
+            for key, answer in tqdm(answers, ("mllm", "mllm again")[stage - 1], len(new)):
+                self.known[key] = answer
+                self.file.write(dict(key=key, said=answer))
+            for i, (key, _, _) in todo.items():
+                said[i][stage] = self.known.get(key, "the server did not answer")
+        return said
+
+    def by_ubm(self, post):
+        """The UBM's verdict, or why it has none."""
+        began = time.time()
+        try:
+            answer = verdict(self.ubm.probs([post])[0], self.ubm.classes)
+        except InputError as e:
+            return str(e)
+        tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
+        return answer | spent(self.ubm, tokens, time.time() - began)
+
+    def by_model(self, todo):
+        """(key, verdict or why there is none) of [(key, post, prompt), …]: a local model scores all
+        answers, so that its distribution is exact."""
+        if todo and self.model is None:
+            self.model = load_model(self.args.model, self.args.device,
+                                    max_pixels=self.args.max_pixels)
+        todo = sorted(todo, key=lambda it: len(it[2]))
+        for a in range(0, len(todo), self.args.batch):
+            (model, processor), began, examples = self.model, time.time(), {}
+            for key, post, prompt in todo[a : a + self.args.batch]:
+                try:
+                    examples[key] = encode(post, label_branches(self.ubm.classes), processor,
+                                           prompt)
+                except InputError as e:
+                    yield key, str(e)
+            if examples:
+                batch = collate(list(examples.values()), processor.pad).to(self.args.device)
+                probs = score_labels(model, batch).exp().cpu()
+                for (key, example), p in zip(examples.items(), probs):
+                    yield key, verdict(p, self.ubm.classes) | spent(model, len(example),
+                                                                    share(began, examples))
+
+    def by_endpoint(self, todo):
+        """The same from an endpoint, with the teacher stage's client, retries and stops."""
+        asked, question = {it[1].id: it for it in todo}, label_branches(self.ubm.classes)[0][0]
+
+        def dialogue(post):
+            messages = build_messages(post, "label")
+            messages[-1]["content"][-1]["text"] = asked[post.id][2] + question
+            answer = yield Request(post, messages, 0.0, 32, self.args.logprobs)
+            used = dict(tokens=answer.tokens_in + answer.tokens_out)
+            return dict(said=answer_verdict(answer, self.ubm.classes), used=used, attempts=[])
+
+        posts = [post for _, post, _ in todo]
+        for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
+            said = result.get("said", result.get("problem"))
+            if isinstance(said, dict):
+                said |= result["used"] | dict(seconds=result["seconds"])
+            yield asked[post.id][0], said
+
+
+def spent(model, tokens, seconds):
+    """What a pass cost; FLOPs: 2 x parameters x tokens."""
+    size = sum(p.numel() for p in model.parameters())
+    return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(2e-9 * size * tokens, 4))
+
+
+def errors(posts, target):
+    """error(answer or None, n): 1 for a wrong or no label; the distance of a score, 6 for none."""
+    def error(answer, n):
+        if target == "label":
+            return float(answer is None or answer["prediction"] != posts[n].label)
+        return abs(answer["predicted_score"] - posts[n].score) if answer else 6.0
+
+    return error
+
+
+def cascade_row(args, post, said, taus):
+    """The post with its answer, the route and why, and the verdict (or failure) of every stage that
+    this route asked."""
+    (route, answer, reason), asked = cascade_route(*said, *taus), 1
+    while cascade_route(*said[:asked], *[None] * (3 - asked), *taus)[0].startswith("ask"):
+        asked += 1
+    stages = dict(zip(("ubm", "mllm", "again")[:asked], said))
+    kept = {k: v for k, v in (answer or dict(prediction=None)).items()
+            if k not in ("tokens", "seconds", "gflops")}
+    return new_row(post, args, "cascade", **kept, route=route, reason=reason, stages=stages)
+
+
+def costs(posts, said, rows, grid, compare, target):
+    """runs: what a post cost and the mean error (where gold is known) of the cascade and of either
+    model alone; with --compare the curve [[passes, error], …] at the thresholds that dev chose for
+    each budget."""
+    known = all(getattr(p, target) is not None for p in posts)
+    error, mean = errors(posts, target), lambda values: sum(values) / len(posts)
+
+    def run(answers, paid):
+        dicts = [v for stages in paid for v in stages if isinstance(v, dict)]
+        told = {k: sum(v.get(k, 0) for v in dicts) / len(posts) for k in ("seconds", "gflops")}
+        wrong = dict(error=mean(error(x, n) for n, x in enumerate(answers))) if known else {}
+        return told | wrong
+
+    paid = [list(row["stages"].values()) for row in rows]
+    alone = lambda k: run([x[k] if isinstance(x[k], dict) else None for x in said],
+                          [[x[k]] for x in said])
+    runs = dict(cascade=dict(passes=mean(len(stages) - 1 for stages in paid)) | run(
+        [row if row["prediction"] else None for row in rows], paid), ubm=dict(passes=0) | alone(0))
+    if not compare:
+        return dict(runs=runs)
+    taus = [best_thresholds(grid, tenths / 10)[2:] for tenths in range(21)]
+    curve = sorted({g[:2] for g in threshold_grid(said, error, taus)}) if known else []
+    return dict(runs=runs | dict(mllm=dict(passes=1) | alone(1)), curve=curve)
+
+
+def cascade_one(args, asked):
+    """One post from the shell: what each stage says, and who settles it, in words."""
+    file = Path(beside(args.out, "cascade.json"))
+    if not file.exists():
+        raise InputError(f"{file} does not exist: run cascade with --data and --dev onto this "
+                         "--out first, which fits the thresholds")
+    taus = json.loads(file.read_text())["taus"]
+    if args.image:
+        load_image(args.image)
+    with asked.file:
+        said, = asked.settle([Post("1", args.text, args.image, args.aspect)], *taus)
+    for name, x in zip(("small model", "large model", "asked again"), said):
+        if isinstance(x, dict):
+            u = "unknown" if x["uncertainty"] is None else f"{x['uncertainty']:.2f} of 1"
+            print(f"{name}: {x.get('predicted_score', x['prediction'])}, uncertainty {u}")
+        elif x:
+            print(f"{name}: failed: {x}")
+    route, answer, reason = cascade_route(*said, *taus)
+    print(f"route: {route} ({reason})\nlabel: {answer['prediction'] if answer else 'none'}")
+
+
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict)
+    stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict,
+                  cascade=cascade)
 
     def stage(args):
-        if args.stage == "toy" or getattr(args, "endpoint", None) or getattr(args, "text", None):
+        if args.stage in ("toy", "cascade") or getattr(args, "endpoint", None) or getattr(
+                args, "text", None):
             refuse_ranks("this stage (an endpoint has --workers)")
         else:
             args.device = join_ranks(args.device)

@@ -9,7 +9,8 @@ loss:
   §1 Posts      files -> Post                      §5 LoRA    low-rank adapters in PEFT's format
   §2 Prompts    Post -> messages, text -> fields   §6 Model   loading, branches, labels, chains
   §3 Teacher    two-stage chains with retries      §7 Losses  pure functions of tensors and floats
-  §4 Tokens     Post -> Example -> Batch           §9 Files   rows, soft labels, fingerprints
+  §4 Tokens     Post -> Example -> Batch           §8 UBM     small classifier, cascade
+                                                   §9 Files   rows, soft labels, fingerprints
                                                    §10 The embedded default: a toy world
 
 Every section runs alone with the imports and sections that its ruler names (a test does that).
@@ -93,7 +94,7 @@ class InputError(ValueError):
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
-SCORES = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
+SCORE_RANGE = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
 MAX_FRAMES = 16  # paper: arXiv 2606.05713
 AUDIO_RATE, MAX_SECONDS = 16_000, 300  # what Qwen2.5-Omni's feature extractor takes
 MAX_IMAGE_PIXELS = 50_000_000  # choice: a decompression bomb is an error, not an out-of-memory kill
@@ -263,6 +264,11 @@ def iter_posts(path, images=None, rejects=None, may_be_empty=False):
         raise InputError(f"{path} holds no usable post{why}")
 
 
+def of_split(posts, split):
+    """The posts of a split, or all where the rows have none."""
+    return [p for p in posts if p.split == split] or [p for p in posts if p.split is None]
+
+
 def _to_post(row, images):
     """A row dict of any source -> a checked Post."""
     if not isinstance(row, dict):
@@ -296,7 +302,7 @@ def _to_post(row, images):
     score = row.pop("score", None)
     if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
         raise InputError(f"score must be a number, got {score!r}")
-    if score is not None and not abs(score) <= SCORES:  # catches NaN, too
+    if score is not None and not abs(score) <= SCORE_RANGE:  # catches NaN, too
         raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
     return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect,
                 label=label,
@@ -500,12 +506,14 @@ FORMATS = {
     "label": """Answer with this field only:
 "Prediction": negative, neutral or positive""",
     "score": "Answer with one number from -3 (very negative) to 3 (very positive).",
+    "bin": """Answer with this field only:
+"Prediction": a whole number from -3 (most negative) to 3 (most positive)""",
 }
 TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
 you rely on. \
 Give exactly one word as the Prediction and write nothing after it."""
-TASKS = ("reason", "label", "score", "predict", "explain")
+TASKS = ("reason", "label", "score", "bin", "predict", "explain")
 
 
 def post_prompt(post, task="reason", gold=None):
@@ -651,17 +659,19 @@ class Request:
     messages: list
     temperature: float
     max_tokens: int
+    logprobs: bool = False
 
 
 @dataclass
 class Answer:
     """What came back. `finish` is "stop" or "length" (truncated); tokens as the teacher counts
-    them."""
+    them; `logprobs`, if asked for and offered: [(token, {likely token: log-probability}), …]."""
 
     text: str
     finish: str = "stop"
     tokens_in: int = 0
     tokens_out: int = 0
+    logprobs: list | None = None
 
 
 def two_stage_cot(post, max_tries=3, max_tokens=512, stage2=True):
@@ -755,6 +765,8 @@ class Endpoint:
         messages = [dict(m, content=[_wire(p) for p in m["content"]]) for m in request.messages]
         body = dict(model=self.model, messages=messages, temperature=request.temperature,
                     max_tokens=request.max_tokens)
+        if request.logprobs:
+            body |= dict(logprobs=True, top_logprobs=5)
         ready_at, problem = 0.0, None
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._open_at) - time.monotonic()
@@ -821,8 +833,11 @@ def _read_reply(reply):
         content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str):
         raise TypeError(f"content is a {type(content).__name__}")
+    told = (choice.get("logprobs") or {}).get("content")
+    told = told and [(t["token"], {x["token"]: float(x["logprob"]) for x in t["top_logprobs"]})
+                     for t in told if t.get("top_logprobs")]
     return Answer(content, choice.get("finish_reason") or "stop", usage.get("prompt_tokens") or 0,
-                  usage.get("completion_tokens") or 0)
+                  usage.get("completion_tokens") or 0, told)
 
 
 def _wire(part):
@@ -1349,7 +1364,7 @@ def forward_branches(model, batch, cache=None):
 
 @torch.no_grad()
 def score_labels(model, batch, hidden=None):
-    """Log-probabilities (B, 3) in the order of LABELS, normalised over the three, from a batch
+    """Log-probabilities (B, C) in the order of the branches, normalised over them, from a batch
     whose first branches are `label_branches()`, or of `label_example`s. One forward pass (`hidden`,
     if it has been made), exact, never unparsed."""
     hidden = forward_branches(model, batch) if hidden is None else hidden
@@ -1357,14 +1372,15 @@ def score_labels(model, batch, hidden=None):
     logits = model.lm_head(hidden[at]).float()  # (N, V)
     token = logits.log_softmax(-1).gather(1, batch.targets[at][:, None])[:, 0]  # (N,)
     row = torch.arange(len(batch.ids), device=at.device)[:, None].expand_as(at)[at]
-    scores = token.new_zeros(int(batch.example.max()) + 1, len(LABELS))
+    scores = token.new_zeros(int(batch.example.max()) + 1, int(batch.branch.max()))
     scores.index_put_((batch.example[row], batch.branch[at] - 1), token, accumulate=True)
     return scores.log_softmax(-1)
 
 
-def label_branches():
-    """The label prompt with each of the three answers."""
-    return [(task_format("label"), render_label(label)) for label in LABELS]
+def label_branches(classes=LABELS):
+    """The label (or score) prompt with each of its answers."""
+    task = "label" if tuple(classes) == LABELS else "bin"
+    return [(task_format(task), render_label(answer)) for answer in classes]
 
 
 def label_example(post, processor):
@@ -1497,7 +1513,7 @@ def read_out(model, processor, posts):
     batch = collate(examples, processor.pad).to(model.device)
     out = model.readout(forward_branches(model, batch), batch.branch >= 0)  # (B, 1) or (B, 3)
     if about["target"] == "score":
-        scores = (out[:, 0] * about["deviation"] + about["mean"]).clamp(-SCORES, SCORES)
+        scores = (out[:, 0] * about["deviation"] + about["mean"]).clamp(-SCORE_RANGE, SCORE_RANGE)
         return [dict(score=round(score, 4)) for score in scores.tolist()]
     return [label_row(probs) for probs in out.softmax(-1).tolist()]
 
@@ -1719,6 +1735,309 @@ def regression_metrics(gold, predicted):
         out[f"acc2_{name}"] = mean([g == p for g, p in sides])
         out[f"f1_{name}"] = f1 if sides else None
     return out
+
+
+# ================================================================================================
+# §8 Small model and cascade [needs: json, math, re, Path, torch, F, Image, SafetensorError,
+#    load_file, save_file, nn, LABELS, InputError, §1, §2, §9]
+# ================================================================================================
+
+SCORES = tuple(range(-3, 4))  # choice: a score in [-3, 3] as seven classes, so that it has entropy
+
+
+def clean_tweet(text):
+    """A tweet for a small encoder: without links and RT prefix, `@name` as `@ user`, hashtags split
+    at capitals."""
+    text = re.sub(r"https?:\S*|www\.\S+", " ", text)
+    text = re.sub(r"^\s*RT @ ?[^:]{1,30}: ", " ", text)
+    text = re.sub(r"@ ?\w+", "@ user", text)
+    words = lambda m: "# " + re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", m[1])
+    return " ".join(re.sub(r"# ?(\w+)", words, text).split())
+
+
+def mark_aspect(post):
+    """(clean text with `* aspect *` marked in place, clean aspect or "", where in the text the
+    aspect stands: (start, end), of the whole text if it is not found)."""
+    text, aspect = clean_tweet(post.text), clean_tweet(post.aspect or "")
+    place = re.search(rf"(?<!\w){re.escape(aspect)}(?!\w)", text) if aspect else None
+    if place is None:
+        return text, aspect, (0, len(text))
+    text = f"{text[:place.start()]}* {aspect} *{text[place.end():]}"
+    return text, aspect, (place.start() + 2, place.start() + 2 + len(aspect))
+
+
+class UBM(nn.Module):
+    """A small classifier of posts into `classes` (LABELS or SCORES): any Hugging Face text encoder
+    and, if given, an image encoder ("small": four convolutions); one linear layer reads the first
+    token, the mean over the aspect's pieces and the mean over the image. `temperature` divides the
+    logits where probabilities are wanted. Build it with `new_ubm` or `load_ubm`."""
+
+    def __init__(self, text, tokenizer, classes, images=None, image_processor=None):
+        super().__init__()
+        self.text, self.tokenizer, self.classes = text, tokenizer, tuple(classes)
+        self.target = "label" if self.classes == LABELS else "score"
+        self.images, self.image_processor, self.temperature = images, image_processor, 1.0
+        if images == "small":
+            sizes = (3, 16, 32, 64, 64)
+            layers = [(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.ReLU())
+                      for a, b in zip(sizes, sizes[1:])]
+            self.images = nn.Sequential(*(part for layer in layers for part in layer))
+        self.seen = 0
+        if images is not None:  # how wide the encoder's output is, it says itself
+            with torch.no_grad():
+                self.seen = self._mean(torch.zeros(self._pixels([Image.new("RGB", (64, 64))]).shape)
+                                       ).shape[1]
+        width = 2 * text.config.hidden_size + self.seen
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, len(self.classes)))
+
+    def forward(self, posts):
+        """Posts (B of them) -> logits (B, C), not yet divided by the temperature."""
+        device, (texts, aspects, places) = self.head[1].weight.device, zip(*map(mark_aspect, posts))
+        ids = self.tokenizer(list(texts), list(aspects), padding=True, truncation=True,
+                             max_length=256, split_special_tokens=True, return_tensors="pt",
+                             return_offsets_mapping=True)
+        start, end = ids.pop("offset_mapping").unbind(-1)  # (B, T) each, in characters
+        first = torch.tensor([[s == 0 for s in ids.sequence_ids(b)] for b in range(len(posts))])
+        place = torch.tensor(places)[..., None]  # (B, 2, 1)
+        spot = (first & (start < place[:, 1]) & (end > place[:, 0]))[..., None].to(device)
+        hidden = self.text(**ids.to(device)).last_hidden_state.float()  # (B, T, D)
+        mean = (hidden * spot).sum(1) / spot.sum(1).clamp(min=1)
+        parts = [hidden[:, 0], mean]
+        if self.images is not None:
+            view = hidden.new_zeros(len(posts), self.seen)  # stays zero for a post without image
+            there = [b for b, p in enumerate(posts) if p.image]
+            if there:
+                pixels = self._pixels([load_image(posts[b].image) for b in there])
+                view[there] = self._mean(pixels.to(device)).float()
+            parts.append(view)
+        return self.head(torch.cat(parts, 1))
+
+    def _pixels(self, images):
+        """PIL images -> (B, 3, H, W) as the encoder wants them."""
+        if self.image_processor is not None:
+            return self.image_processor(images=images, return_tensors="pt").pixel_values
+        raw = [bytearray(image.resize((64, 64)).tobytes()) for image in images]
+        flat = torch.stack([torch.frombuffer(r, dtype=torch.uint8) for r in raw])
+        return flat.view(-1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def _mean(self, pixels):
+        """(B, 3, H, W) -> (B, W), over positions of a map or tokens of a sequence."""
+        out = self.images(pixels)
+        out = getattr(out, "last_hidden_state", out)
+        return out.flatten(2).mean(2) if out.dim() == 4 else out.mean(1)
+
+    @torch.no_grad()
+    def probs(self, posts):
+        """Calibrated probabilities (B, C) on the CPU; in eval mode."""
+        return (self.eval()(posts) / self.temperature).softmax(-1).cpu()
+
+
+def new_ubm(text, classes=LABELS, images=None, weights=True):
+    """A UBM over encoders given by hub name or folder (images: also "small"); its head is random.
+    weights=False: shapes only, the encoders are random too."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    def encoder(name):
+        if not weights:
+            return AutoModel.from_config(AutoConfig.from_pretrained(name),
+                                         attn_implementation="eager")
+        return AutoModel.from_pretrained(name, attn_implementation="eager", dtype=torch.float32)
+
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(text), encoder(text)
+        processor, look = None, images
+        if images not in (None, "small"):
+            processor = AutoImageProcessor.from_pretrained(images, backend="pil")
+            look = encoder(images)
+    except (OSError, ValueError) as e:
+        raise InputError(f"encoder {text!r}{f' or {images!r}' if images else ''} cannot be "
+                         f"loaded: {str(e).splitlines()[0]}") from None
+    if tokenizer.pad_token is None or not tokenizer.is_fast:
+        raise InputError(f"encoder {text!r}: its tokenizer must be a fast one with a pad token")
+    for part in (model, look):
+        if getattr(part, "pooler", None) is not None:
+            part.pooler = None  # unused here; without it no weight lacks a gradient
+    return UBM(model, tokenizer, classes, look, processor)
+
+
+def save_ubm(model, folder):
+    """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
+    hub."""
+    folder, images = Path(folder), model.images
+    model.text.config.save_pretrained(folder / "text")
+    model.tokenizer.save_pretrained(folder / "text")
+    if model.image_processor is not None:
+        images.config.save_pretrained(folder / "image")
+        model.image_processor.save_pretrained(folder / "image")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomic(folder / "ubm.safetensors", lambda part: save_file(tensors, part))
+    kind = images and ("image" if model.image_processor is not None else "small")
+    write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
+                                         images=kind))
+
+
+def load_ubm(folder, device="cpu"):
+    """The UBM that `save_ubm` wrote, in eval mode."""
+    try:
+        about = json.loads(Path(folder, "ubm.json").read_text())
+        tensors = load_file(Path(folder, "ubm.safetensors"))
+        images = about["images"] and str(Path(folder, "image")) if about["images"] == "image" \
+            else about["images"]
+        model = new_ubm(str(Path(folder, "text")), about["classes"], images, weights=False)
+        model.load_state_dict(tensors)
+        model.temperature = float(about["temperature"])
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no UBM folder: give the --out of train.py ubm") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{folder} holds a damaged UBM: {e}") from None
+    return model.to(device).eval()
+
+
+def class_targets(posts, classes):
+    """What to learn (N, C): the label; a score's two neighbouring bins, so that the expectation is
+    the score. Scores beyond the outer bins count as those."""
+    if tuple(classes) == LABELS:
+        return F.one_hot(torch.tensor([LABELS.index(p.label) for p in posts]), 3).float()
+    scores = torch.tensor([float(p.score) for p in posts]).clamp(classes[0], classes[-1])
+    return (1 - (scores[:, None] - torch.tensor(classes)).abs()).clamp(min=0)
+
+
+def uncertainty(probs):
+    """u = H(p) / log C of distributions (B, C) -> (B,): 0 is certain, 1 knows nothing. paper:
+    entropy; choice: divided by its maximum."""
+    return torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
+
+
+POLARITY_EPSILON = 0.5  # choice: a score nearer to 0 than half a bin takes no side
+PASSES = {"ubm": 0, "mllm": 1, "agree": 1, "again": 2}  # of the MLLM, by route
+
+
+def verdict(probs, classes):
+    """What a distribution (C,) over `classes` says, as entries of a row: prediction, probs and
+    uncertainty; of a score the polarity, predicted_score (its expectation) and bin_probs."""
+    u, probs = round(uncertainty(probs).item(), 6), [round(p, 6) for p in probs.tolist()]
+    if tuple(classes) == LABELS:
+        return dict(prediction=LABELS[probs.index(max(probs))], probs=probs, uncertainty=u)
+    return score_verdict(sum(p * c for p, c in zip(probs, classes)), u) | dict(bin_probs=probs)
+
+
+def answer_verdict(answer, classes):
+    """What an endpoint's Answer says, as entries of a row, or a str: why it says nothing. Its
+    uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
+    parsed = parse_reasoning(answer.text)
+    if tuple(classes) != LABELS:
+        said = re.findall(r"[-+]?\d+(?:\.\d+)?", parsed.fields.get("Prediction", answer.text))
+        if len(said) != 1 or not classes[0] <= float(said[0]) <= classes[-1]:
+            return f"no score in {answer.text[:80]!r}"
+        return score_verdict(float(said[0]), None)
+    if parsed.prediction is None:
+        return f"no label in {answer.text[:80]!r}"
+    fits = lambda token: [x for x in LABELS if (word := token.strip(' "').lower())
+                          and x.startswith(word)]
+    for token, likely in reversed(answer.logprobs or ()):
+        if fits(token) == [parsed.prediction]:  # where the label begins
+            mass = dict.fromkeys(LABELS, 1e-6)
+            for other, log_p in likely.items():
+                if len(found := fits(other)) == 1:
+                    mass[found[0]] += math.exp(log_p)
+            probs = torch.tensor(list(mass.values()))
+            return verdict(probs / probs.sum(), LABELS) | dict(prediction=parsed.prediction)
+    return dict(prediction=parsed.prediction, uncertainty=None)
+
+
+def score_verdict(score, u):
+    """The entries of a predicted score with uncertainty u (None where unknown)."""
+    side = LABELS[1 + (score > POLARITY_EPSILON) - (score < -POLARITY_EPSILON)]
+    return dict(prediction=side, predicted_score=round(score, 6), uncertainty=u)
+
+
+def cascade_route(ubm, mllm, again, tau1, tau2):
+    """How far a post is settled -> (route, answer, reason). `ubm`, `mllm`, `again`: the stages'
+    verdicts, None where a stage was not asked, a str (why) where it failed. Routes "ask" and "ask
+    again" want the next stage; "ubm", "mllm", "agree", "again" settle the post; "none": all failed.
+    paper: keep what the UBM is sure of; accept the MLLM if it is sure or of the UBM's polarity;
+    else ask it again. choice: sure is u <= τ, an unknown u never; a failed stage leaves the surest
+    earlier answer."""
+    asked = isinstance(mllm, dict)
+    if isinstance(ubm, dict) and ubm["uncertainty"] <= tau1:
+        return "ubm", ubm, f"sure: uncertainty {ubm['uncertainty']:.2f} <= {tau1:.2f}"
+    if mllm is None:
+        return "ask", None, "the UBM is unsure" if isinstance(ubm, dict) else f"UBM failed: {ubm}"
+    if not isinstance(ubm, dict) and not asked:
+        return "none", None, f"UBM failed: {ubm}; MLLM failed: {mllm}"
+    if not asked:
+        return "ubm", ubm, f"unsure, but the MLLM failed: {mllm}"
+    if mllm["uncertainty"] is not None and mllm["uncertainty"] <= tau2:
+        return "mllm", mllm, f"sure: uncertainty {mllm['uncertainty']:.2f} <= {tau2:.2f}"
+    if not isinstance(ubm, dict):
+        return "mllm", mllm, f"unsure, but the UBM failed: {ubm}"
+    if mllm["prediction"] == ubm["prediction"]:
+        return "agree", _mean_verdict(ubm, mllm), "the MLLM is unsure and agrees with the UBM"
+    if again is None:
+        return "ask again", None, "the MLLM is unsure and contradicts the UBM"
+    if isinstance(again, dict):
+        return "again", again, "asked again with both answers in the prompt"
+    surer = min(("mllm", mllm), ("ubm", ubm), key=lambda it: it[1]["uncertainty"] or 0.0)
+    return *surer, f"the surer of two; asking again failed: {again}"
+
+
+def _mean_verdict(ubm, mllm):
+    """Two answers of one polarity as one: for scores their mean, weighted by 1 - u (paper: v1; an
+    unknown u counts as 0.5); the label is the same."""
+    if "predicted_score" not in mllm:
+        return mllm
+    u = [0.5 if x["uncertainty"] is None else x["uncertainty"] for x in (ubm, mllm)]
+    weights = [1 - x + 1e-6 for x in u]
+    mean = lambda xs: sum(w * x for w, x in zip(weights, xs)) / sum(weights)
+    return score_verdict(mean([ubm["predicted_score"], mllm["predicted_score"]]), mean(u))
+
+
+def threshold_grid(said, error, taus=None):
+    """[(passes per post, mean error, τ1, τ2), …] for `said`, a list of (ubm, mllm, again) of posts
+    that were all asked, at given pairs `taus`, else at all pairs of the quantiles of u.
+    error(answer or None, n) -> the cost of an answer to post n."""
+    def levels(stage):
+        u = sorted(x[stage]["uncertainty"] for x in said if isinstance(x[stage], dict)
+                   and x[stage]["uncertainty"] is not None)
+        return [-1.0] + sorted({u[len(u) * k // 20 - (k > 0)] for k in range(21)} if u else ())
+
+    grid = []
+    for tau1, tau2 in taus or [(a, b) for a in levels(0) for b in levels(1)]:
+        ends = [cascade_route(*x, tau1, tau2) for x in said]
+        passes = sum(PASSES.get(route, 1) for route, _, _ in ends) / len(ends)
+        wrong = sum(error(answer, n) for n, (_, answer, _) in enumerate(ends)) / len(ends)
+        grid.append((passes, wrong, tau1, tau2))
+    return grid
+
+
+def best_thresholds(grid, budget):
+    """The entry of least error whose passes stay within the budget (the UBM alone always does).
+    choice: few dev posts leave many equals; of those the one that asks about most posts, then the
+    one that asks again about fewest."""
+    return min((g for g in grid if g[0] <= budget), default=min(grid),
+               key=lambda g: (g[1], g[2], -g[3]))
+
+
+def reference_prompt(post, ubm, mllm):
+    """The shared part of the prompt that asks again: the post, then both answers and how sure."""
+    def told(said):
+        answer = f"{said['predicted_score']:+.1f}" if "predicted_score" in said \
+            else said["prediction"]
+        u = said["uncertainty"]
+        return answer if u is None else f"{answer} (uncertainty {u:.2f} of 1)"
+
+    return (post_prompt(post) + f"Two earlier answers disagree. A small classifier: {told(ubm)}. "
+            f"You: {told(mllm)}. Look again and decide.\n\n")
+
+
+def fit_temperature(logits, targets):
+    """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.5 and
+    10. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
+    grid = 2.0 ** torch.linspace(-1, 3.5, 313)
+    losses = [F.cross_entropy(logits / t, targets).item() for t in grid]
+    return grid[losses.index(min(losses))].item()
 
 
 # ================================================================================================

@@ -31,15 +31,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, Shelf, SoftLabels, add_lora,
-    build_messages, check_settings, chunked_ce_kl, collate, digest, encode, forward_branches,
-    gather, iter_posts, join_ranks, label_example, load_model, load_processor, multitask_loss,
-    positive, ranks, read_out, refuse_ranks, read_posts, read_rows, readout_branches, readout_loss,
-    regression_metrics, render_label, render_score, run_stage, save_adapter, save_readout,
-    score_labels, seed_everything, show_tokens, sum_gradients, task_format, tell_aside, tiny_model,
+    LABELS, SCORES, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, Shelf, SoftLabels, add_lora,
+    build_messages, check_settings, chunked_ce_kl, class_targets, collate, digest, encode,
+    fit_temperature, forward_branches, gather, iter_posts, join_ranks, label_example, load_model,
+    load_processor, mark_aspect, multitask_loss, new_ubm, of_split, positive, ranks, read_out,
+    read_posts, read_rows, readout_branches, readout_loss, refuse_ranks, regression_metrics,
+    render_label, render_score, run_stage, save_adapter, save_readout, save_ubm, score_labels,
+    seed_everything, show_tokens, sum_gradients, task_format, tell_aside, tiny_model,
     tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks, without, write_atomic,
     write_json)
 
@@ -53,11 +56,12 @@ def parse_args(argv=None):
                "`train.py STAGE --help` lists a stage's flags with the paper's values.")
     top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
     top.add_argument("--seed", type=int, default=42, help="without a stage: of all that is drawn")
-    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student,readout}")
+    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student,readout,ubm}")
     abouts = {"base": "warm up a random tiny model (stands where pre-training would)",
               "assistant": "both tasks on the teacher's chains",
               "student": "both tasks on all chains, from hard and soft labels",
               "readout": "a score or label read off the last hidden state (arXiv 2606.05713)"}
+    ubm_flags(stages)
     for stage, about in abouts.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         flag = p.add_argument
@@ -142,6 +146,30 @@ def parse_args(argv=None):
     return args
 
 
+def ubm_flags(stages):
+    """The flags of `ubm`. choice: the whole recipe, picked on Twitter-2015's dev posts."""
+    about = "small classifier for the cascade: short runs, averaged, distilled into one, calibrated"
+    p = stages.add_parser("ubm", help=about, description=about, formatter_class=Help)
+    flag = p.add_argument
+    flag("--data", nargs="+", required=True, metavar="POSTS", help="posts with label (or score)")
+    flag("--dev", required=True, help="posts to select and calibrate on (split dev, if given)")
+    flag("--images", help="images folder (default: images/ beside the posts, else their folder)")
+    flag("--out", required=True, help="folder for the model, its log and resume state")
+    flag("--text-encoder", required=True, help="hub name or folder, or tiny: a random one")
+    flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
+    flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
+    flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
+    flag("--members", type=int, default=3, help="short runs whose mean the last one learns")
+    flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
+    flag("--batch", type=positive, default=32, help="posts per step")
+    flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
+    flag("--head-lr", type=float, default=1e-3, help="of new layers, falling to 0")
+    flag("--decay", type=float, default=0.98, help="of the running average of the weights")
+    flag("--soft", type=float, default=0.5, help="weight of the members' probabilities")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="cpu, cuda or cuda:1")
+
+
 # ---- data --------------------------------------------------------------------------------------
 
 
@@ -192,7 +220,7 @@ def dev_posts(args):
     posts = [p for p in read_posts(args.dev, args.images, aside)
              if getattr(p, target) is not None]
     tell_aside(aside, "of the dev rows")
-    chosen = [p for p in posts if p.split == "dev"] or [p for p in posts if p.split is None]
+    chosen = of_split(posts, "dev")
     if not chosen:
         raise InputError(f"{args.dev} has no post of split dev with a {target} to select on")
     return chosen
@@ -316,11 +344,15 @@ def evaluate(args, model, processor, posts, batch=16):
         far = [6.0 if s is None else abs(s - p.score) for s, p in zip(said, posts)]
         metrics = regression_metrics([p.score for p in posts], said)
         return -sum(far) / len(far), metrics["corr"] or 0.0  # choice: no number is as far as can be
-    gold = [p.label for p in posts]
+    return accuracy_f1([p.label for p in posts], said, args.ties == "weighted")
+
+
+def accuracy_f1(gold, said, weighted=False):
+    """(accuracy, macro or weighted F1) of labels."""
     right = Counter(g for g, s in zip(gold, said) if g == s)
     golds, saids, f1 = Counter(gold), Counter(said), 0.0
     for x in LABELS:
-        share = golds[x] / len(gold) if args.ties == "weighted" else 1 / len(LABELS)
+        share = golds[x] / len(gold) if weighted else 1 / len(LABELS)
         f1 += share * 2 * right[x] / max(1, golds[x] + saids[x])
     return right.total() / len(gold), f1
 
@@ -689,6 +721,174 @@ def peak_mib(reset=False):
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
     except (OSError, TypeError):
         return 0
+# ---- the small model ---------------------------------------------------------------------------
+
+
+def ubm_posts(args):
+    """(training posts, dev posts, the targets (N, C) of either) for the wanted classes."""
+    need, aside = "score" if args.bins else "label", []
+    posts = [p for path in args.data for p in read_posts(path, args.images, aside)]
+    dev = read_posts(args.dev, args.images, aside)
+    tell_aside(aside, "rows in all")
+    posts = [p for p in posts if p.split not in ("dev", "test")]
+    sets = [[p for p in rows if getattr(p, need) is not None]
+            for rows in (posts, of_split(dev, "dev"))]
+    for name, rows in zip(("--data", "--dev"), sets):
+        if not rows:
+            raise InputError(f"{name}: no post of a fitting split has a {need}")
+    return *sets, *(class_targets(rows, SCORES if args.bins else LABELS) for rows in sets)
+
+
+def buckets(posts, size):
+    """Batches of indices in random order, posts of like length together."""
+    order, batches = torch.randperm(len(posts)).tolist(), []
+    for a in range(0, len(order), 16 * size):
+        part = sorted(order[a : a + 16 * size], key=lambda i: len(posts[i].text))
+        batches += [part[i : i + size] for i in range(0, len(part), size)]
+    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+
+
+@torch.no_grad()
+def ubm_logits(model, posts):
+    """Logits (N, C) on the CPU, in the posts' order."""
+    model.eval()
+    order = sorted(range(len(posts)), key=lambda i: len(posts[i].text))
+    parts = [model([posts[i] for i in order[a : a + 64]]).cpu() for a in range(0, len(order), 64)]
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def ubm_score(classes, logits, posts):
+    """({name: number}, what dev selects by): accuracy and macro F1, their mean; or MAE, -MAE."""
+    if classes == LABELS:
+        said = [LABELS[k] for k in logits.argmax(1).tolist()]
+        accuracy, f1 = accuracy_f1([p.label for p in posts], said)
+        return dict(dev_accuracy=accuracy, dev_f1=f1), (accuracy + f1) / 2
+    said = logits.softmax(1) @ torch.tensor(classes, dtype=torch.float)
+    mae = (said - torch.tensor([float(p.score) for p in posts])).abs().mean().item()
+    return dict(dev_mae=mae), -mae
+
+
+def ubm_run(args, name, model, posts, targets, dev, seed):
+    """One short run: two rates, linear decay, a running average of the weights. Leaves the average
+    as of its best dev epoch in `model`. Killed, it goes on from the last epoch's end."""
+    state_file, weights = Path(args.out, "state.pt"), list(model.parameters())
+    new = ("head", "images") if args.image_encoder == "small" else ("head",)
+    groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
+              for own in (False, True)]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
+    average, first, best, kept = [p.detach().clone() for p in weights], 0, -math.inf, None
+    if state_file.exists():
+        was = torch.load(state_file, map_location=args.device, weights_only=True)
+        if was["name"] == name:
+            average, first, best, kept = (was[k] for k in ("average", "epoch", "best", "kept"))
+            model.load_state_dict(was["model"])
+            optimizer.load_state_dict(was["optimizer"])
+    per_epoch = math.ceil(len(posts) / args.batch)
+    step, total = first * per_epoch, args.epochs * per_epoch
+    log = [row for row in read_rows(Path(args.out, "log.jsonl"))
+           if row["run"] != name or row["epoch"] <= first]
+    for epoch in range(first, args.epochs):
+        seed_everything(seed * 1000 + epoch)  # order and dropout depend on nothing else
+        model.train()
+        sum_loss, began = 0.0, time.time()
+        for rows in tqdm(buckets(posts, args.batch), f"{name} epoch {epoch + 1}", leave=False):
+            for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
+                group["lr"] = peak * (1 - step / total)
+            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+                logits = model([posts[i] for i in rows]).float()
+            loss = F.cross_entropy(logits, targets[rows].to(args.device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            sum_loss += loss.item()
+            memory = min(args.decay, (1 + step) / (10 + step))  # short at first
+            with torch.no_grad():
+                torch._foreach_lerp_(average, weights, 1 - memory)
+        here = [p.detach().clone() for p in weights]
+        fill(weights, average)
+        terms, value = ubm_score(model.classes, ubm_logits(model, dev), dev)
+        log.append(dict(run=name, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
+                        seconds=round(time.time() - began, 1)))
+        if value > best:
+            best, kept = value, [p.clone() for p in average]
+        fill(weights, here)
+        values = dict(name=name, epoch=epoch + 1, average=average, best=best, kept=kept,
+                      model=model.state_dict(), optimizer=optimizer.state_dict())
+        write_atomic(Path(args.out, "log.jsonl"), lambda part: Path(part).write_text(
+            "".join(json.dumps(row) + "\n" for row in log)))
+        write_atomic(state_file, lambda part: torch.save(values, part))
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in log[-1].items()))
+    fill(weights, kept)
+
+
+def ubm(args):
+    """choice: `--members` short runs from one start that differ in their order of posts, then one
+    more from the mean of their weights, which learns the labels and the members' mean
+    probabilities. Its temperature is fitted on dev."""
+    out = Path(args.out)
+    posts, dev, hard, dev_targets = ubm_posts(args)
+    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
+        "rows": digest([(p.id, p.text, p.label, p.score) for p in posts]),
+        "dev_rows": digest([p.id for p in dev])}
+    check_settings(out / "config.json", settings, (out / "config.json").exists())
+    text = tiny_encoder(args, posts) if args.text_encoder == "tiny" else args.text_encoder
+    soft, mean = torch.zeros_like(hard), None
+    for k in range(args.members + 1):
+        seed_everything(args.seed)  # every run starts from the same head
+        model = new_ubm(text, SCORES if args.bins else LABELS, args.image_encoder).to(args.device)
+        last, file = k == args.members, out / f"run-{k}.safetensors"
+        targets = hard
+        if last and k:
+            model.load_state_dict(mean)
+            targets = (1 - args.soft) * hard + args.soft * soft
+        if not file.exists():
+            name = "distilled" if last else f"member-{k}"
+            ubm_run(args, name, model, posts, targets, dev, 10 * args.seed + k)
+            tensors = dict(probs=ubm_logits(model, posts).softmax(1)) | model.state_dict()
+            write_atomic(file, lambda part: save_file(tensors, part))
+        tensors = load_file(file)
+        soft += tensors.pop("probs") / max(1, args.members)
+        model.load_state_dict(tensors)
+        share = {n: t / args.members for n, t in tensors.items()} if not last else {}
+        mean = {n: t + mean[n] for n, t in share.items()} if mean else share
+    logits = ubm_logits(model, dev)
+    model.temperature = fit_temperature(logits, dev_targets)
+    save_ubm(model, out)
+    terms, _ = ubm_score(model.classes, logits, dev)
+    print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/log.jsonl  config "
+          f"{out}/config.json")
+    print("  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
+
+
+def tiny_encoder(args, posts):
+    """The folder of a random two-layer BERT that knows the posts' words and all letters, made on
+    first use."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    init, part = Path(args.out, "init"), Path(args.out, "init.part")
+    if not init.exists():
+        words = Counter(w for p in posts for w in mark_aspect(p)[0].lower().split())
+        signs = sorted({sign for word in words for sign in word})
+        # trap: the library's own training of word pieces differs from run to run
+        pieces = [*signs, *("##" + s for s in signs), *sorted(words, key=lambda w: (-words[w], w))]
+        names = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces[:2000]])
+        tokenizer = BertTokenizer(vocab={name: n for n, name in enumerate(names)})
+        config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
+                            num_attention_heads=2, intermediate_size=128)
+        seed_everything(args.seed)
+        BertModel(config).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        os.replace(part, init)
+    return str(init)
+
+
+def fill(weights, values):
+    """Copies tensors into parameters."""
+    for p, value in zip(weights, values):
+        p.data.copy_(value)
 
 
 # ---- no arguments: the whole road --------------------------------------------------------------
@@ -765,7 +965,7 @@ def demo(args):
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    return run_stage({None: demo, "readout": readout}.get(args.stage, train), args)
+    return run_stage({None: demo, "readout": readout, "ubm": ubm}.get(args.stage, train), args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""The small model: what it reads, what it is saved as, calibration, training that resumes."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as judge
+import generate
+import mulcot
+import train
+
+
+# ---- what it reads
+
+
+@pytest.mark.parametrize("tweet, clean", [
+    ("RT @ Ginger Zee : Florida : warning https://t.co/x1", "Florida : warning"),
+    ("RT @bob: so good", "so good"),
+    ("thanks @ann and @ kim_2 !", "thanks @ user and @ user !"),
+    ("# NewYorkCity #tbt", "# New York City # tbt"),
+    ("RT is short for retweet", "RT is short for retweet"),
+    ("a  b\n c", "a b c")])
+def test_cleaning(tweet, clean):
+    assert mulcot.clean_tweet(tweet) == clean
+
+
+@pytest.mark.parametrize("text, aspect, marked", [
+    ("Kanye loves Kanye", "Kanye", "* Kanye * loves Kanye"),
+    ("KardashianReact on Kardashian", "Kardashian", "KardashianReact on * Kardashian *"),
+    ("so # BigDay !", "# BigDay", "so * # Big Day * !"),
+    ("what (a|b)* is", "(a|b)*", "what * (a|b)* * is"),
+    ("no such word", "Rex", "no such word"), ("none", None, "none")])
+def test_the_aspect_is_marked_in_place(text, aspect, marked):
+    said, named, (start, end) = mulcot.mark_aspect(mulcot.Post("1", text, aspect=aspect))
+    assert said == marked
+    assert said[start:end] == (named if "* " in marked else said)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A folder with a random tiny BERT, as train.py makes it."""
+    args = train.parse_args(["ubm", "--data", "x", "--dev", "x", "--text-encoder", "tiny", "--out",
+                             str(tmp_path_factory.mktemp("encoder"))])
+    words = "Kanye loves such a day , Rex is dull but Mia shines # tbt @ user ( )".split()
+    return train.tiny_encoder(args, [mulcot.Post("1", " ".join(words), aspect="Rex")])
+
+
+@pytest.fixture
+def posts(tmp_path):
+    Image.new("RGB", (30, 50), "red").save(tmp_path / "a.png")
+    return [mulcot.Post("1", "Rex is dull but Mia shines", aspect="Rex", label="negative"),
+            mulcot.Post("2", "Rex is dull but Mia shines", aspect="Mia", label="positive"),
+            mulcot.Post("3", "[SEP] such a day [CLS]", label="neutral",
+                        image=str(tmp_path / "a.png"))]
+
+
+def test_the_head_reads_the_aspect(encoder, posts):
+    """Same words, other aspect: the head's second part is the mean over that aspect's pieces."""
+    model = mulcot.new_ubm(encoder).eval()
+    seen = []
+    model.head.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with torch.no_grad():
+        model(posts)
+        ids = model.tokenizer("* Rex * is dull but Mia shines", "Rex", return_tensors="pt")
+        hidden = model.text(**ids).last_hidden_state[0]
+    pieces = model.tokenizer.convert_ids_to_tokens(ids.input_ids[0])
+    stars = [n for n, piece in enumerate(pieces) if piece == "*"]
+    assert torch.allclose(seen[0][0, :64], hidden[0], atol=1e-5)
+    assert torch.allclose(seen[0][0, 64:], hidden[stars[0] + 1 : stars[1]].mean(0), atol=1e-5)
+
+
+def test_batches_do_not_matter_and_tweets_hold_no_control_tokens(encoder, posts):
+    """One by one equals together, with and without images; `[SEP]` in a tweet is plain text."""
+    model = mulcot.new_ubm(encoder, images="small")
+    together = model.probs(posts)
+    assert torch.allclose(together, torch.cat([model.probs([p]) for p in posts]), atol=1e-5)
+    posts[2].image = None
+    assert not torch.allclose(together[2], model.probs(posts)[2], atol=1e-4)
+    ids = model.tokenizer(mulcot.mark_aspect(posts[2])[0], split_special_tokens=True).input_ids
+    assert ids.count(model.tokenizer.sep_token_id) == 1
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("images", [None, "small", "vit"])
+def test_saved_and_loaded(encoder, posts, images, tmp_path):
+    """The folder holds all it needs; the loaded model says the same."""
+    if images == "vit":
+        from transformers import ViTConfig, ViTModel
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=32, image_size=32)).save_pretrained(tmp_path / "vit")
+        ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(tmp_path / "vit")
+        images = str(tmp_path / "vit")
+    model = mulcot.new_ubm(encoder, mulcot.SCORES, images)
+    model.temperature = 1.7
+    mulcot.save_ubm(model, tmp_path / "ubm")
+    again = mulcot.load_ubm(tmp_path / "ubm")
+    assert again.classes == mulcot.SCORES and again.target == "score" and not again.training
+    assert torch.equal(again.probs(posts), model.probs(posts))
+
+
+def test_bad_folders(encoder, tmp_path):
+    """Each tells what to do."""
+    with pytest.raises(mulcot.InputError, match="no UBM folder"):
+        mulcot.load_ubm(tmp_path)
+    mulcot.save_ubm(mulcot.new_ubm(encoder), tmp_path / "ubm")
+    file = tmp_path / "ubm" / "ubm.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(mulcot.InputError, match="damaged"):
+        mulcot.load_ubm(tmp_path / "ubm")
+    with pytest.raises(mulcot.InputError, match="cannot be loaded"):
+        mulcot.new_ubm(str(tmp_path / "nothing"))
+
+
+# ---- uncertainty and calibration
+
+
+def test_uncertainty_by_hand():
+    probs = torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0]])
+    expected = torch.tensor([0, 1, math.log(2) / math.log(3)])
+    assert torch.allclose(mulcot.uncertainty(probs), expected, atol=1e-6)
+
+
+def test_temperature_undoes_overconfidence():
+    """Labels drawn from softmax(logits / 2): the fitted temperature is 2, within sampling error."""
+    torch.manual_seed(0)
+    logits = torch.randn(20000, 3) * 4
+    drawn = torch.multinomial((logits / 2).softmax(1), 1)[:, 0]
+    targets = torch.nn.functional.one_hot(drawn, 3).float()
+    assert mulcot.fit_temperature(logits, targets) == pytest.approx(2.0, rel=0.04)
+
+
+def test_score_targets_have_the_score_as_expectation():
+    posts = [mulcot.Post("1", "x", score=s) for s in (1.4, -3, 0, 2.75, 9.0)]
+    targets = mulcot.class_targets(posts, mulcot.SCORES)
+    assert torch.allclose(targets.sum(1), torch.ones(5))
+    mean = targets @ torch.tensor(mulcot.SCORES, dtype=torch.float)
+    assert torch.allclose(mean, torch.tensor([1.4, -3, 0, 2.75, 3.0]))
+
+
+# ---- training
+
+
+def command(toy, out, *more):
+    data = str(toy / "posts.jsonl")
+    return ["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--image-encoder",
+            "small", "--out", str(out), "--members", "2", "--epochs", "2", "--batch", "4", "--lr",
+            "0.001", *more]
+
+
+def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
+    """Stopped in the second epoch of the second member and rerun: the same weights, bit for bit;
+    test posts are never trained on; another setting is refused."""
+    assert train.main(command(toy, tmp_path / "whole")) == 0
+    real, calls = train.buckets, []
+
+    def stop_at_the_fourth(posts, size):
+        assert {p.split for p in posts} == {"train"}
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(posts, size)
+
+    monkeypatch.setattr(train, "buckets", stop_at_the_fourth)
+    assert train.main(command(toy, tmp_path / "cut")) == 130
+    assert train.main(command(toy, tmp_path / "cut")) == 0
+    assert len(calls) == 4 + 3  # the stopped epoch and the two of the distilled run
+    whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
+    assert whole.temperature == cut.temperature
+    logs = [[{k: v for k, v in row.items() if k != "seconds"}
+             for row in mulcot.read_rows(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
+
+
+def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
+    """The drawn world's words and pictures are learnt; predict writes rows that eval.py reads."""
+    data = tmp_path / "toy"
+    assert generate.main(["toy", "--out", str(data), "--train", "300", "--dev", "60", "--test", "40",
+                          "--warmup", "2"]) == 0
+    posts, out = str(data / "posts.jsonl"), str(tmp_path / "ubm")
+    assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", "tiny",
+                       "--image-encoder", "small", "--members", "0", "--epochs", "12", "--lr",
+                       "0.003", "--head-lr", "0.003", "--batch", "16", "--out", out]) == 0
+    said = str(tmp_path / "said.jsonl")
+    assert generate.main(["predict", "--model", out, "--data", posts, "--split", "dev", "--out",
+                          said]) == 0
+    for row in mulcot.read_rows(said):
+        assert row["source"] == "ubm" and 0 <= row["uncertainty"] <= 1
+        assert row["prediction"] == mulcot.LABELS[row["probs"].index(max(row["probs"]))]
+    assert judge.main([said, "--gold", posts, "--out", str(tmp_path / "results")]) == 0
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert metrics["said"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
+    assert generate.main(["predict", "--model", out, "--text", "lovely Rex", "--aspect", "Rex"]) == 0
+    assert "label: " in capsys.readouterr().out
+
+
+def test_bins_learn_scores(toy, tmp_path, capsys):
+    """--bins 7 needs scores, and predicts their expectation."""
+    assert train.main(command(toy, tmp_path / "no", "--bins", "7")) == 2
+    assert "has a score" in capsys.readouterr().err
+    rows = [json.loads(x) for x in (toy / "posts.jsonl").read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["score"] = n % 13 / 2 - 3
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = command(toy, tmp_path / "bins", "--bins", "7", "--images", str(toy / "images"))
+    argv = [str(tmp_path / "posts.jsonl") if x.endswith("posts.jsonl") else x for x in argv]
+    assert train.main(argv) == 0
+    assert mulcot.load_ubm(tmp_path / "bins").classes == mulcot.SCORES
+    assert "dev_mae" in capsys.readouterr().out
