@@ -50,6 +50,7 @@ def parse_args(argv=None):
     flag("--logs", nargs="*", default=[], metavar="[NAME=]FILE",
          help="log.jsonl files of train.py, for the report's curves; NAME: default its folder")
     flag("--cards", type=int, default=200, help="posts shown in the report, wrong ones first")
+    flag("--baseline", metavar="NAME", help="column p: paired bootstrap of accuracy against this run")
     flag("--wordnet", metavar="DIR", help="WordNet 3.0's dictionary files, for METEOR's synonyms "
                                           "(Debian's wordnet-base: /usr/share/wordnet)")
     flag("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")
@@ -690,7 +691,7 @@ def diagnose(runs, teacher=None):
 
 # ---- the table -------------------------------------------------------------------------------
 
-COLUMNS = {"accuracy": "accuracy", "intervals": "95 %", "macro_f1": "macro F1",
+COLUMNS = {"accuracy": "accuracy", "intervals": "95 %", "p": "p", "macro_f1": "macro F1",
            "weighted_f1": "weighted F1", "mae": "MAE", "corr": "Corr", "acc7": "Acc-7",
            "acc2_non0": "Acc-2", "unparsed": "unparsed", "parse_rate": "chains parsed",
            "agreement": "chain = label", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L",
@@ -776,6 +777,11 @@ def evaluate(args):
             covered.add(tuple(p.id for p in wanted))
             shown = shown or (name, rows, wanted)
         runs[name], drawn[name] = group_seeds(seeds)
+    if args.baseline and (args.baseline not in runs or len(covered) > 1):
+        raise InputError(f"--baseline {args.baseline!r} must be one of the runs, "
+                         f"{', '.join(runs)}, and all must cover the same posts")
+    for name in runs.keys() - {args.baseline} if args.baseline else ():
+        runs[name]["p"] = p_value(drawn[name]["accuracy"], drawn[args.baseline]["accuracy"])
     runs = {"majority": majority_metrics([p.label for p in shown[2]])} | runs
     teacher = teacher_metrics(args.chains) if args.chains else None
     used = {k: v for k, v in signatures(args.wordnet, args.embedder).items()

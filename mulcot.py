@@ -1372,7 +1372,8 @@ def score_labels(model, batch, hidden=None):
     logits = model.lm_head(hidden[at]).float()  # (N, V)
     token = logits.log_softmax(-1).gather(1, batch.targets[at][:, None])[:, 0]  # (N,)
     row = torch.arange(len(batch.ids), device=at.device)[:, None].expand_as(at)[at]
-    scores = token.new_zeros(int(batch.example.max()) + 1, int(batch.branch.max()))
+    classes = int(batch.branch[at].max())  # an open branch behind them has no answer
+    scores = token.new_zeros(int(batch.example.max()) + 1, classes)
     scores.index_put_((batch.example[row], batch.branch[at] - 1), token, accumulate=True)
     return scores.log_softmax(-1)
 

@@ -56,12 +56,14 @@ def parse_args(argv=None):
                "`train.py STAGE --help` lists a stage's flags with the paper's values.")
     top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
     top.add_argument("--seed", type=int, default=42, help="without a stage: of all that is drawn")
-    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student,readout,ubm}")
+    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student,readout,"
+                                                      "ubm,ablate}")
     abouts = {"base": "warm up a random tiny model (stands where pre-training would)",
               "assistant": "both tasks on the teacher's chains",
               "student": "both tasks on all chains, from hard and soft labels",
               "readout": "a score or label read off the last hidden state (arXiv 2606.05713)"}
     ubm_flags(stages)
+    ablate_flags(stages)
     for stage, about in abouts.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         flag = p.add_argument
@@ -144,6 +146,15 @@ def parse_args(argv=None):
         if not args.out or not all(given) and not (args.compare and not any(given)):
             top.error("readout needs --data, --dev, --model and --out, or --compare alone")
     return args
+
+
+def ablate_flags(stages):
+    """The command line of the ablations."""
+    about = "the paper's ablations on toy posts: table.md with mean ± deviation and p against full"
+    p = stages.add_parser("ablate", help=about, description=about, formatter_class=Help)
+    p.add_argument("--out", default="runs/ablate", help="where everything lands")
+    p.add_argument("--seeds", type=positive, default=3, help="runs of each setting")
+    p.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
 
 
 def ubm_flags(stages):
@@ -951,6 +962,68 @@ def run_commands(commands):
     return peaks
 
 
+# ---- ablations ---------------------------------------------------------------------------------
+
+# teacher's rows and what grows on them; settings of the student on top. "full" is the paper's.
+TEACHERS = {"full": "--skill 0.6", "no-stage2": "--skill 0.6 --no-stage2",
+            "teacher-40": "--skill 0.4", "teacher-80": "--skill 0.8"}
+SETTINGS = {
+    "full": ("full", ""), "no-assistant": ("full", "--no-soft --no-augment"),
+    "no-soft-labels": ("full", "--no-soft"), "no-augmentation": ("full", "--no-augment"),
+    "no-reasoning-task": ("full", "--no-reasoning"), "no-stage2": ("no-stage2", ""),
+    "teacher-40": ("teacher-40", ""), "teacher-80": ("teacher-80", ""),
+    **{f"reasoning-weight-{x}": ("full", f"--reasoning-weight {x} --label-weight {1 - x:.1f}")
+       for x in (0.5, 0.7, 0.9)},
+    "lambda-0.5": ("full", "--lam 0.5")}
+QUICK = ("full", "no-assistant", "no-soft-labels", "no-reasoning-task", "no-stage2")
+
+
+def ablation_commands(out, seeds, quick):
+    """(commands, {setting: [its predictions, one file a seed]}). Posts and base models are shared
+    by all, a teacher's chains, assistant and soft labels by the settings of a seed."""
+    short = "--batch 16 --accumulate 1 --beta2 0.99"
+    posts, files = f"{out}/posts.jsonl", {}
+    lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20 {short}"
+    commands = [f"generate.py toy --train 200 --out {out}"]
+    commands += [f"train.py base --size {size} --data {out}/warmup.jsonl --epochs 3 --lr 0.002 "
+                 f"--log-every 40 {short} --out {out}/base/{size}"
+                 for size in ("assistant", "student")]
+    chosen = {name: SETTINGS[name] for name in (QUICK if quick else SETTINGS)}
+    for seed in seeds:
+        for teacher in dict.fromkeys(teacher for teacher, _ in chosen.values()):
+            at = f"{out}/{teacher}-{seed}"
+            commands += [
+                f"generate.py teacher --data {posts} --model toy {TEACHERS[teacher]} --seed {seed} "
+                f"--out {at}.chains.jsonl",
+                f"train.py assistant --data {at}.chains.jsonl {lora} --epochs 6 --dropout 0.05 "
+                f"--seed {seed} --model {out}/base/assistant/last --out {at}.assistant",
+                f"generate.py augment --data {at}.chains.jsonl --model {at}.assistant/best "
+                f"--seed {seed} --out {at}.augmented.jsonl",
+                f"generate.py soft --data {at}.chains.jsonl {at}.augmented.jsonl "
+                f"--model {at}.assistant/best --out {at}.soft"]
+        for name, (teacher, flags) in chosen.items():
+            at, run = f"{out}/{teacher}-{seed}", f"{out}/students/{name}-{seed}"
+            files.setdefault(name, []).append(f"{run}.jsonl")
+            soft = "" if "--no-soft" in flags else f"--soft {at}.soft "
+            commands += [
+                f"train.py student --data {at}.chains.jsonl {at}.augmented.jsonl {soft}{lora} "
+                f"--epochs 4 --seed {seed} --model {out}/base/student/last --out {run} "
+                f"{flags}".rstrip(),
+                f"generate.py predict --data {posts} --split test --no-chain --model {run}/best "
+                f"--out {run}.jsonl"]
+    return commands, files
+
+
+def ablate(args):
+    """The paper's ablations on toy posts, every student judged on the same test posts."""
+    refuse_ranks("ablate")
+    out = shlex.quote(args.out)
+    commands, files = ablation_commands(out, range(1, args.seeds + 1), args.quick)
+    runs = " ".join(f"{name}={file}" for name, each in files.items() for file in each)
+    run_commands([*commands, f"eval.py {runs} --gold {out}/posts.jsonl --baseline full "
+                             f"--out {out}"])
+
+
 def demo(args):
     """Runs every stage of the embedded default."""
     refuse_ranks("the whole road")
@@ -965,7 +1038,8 @@ def demo(args):
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    return run_stage({None: demo, "readout": readout, "ubm": ubm}.get(args.stage, train), args)
+    stages = {None: demo, "readout": readout, "ubm": ubm, "ablate": ablate}
+    return run_stage(stages.get(args.stage, train), args)
 
 
 if __name__ == "__main__":
