@@ -159,7 +159,7 @@ def ablate_flags(stages):
 
 def ubm_flags(stages):
     """The flags of `ubm`. choice: the whole recipe, picked on Twitter-2015's dev posts."""
-    about = "small classifier for the cascade: short runs, averaged, distilled into one, calibrated"
+    about = "small classifier for the cascade: short runs, their weights averaged, calibrated"
     p = stages.add_parser("ubm", help=about, description=about, formatter_class=Help)
     flag = p.add_argument
     flag("--data", nargs="+", required=True, metavar="POSTS", help="posts with label (or score)")
@@ -170,13 +170,12 @@ def ubm_flags(stages):
     flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
-    flag("--members", type=int, default=3, help="short runs whose mean the last one learns")
+    flag("--members", type=positive, default=3, help="runs that part after their first epoch")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
     flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
     flag("--head-lr", type=float, default=1e-3, help="of new layers, falling to 0")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
-    flag("--soft", type=float, default=0.5, help="weight of the members' probabilities")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
 
@@ -779,35 +778,39 @@ def ubm_score(classes, logits, posts):
     return dict(dev_mae=mae), -mae
 
 
-def ubm_run(args, name, model, posts, targets, dev, seed):
-    """One short run: two rates, linear decay, a running average of the weights. Leaves the average
-    as of its best dev epoch in `model`. Killed, it goes on from the last epoch's end."""
-    state_file, weights = Path(args.out, "state.pt"), list(model.parameters())
+def ubm_run(args, k, model, posts, targets, dev):
+    """Run k: two rates, linear decay, a running average of the weights. Leaves the average as of
+    its best dev epoch in `model`. All runs share their first epoch, which is kept in trunk.pt;
+    killed, a run goes on from the last epoch's end."""
+    out, weights = Path(args.out), list(model.parameters())
     new = ("head", "images") if args.image_encoder == "small" else ("head",)
     groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
               for own in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
     average, first, best, kept = [p.detach().clone() for p in weights], 0, -math.inf, None
-    if state_file.exists():
-        was = torch.load(state_file, map_location=args.device, weights_only=True)
-        if was["name"] == name:
-            average, first, best, kept = (was[k] for k in ("average", "epoch", "best", "kept"))
+    for file in (out / f"state-{k}.pt", out / "trunk.pt"):
+        if file.exists():
+            was = torch.load(file, map_location=args.device, weights_only=True)
+            average, first, best, kept = (was[x] for x in ("average", "epoch", "best", "kept"))
             model.load_state_dict(was["model"])
             optimizer.load_state_dict(was["optimizer"])
+            break
     per_epoch = math.ceil(len(posts) / args.batch)
     step, total = first * per_epoch, args.epochs * per_epoch
-    log = [row for row in read_rows(Path(args.out, "log.jsonl"))
-           if row["run"] != name or row["epoch"] <= first]
+    log = [row for row in read_rows(out / "log.jsonl") if row["run"] != k or row["epoch"] <= first]
     for epoch in range(first, args.epochs):
-        seed_everything(seed * 1000 + epoch)  # order and dropout depend on nothing else
+        # order and dropout depend on nothing else
+        seed_everything(args.seed * 10_000 + (1000 * k if epoch else 0) + epoch)
         model.train()
         sum_loss, began = 0.0, time.time()
-        for rows in tqdm(buckets(posts, args.batch), f"{name} epoch {epoch + 1}", leave=False):
+        for rows in tqdm(buckets(posts, args.batch), f"run {k} epoch {epoch + 1}", leave=False):
             for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
                 group["lr"] = peak * (1 - step / total)
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
                 logits = model([posts[i] for i in rows]).float()
             loss = F.cross_entropy(logits, targets[rows].to(args.device))
+            if not math.isfinite(loss.item()):
+                raise InputError(f"run {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -820,58 +823,61 @@ def ubm_run(args, name, model, posts, targets, dev, seed):
         here = [p.detach().clone() for p in weights]
         fill(weights, average)
         terms, value = ubm_score(model.classes, ubm_logits(model, dev), dev)
-        log.append(dict(run=name, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
+        log.append(dict(run=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
                         seconds=round(time.time() - began, 1)))
         if value > best:
             best, kept = value, [p.clone() for p in average]
         fill(weights, here)
-        values = dict(name=name, epoch=epoch + 1, average=average, best=best, kept=kept,
+        values = dict(epoch=epoch + 1, average=average, best=best, kept=kept,
                       model=model.state_dict(), optimizer=optimizer.state_dict())
-        write_atomic(Path(args.out, "log.jsonl"), lambda part: Path(part).write_text(
-            "".join(json.dumps(row) + "\n" for row in log)))
-        write_atomic(state_file, lambda part: torch.save(values, part))
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in log[-1].items()))
+        lines = "".join(json.dumps(row) + "\n" for row in log)
+        write_atomic(out / "log.jsonl", lambda part: Path(part).write_text(lines))
+        write_atomic(out / (f"state-{k}.pt" if epoch else "trunk.pt"),
+                     lambda part: torch.save(values, part))
+        print("  ".join(f"{x} {v:.4g}" if isinstance(v, float) else f"{x} {v}"
+                        for x, v in log[-1].items()))
     fill(weights, kept)
 
 
 def ubm(args):
-    """choice: `--members` short runs from one start that differ in their order of posts, then one
-    more from the mean of their weights, which learns the labels and the members' mean
-    probabilities. Its temperature is fitted on dev."""
+    """choice: `--members` short runs that part after a shared first epoch, so that the mean of their
+    weights is a model too; dev chooses between it and each of them, and fits the temperature."""
     out = Path(args.out)
-    posts, dev, hard, dev_targets = ubm_posts(args)
+    posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
         "rows": digest([(p.id, p.text, p.label, p.score) for p in posts]),
         "dev_rows": digest([p.id for p in dev])}
     check_settings(out / "config.json", settings, (out / "config.json").exists())
     text = tiny_encoder(args, posts) if args.text_encoder == "tiny" else args.text_encoder
-    soft, mean = torch.zeros_like(hard), None
-    for k in range(args.members + 1):
-        seed_everything(args.seed)  # every run starts from the same head
-        model = new_ubm(text, SCORES if args.bins else LABELS, args.image_encoder).to(args.device)
-        last, file = k == args.members, out / f"run-{k}.safetensors"
-        targets = hard
-        if last and k:
-            model.load_state_dict(mean)
-            targets = (1 - args.soft) * hard + args.soft * soft
+    seed_everything(args.seed)
+    model = new_ubm(text, SCORES if args.bins else LABELS, args.image_encoder).to(args.device)
+    weights, found = list(model.parameters()), {}
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    for k in range(args.members):
+        file = out / f"run-{k}.safetensors"
         if not file.exists():
-            name = "distilled" if last else f"member-{k}"
-            ubm_run(args, name, model, posts, targets, dev, 10 * args.seed + k)
-            tensors = dict(probs=ubm_logits(model, posts).softmax(1)) | model.state_dict()
-            write_atomic(file, lambda part: save_file(tensors, part))
-        tensors = load_file(file)
-        soft += tensors.pop("probs") / max(1, args.members)
-        model.load_state_dict(tensors)
-        share = {n: t / args.members for n, t in tensors.items()} if not last else {}
-        mean = {n: t + mean[n] for n, t in share.items()} if mean else share
+            model.load_state_dict(start)
+            ubm_run(args, k, model, posts, targets, dev)
+            write_atomic(file, lambda part: save_file(model.state_dict(), part))
+            Path(out, f"state-{k}.pt").unlink(missing_ok=True)
+        model.load_state_dict(load_file(file))
+        found[f"run {k}"] = [p.detach().clone() for p in weights]
+    found["mean"] = [sum(ps) / len(ps) for ps in zip(*found.values())]
+    values = {}
+    for name, tensors in found.items():
+        fill(weights, tensors)
+        terms, values[name] = ubm_score(model.classes, ubm_logits(model, dev), dev)
+        print(f"{name:6s} " + "  ".join(f"{k} {v:.4f}" for k, v in terms.items()))
+    chosen = max(values, key=values.get)
+    fill(weights, found[chosen])
     logits = ubm_logits(model, dev)
     model.temperature = fit_temperature(logits, dev_targets)
     save_ubm(model, out)
-    terms, _ = ubm_score(model.classes, logits, dev)
+    Path(out, "trunk.pt").unlink(missing_ok=True)
     print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/log.jsonl  config "
           f"{out}/config.json")
-    print("  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
+    terms, _ = ubm_score(model.classes, logits, dev)
+    print(f"best is {chosen}: " + "  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
 
 
 def tiny_encoder(args, posts):

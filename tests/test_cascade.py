@@ -144,7 +144,7 @@ def ubm(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ubm") / "ubm"
     data = str(toy / "posts.jsonl")
     assert train.main(["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--out",
-                       str(folder), "--members", "0", "--epochs", "1", "--batch", "4"]) == 0
+                       str(folder), "--members", "1", "--epochs", "1", "--batch", "4"]) == 0
     return folder
 
 

@@ -155,28 +155,28 @@ def command(toy, out, *more):
 
 
 def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
-    """Stopped in the second epoch of the second member and rerun: the same weights, bit for bit;
+    """Stopped in the last epoch of the second run and rerun: the same weights, bit for bit;
     test posts are never trained on; another setting is refused."""
     assert train.main(command(toy, tmp_path / "whole")) == 0
     real, calls = train.buckets, []
 
-    def stop_at_the_fourth(posts, size):
+    def stop_at_the_third(posts, size):
         assert {p.split for p in posts} == {"train"}
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(posts, size)
 
-    monkeypatch.setattr(train, "buckets", stop_at_the_fourth)
+    monkeypatch.setattr(train, "buckets", stop_at_the_third)
     assert train.main(command(toy, tmp_path / "cut")) == 130
     assert train.main(command(toy, tmp_path / "cut")) == 0
-    assert len(calls) == 4 + 3  # the stopped epoch and the two of the distilled run
+    assert len(calls) == 3 + 1  # runs share their first epoch; the stopped one is run anew
     whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
     assert whole.temperature == cut.temperature
     logs = [[{k: v for k, v in row.items() if k != "seconds"}
              for row in mulcot.read_rows(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
-    assert logs[0] == logs[1] and len(logs[0]) == 6
+    assert logs[0] == logs[1] and len(logs[0]) == 3
     assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
 
 
@@ -187,7 +187,7 @@ def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
                           "--warmup", "2"]) == 0
     posts, out = str(data / "posts.jsonl"), str(tmp_path / "ubm")
     assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", "tiny",
-                       "--image-encoder", "small", "--members", "0", "--epochs", "12", "--lr",
+                       "--image-encoder", "small", "--members", "1", "--epochs", "12", "--lr",
                        "0.003", "--head-lr", "0.003", "--batch", "16", "--out", out]) == 0
     said = str(tmp_path / "said.jsonl")
     assert generate.main(["predict", "--model", out, "--data", posts, "--split", "dev", "--out",
