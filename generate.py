@@ -64,6 +64,8 @@ def parse_args(argv=None):
                                                 "toy, or the name at --endpoint)")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                  help="cpu, cuda or cuda:1")
+            flag("--nf4", action=yes_no,
+                 help="quantise the base to 4 bits (default: as its adapter was trained)")
             flag("--batch", type=positive, default=24, help="posts at once (authors: 24)")
             flag("--max-pixels", type=int, default=0,
                  help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
@@ -152,7 +154,7 @@ def posts_of(args, keep=lambda post: True):
 
 
 KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
-        "max_pixels", "stage2", "skill")  # settings that a rerun onto the same --out must share
+        "max_pixels", "nf4", "stage2", "skill")  # settings that a rerun onto an --out must share
 
 
 def settings_of(args):
@@ -273,7 +275,7 @@ def local_teacher(args):
     if args.model == "toy":
         one = ToyTeacher(args.skill, args.seed)
         return lambda requests: [one(r) for r in requests]
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
 
     def ask(requests):
         answers, groups = [None] * len(requests), {}
@@ -398,7 +400,7 @@ def dry_run(args, posts):
 def augment(args):
     """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
     posts = posts_of(args, lambda p: p.label)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     bar = tqdm(total=len(posts), desc="augment", unit="post")
     with bar, RowWriter(args.out) as kept, RowWriter(beside(args.out, "rejects.jsonl")) as aside:
         for n, batch in fixed_batches(posts, args.batch, kept.done | aside.done):
@@ -422,7 +424,7 @@ def augment(args):
 @torch.no_grad()
 def soft(args):
     """The assistant's softened distributions for both tasks of every row, taken in eval mode."""
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     rows, aside = [], []  # the branches that train.py will ask for
     for path in args.data:
         for post in read_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
@@ -472,7 +474,7 @@ def predict(args):
     if args.text:
         return predict_one(args)
     posts = controlled(posts_of(args), args)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     with tqdm(total=len(posts), desc="predict", unit="post") as bar, RowWriter(args.out) as kept:
         for _, batch in fixed_batches(posts, args.batch, kept.done):
             began, done = time.time(), set(kept.done)
@@ -524,7 +526,7 @@ def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
     if args.image:
         load_image(args.image)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     post = Post("1", args.text, args.image, args.aspect)
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:

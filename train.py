@@ -29,10 +29,10 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SYSTEM, TINY, Help, InputError, SoftLabels, add_lora, build_messages, check_settings,
-    collate, dense_ce_kl, digest, encode, forward_branches, label_branches, load_model,
-    load_processor, multitask_loss, positive, read_posts, read_rows, render_label, run_stage,
-    save_adapter, score_labels, seed_everything, show_tokens, tell_aside, tiny_model,
+    LABELS, SYSTEM, TINY, Help, InputError, NF4Linear, SoftLabels, add_lora, build_messages,
+    check_settings, collate, dense_ce_kl, digest, encode, forward_branches, label_branches,
+    load_model, load_processor, multitask_loss, positive, read_posts, read_rows, render_label,
+    run_stage, save_adapter, score_labels, seed_everything, show_tokens, tell_aside, tiny_model,
     tiny_tokenizer, tokenizer_hash, training_branches, write_atomic, write_json)
 
 
@@ -78,6 +78,7 @@ def parse_args(argv=None):
             continue
         flag("--dev", required=True, help="posts to select on (split dev, where splits are given)")
         flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+        flag("--nf4", action=yes_no, default=False, help="quantise the frozen base to 4 bits")
         flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
         flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
         flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
@@ -250,7 +251,7 @@ def build(args, folder):
         model, processor = load_model(folder, args.device, torch.float32)
         model.requires_grad_(True)
     else:
-        model, processor = load_model(folder, args.device, max_pixels=args.max_pixels)
+        model, processor = load_model(folder, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
         names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
         write_json(Path(args.out, "lora_modules.json"), names)
         kinds = Counter(name.rpartition(".")[2] for name in names)
@@ -260,6 +261,7 @@ def build(args, folder):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), model.parameters()))
+    total += sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, NF4Linear))
     print(f"trainable  {count:,} of {total:,} parameters ({count / total:.2%})")
     return model.train(), processor, trained
 
