@@ -889,7 +889,7 @@ NF4 = torch.tensor([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.184
                     0.72295684, 1])
 # both levels of each byte, two float32 in one int64: one look-up per byte
 NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()
-SLICE = 2**22  # weights handled at once: temporaries stay at some tens of MB for any layer
+SLICES = {"cpu": 2**18}  # weights handled at once: a CPU stays in its cache, others launch seldom
 
 
 def nf4_quantize(weight, block=64):
@@ -897,7 +897,7 @@ def nf4_quantize(weight, block=64):
     (ceil(n / block),) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32 inside, a
     weight midway between two levels takes the lower one, a block of zeros has absmax 0."""
     middles, codes, absmax = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device), [], []
-    for part in weight.detach().flatten().split(SLICE):
+    for part in weight.detach().flatten().split(SLICES.get(weight.device.type, 2**24)):
         rest = len(part) % block
         blocks = F.pad(part.float(), (0, -len(part) % block)).view(-1, block)
         top = blocks.abs().amax(1)
@@ -916,7 +916,8 @@ def nf4_dequantize(codes, absmax, shape, dtype, block=64):
     """The weights (shape): level x absmax in float32, rounded once to `dtype`."""
     assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
     weight, pairs = torch.empty(shape, dtype=dtype, device=codes.device), NF4_PAIRS.to(codes.device)
-    slices = weight.view(-1).split(SLICE), codes.split(SLICE // 2), absmax.split(SLICE // block)
+    size = SLICES.get(codes.device.type, 2**24)
+    slices = weight.view(-1).split(size), codes.split(size // 2), absmax.split(size // block)
     for out, code, top in zip(*slices):
         levels = pairs.index_select(0, code.int()).view(torch.float32)
         n = len(out) // block * block

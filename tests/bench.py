@@ -2,6 +2,9 @@
 
 teacher: `generate.py teacher` against a server on this machine that takes 200 ms for each call and
 has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
+
+nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
+ones, on the same device, in turns.
 """
 
 import argparse
@@ -83,9 +86,45 @@ def teacher(_):
     return ("workers", "posts", "posts/s", "of workers/0.2 s", "peak MiB"), rows
 
 
+def nf4(_):
+    """Milliseconds of one forward and backward (the input's gradient), medians of 7 rounds."""
+    import statistics
+
+    import bitsandbytes
+    import torch
+
+    from mulcot import NF4Linear
+
+    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = [torch.nn.Linear(2048, 2048, bias=False, dtype=dtype).requires_grad_(False)
+                 for _ in range(4)]
+        theirs = [bitsandbytes.nn.Linear4bit(2048, 2048, False, dtype, compress_statistics=False,
+                                             quant_type="nf4") for _ in dense]
+        for a, b in zip(theirs, dense):
+            a.load_state_dict(b.state_dict())
+        ours = [NF4Linear(layer) for layer in dense]
+        stacks = [torch.nn.Sequential(*x).to(device).train() for x in (ours, theirs, dense)]
+        for tokens in (64, 512):
+            x = torch.randn(tokens, 2048, dtype=dtype, device=device, requires_grad=True)
+            times, found = [[] for _ in stacks], []
+            for _ in range(8):  # the first round warms up
+                for stack, seconds in zip(stacks, times):
+                    began, x.grad = time.perf_counter(), None
+                    stack(x).sum().backward()
+                    found.append(x.grad.sum().item())  # waits for a GPU, too
+                    seconds.append(time.perf_counter() - began)
+            assert found[-3] == found[-2] != found[-1], found[-3:]  # ours, theirs, dense
+            medians = [1000 * statistics.median(seconds[1:]) for seconds in times]
+            rows.append((device, str(dtype)[6:], tokens, *(f"{t:.1f}" for t in medians),
+                         f"{medians[0] / medians[1]:.2f}"))
+    return ("device", "dtype", "tokens", "ours ms", "bitsandbytes ms", "dense ms",
+            "ours / bitsandbytes"), rows
+
+
 def main(argv=None):
     """Prints one table per subject."""
-    subjects = dict(teacher=teacher)
+    subjects = dict(teacher=teacher, nf4=nf4)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     args = parser.parse_args(argv)
