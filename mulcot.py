@@ -915,15 +915,14 @@ def nf4_quantize(weight, block=64):
 def nf4_dequantize(codes, absmax, shape, dtype, block=64):
     """The weights (shape): level x absmax in float32, rounded once to `dtype`."""
     assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
-    weight, pairs = torch.empty(shape, dtype=dtype, device=codes.device), NF4_PAIRS.to(codes.device)
-    size = SLICES.get(codes.device.type, 2**24)
-    slices = weight.view(-1).split(size), codes.split(size // 2), absmax.split(size // block)
-    for out, code, top in zip(*slices):
+    blocks = torch.empty(len(absmax), block, dtype=dtype, device=codes.device)
+    codes = F.pad(codes, (0, blocks.numel() // 2 - len(codes)))  # of a short last block
+    size, pairs = SLICES.get(codes.device.type, 2**24), NF4_PAIRS.to(codes.device)
+    slices = codes.split(size // 2), absmax.split(size // block), blocks.split(size // block)
+    for code, top, out in zip(*slices):
         levels = pairs.index_select(0, code.int()).view(torch.float32)
-        n = len(out) // block * block
-        torch.mul(levels[:n].view(-1, block), top[: n // block, None], out=out[:n].view(-1, block))
-        torch.mul(levels[n : len(out)], top[-1:], out=out[n:])  # a short last block
-    return weight
+        torch.mul(levels.view(-1, block), top[:, None], out=out)
+    return blocks.view(-1)[: math.prod(shape)].view(shape)
 
 
 class _NF4Matmul(torch.autograd.Function):
@@ -952,8 +951,7 @@ class NF4Linear(nn.Module):
 
     def dense(self, dtype):
         """The weight (out, in)."""
-        shape = self.out_features, self.in_features
-        return nf4_dequantize(self.codes, self.absmax, shape, dtype)
+        return nf4_dequantize(self.codes, self.absmax, (self.out_features, self.in_features), dtype)
 
     def forward(self, x):
         return _NF4Matmul.apply(x, self)
@@ -994,9 +992,12 @@ def _replace(model, name, new):
 
 
 def _linears(model, targets, scope):
-    return [name for name, m in model.named_modules() if name.rpartition(".")[2] in targets
-            and isinstance(m, (nn.Linear, NF4Linear))
-            and (scope == "all" or not TOWERS.search(name))]
+    names = [name for name, m in model.named_modules() if name.rpartition(".")[2] in targets
+             and isinstance(m, (nn.Linear, NF4Linear))
+             and (scope == "all" or not TOWERS.search(name))]
+    if not names:
+        raise InputError(f"no linear layer ends in {', '.join(targets)}: nothing to adapt here")
+    return names
 
 
 def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="language"):
@@ -1006,8 +1007,6 @@ def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="lan
     assert scope in ("language", "all"), scope
     model.requires_grad_(False)
     names = _linears(model, targets, scope)
-    if not names:
-        raise InputError(f"no linear layer ends in {', '.join(targets)}: LoRA would train nothing")
     for name in names:
         _replace(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
@@ -1035,7 +1034,7 @@ def merge_lora(model):
     for name, m in list(model.named_modules()):
         if isinstance(m, NF4Linear):
             dense = nn.Linear(m.in_features, m.out_features, device="meta")
-            dense.weight, dense.bias = nn.Parameter(m.dense(m.dtype)), m.bias
+            dense.weight, dense.bias = nn.Parameter(m.dense(m.dtype), False), m.bias
             _replace(model, name, dense)
     for name, m in _layers(model).items():
         delta = m.scale * (m.lora_B.float() @ m.lora_A.float())  # (out, in)
@@ -1169,6 +1168,7 @@ def _load_nf4(auto, base, device, dtype):
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, GenerationConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
 
     folder = base if os.path.isdir(base) else snapshot_download(
         base, allow_patterns=["*.json", "model*.safetensors"])
@@ -1184,9 +1184,7 @@ def _load_nf4(auto, base, device, dtype):
         _replace(model, name, NF4Linear(model.get_submodule(name)))
     files = sorted(Path(folder).glob("model*.safetensors"))
     for file, key in [(file, key) for file in files for key in safe_open(file, "pt").keys()]:
-        name = key
-        for renaming in renamings:  # `visual.*` of older files is `model.visual.*`, and so on
-            name = renaming.rename_source_key(name)[0]
+        name = apply_renamings(key, renamings)  # `visual.*` of older files is `model.visual.*`, …
         if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
             continue  # Omni's talker
         with safe_open(file, "pt") as f:  # trap: the pages read of an open file count as memory,

@@ -340,7 +340,7 @@ print(json.dumps([status("VmHWM") - before, sum(tensors.values()) / 2**20]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_loading(toy, tmp_path):
-    """A model of 8 shards, by its hub name from the local cache, in a fresh process: the peak in
+    """A model of 7 shards, by its hub name from the local cache, in a fresh process: the peak in
     MiB over what was there before is the quantised model, a layer and its temporaries."""
     cache = tmp_path / "models--some--model"
     folder = shutil.copytree(toy / "student", cache / "snapshots/0")
@@ -349,8 +349,8 @@ def test_peak_memory_of_loading(toy, tmp_path):
     config = Qwen2_5_VLConfig.from_pretrained(folder)
     text = config.text_config
     text.hidden_size = config.vision_config.out_hidden_size = 1024
-    text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 2048, 10, 32
-    text.layer_types = ["full_attention"] * 10
+    text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 2048, 8, 32
+    text.layer_types = ["full_attention"] * 8
     (folder / "model.safetensors").unlink()
     with torch.device("meta"):
         big = Qwen2_5_VLForConditionalGeneration(config)
@@ -369,8 +369,8 @@ def test_peak_memory_of_loading(toy, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     peak, size = json.loads(run.stdout.splitlines()[-1])
     print(f"dense {dense:.0f} MiB in {len(files)} files, NF4 {size:.0f}, peak {peak:.0f}")
-    assert len(files) >= 8 and dense > 320 and size < 55
-    assert peak < size + 80
+    assert len(files) >= 6 and dense > 250 and size < 45
+    assert peak < size + 60
 
 
 # ---- adapters
