@@ -50,7 +50,7 @@ def parse_args(argv=None):
     flag("--logs", nargs="*", default=[], metavar="[NAME=]FILE",
          help="log.jsonl files of train.py, for the report's curves; NAME: default its folder")
     flag("--cards", type=int, default=200, help="posts shown in the report, wrong ones first")
-    flag("--baseline", metavar="NAME", help="column p: paired bootstrap of accuracy against this run")
+    flag("--baseline", metavar="NAME", help="column p: accuracy against this run's, by bootstrap")
     flag("--wordnet", metavar="DIR", help="WordNet 3.0's dictionary files, for METEOR's synonyms "
                                           "(Debian's wordnet-base: /usr/share/wordnet)")
     flag("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")

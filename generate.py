@@ -69,6 +69,8 @@ def parse_args(argv=None):
                       "or adapter folder (teacher: also toy, or the name at --endpoint)")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                  help="cpu, cuda or cuda:1")
+            flag("--nf4", action=yes_no,
+                 help="quantise the base to 4 bits (default: as its adapter was trained)")
             flag("--batch", type=positive, default=64, help="posts at once (authors: 24)")
             flag("--max-pixels", type=int, default=0,
                  help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
@@ -193,7 +195,7 @@ def posts_of(args, keep=lambda post: True):
 
 
 KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
-        "max_pixels", "stage2", "skill")  # settings that a rerun onto the same --out must share
+        "max_pixels", "nf4", "stage2", "skill")  # settings that a rerun onto an --out must share
 
 
 def settings_of(args):
@@ -320,7 +322,7 @@ def local_teacher(args):
     if args.model == "toy":
         one = ToyTeacher(args.skill, args.seed)
         return lambda requests: [one(r) for r in requests]
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
 
     def ask(requests):
         answers, groups = [None] * len(requests), {}
@@ -447,7 +449,7 @@ def dry_run(args, posts):
 def augment(args):
     """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
     posts = posts_of(args, lambda p: p.label)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     bar = tqdm(total=len(posts), desc="augment", unit="post", disable=ranks()[0] > 0)
     rejects = beside(args.out, "rejects.jsonl")
     with bar, shared_rows(args.out) as kept, shared_rows(rejects) as aside:
@@ -472,7 +474,7 @@ def augment(args):
 @torch.no_grad()
 def soft(args):
     """The assistant's softened distributions for both tasks of every row, taken in eval mode."""
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels)
+    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     rows, aside = Shelf(), []  # the branches that train.py will ask for
     for path in args.data:
         for post in iter_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
@@ -551,7 +553,7 @@ def load_either(args):
     if Path(args.model, "ubm.json").exists():
         args.source = "ubm"
         return load_ubm(args.model, args.device), None
-    return load_model(args.model, args.device, max_pixels=args.max_pixels)
+    return load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
 
 
 def controlled(posts, args):
@@ -709,7 +711,7 @@ class Asked:
         answers, so that its distribution is exact."""
         if todo and self.model is None:
             self.model = load_model(self.args.model, self.args.device,
-                                    max_pixels=self.args.max_pixels)
+                                    max_pixels=self.args.max_pixels, nf4=self.args.nf4)
         todo = sorted(todo, key=lambda it: len(it[2]))
         for a in range(0, len(todo), self.args.batch):
             (model, processor), began, examples = self.model, time.time(), {}

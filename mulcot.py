@@ -6,7 +6,7 @@ The method is arXiv 2508.05234 (teacher -> assistant -> student). Nothing here i
 three scripts beside this file are. Read the sections in order and you follow one post from file to
 loss:
 
-  §1 Posts      files -> Post                      §5 LoRA    low-rank adapters in PEFT's format
+  §1 Posts      files -> Post                      §5 LoRA    adapters in PEFT's format; NF4 base
   §2 Prompts    Post -> messages, text -> fields   §6 Model   loading, branches, labels, chains
   §3 Teacher    two-stage chains with retries      §7 Losses  pure functions of tensors and floats
   §4 Tokens     Post -> Example -> Batch           §8 UBM     small classifier, cascade
@@ -1107,12 +1107,85 @@ def show_tokens(batch, tokenizer, row=0):
 
 
 # ================================================================================================
-# §5 LoRA [needs: contextlib, json, math, os, re, Path, torch, F, SafetensorError, load_file,
-#    save_file, nn, InputError, §9]
+# §5 LoRA and NF4 [needs: contextlib, json, math, os, re, sys, Path, torch, F,
+#    SafetensorError, safe_open, load_file, save_file, nn, InputError, §9]
 # ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower)\.")
+
+# paper: QLoRA, arXiv 2305.14314, appendix E: the 16 levels of NF4, as float32
+NF4 = torch.tensor([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036,
+                    0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617,
+                    0.72295684, 1])
+# both levels of each byte, two float32 in one int64: one look-up per byte
+NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()
+SLICES = {"cpu": 2**18}  # weights handled at once: a CPU stays in its cache, others launch seldom
+
+
+def nf4_quantize(weight, block=64):
+    """n weights -> codes (ceil(n / 2),) uint8, two a byte, the first in its high half, and absmax
+    (ceil(n / block),) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32 inside, a
+    weight midway between two levels takes the lower one, a block of zeros has absmax 0."""
+    middles, codes, absmax = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device), [], []
+    for part in weight.detach().flatten().split(SLICES.get(weight.device.type, 2**24)):
+        rest = len(part) % block
+        blocks = F.pad(part.float(), (0, -len(part) % block)).view(-1, block)
+        top = blocks.abs().amax(1)
+        scaled = blocks * (1 / top.clamp(min=1e-38))[:, None]
+        if rest:  # trap: in a short last block bitsandbytes divides, which rounds differently
+            top[-1].clamp_(min=1e-38)
+            scaled[-1] = blocks[-1] / top[-1]
+        scaled = scaled.flatten()[: len(part) + rest % 2]
+        code = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
+        codes.append(code[::2] << 4 | code[1::2])
+        absmax.append(top)
+    return torch.cat(codes), torch.cat(absmax)
+
+
+def nf4_dequantize(codes, absmax, shape, dtype, block=64):
+    """The weights (shape): level x absmax in float32, rounded once to `dtype`."""
+    assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
+    blocks = torch.empty(len(absmax), block, dtype=dtype, device=codes.device)
+    codes = F.pad(codes, (0, blocks.numel() // 2 - len(codes)))  # of a short last block
+    size, pairs = SLICES.get(codes.device.type, 2**24), NF4_PAIRS.to(codes.device)
+    slices = codes.split(size // 2), absmax.split(size // block), blocks.split(size // block)
+    for code, top, out in zip(*slices):
+        levels = pairs.index_select(0, code.int()).view(torch.float32)
+        torch.mul(levels.view(-1, block), top[:, None], out=out)
+    return blocks.view(-1)[: math.prod(shape)].view(shape)
+
+
+class _NF4Matmul(torch.autograd.Function):
+    """x Wᵀ + b; W is dequantised here and again in backward, so that no graph holds it."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.dense(layer.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.dense(grad.dtype), None
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in blocks of 64: 4.5 bits a weight. `dtype`: of the weight it stands
+    for. Neither weight nor bias gets a gradient; adapters on top do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
+        self.codes, self.absmax = map(nn.Buffer, nf4_quantize(linear.weight))
+        self.requires_grad_(False)
+
+    def dense(self, dtype):
+        """The weight (out, in)."""
+        return nf4_dequantize(self.codes, self.absmax, (self.out_features, self.in_features), dtype)
+
+    def forward(self, x):
+        return _NF4Matmul.apply(x, self)
 
 
 class LoRALinear(nn.Module):
@@ -1124,7 +1197,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, alpha
         self.scale, self.on = alpha / rank, True
-        like = dict(device=base.weight.device, dtype=torch.float32)  # choice: fp32 over any base
+        device = next(t.device for t in base.state_dict().values())
+        like = dict(device=device, dtype=torch.float32)  # choice: fp32 over any base
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         self.dropout = nn.Dropout(dropout)
@@ -1149,16 +1223,22 @@ def _replace(model, name, new):
     setattr(model.get_submodule(parent), child, new)
 
 
+def _linears(model, targets, scope):
+    names = [name for name, m in model.named_modules() if name.rpartition(".")[2] in targets
+             and isinstance(m, (nn.Linear, NF4Linear))
+             and (scope == "all" or not TOWERS.search(name))]
+    if not names:
+        raise InputError(f"no linear layer ends in {', '.join(targets)}: nothing to adapt here")
+    return names
+
+
 def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="language"):
     """Wraps the linears whose name ends in one of `targets` and freezes everything else; returns
     their full names. scope "language" leaves vision and audio towers alone; "all" is the authors'
     suffix matching."""
     assert scope in ("language", "all"), scope
     model.requires_grad_(False)
-    names = [name for name, m in model.named_modules() if name.rpartition(".")[2] in targets
-             and isinstance(m, nn.Linear) and (scope == "all" or not TOWERS.search(name))]
-    if not names:
-        raise InputError(f"no linear layer ends in {', '.join(targets)}: LoRA would train nothing")
+    names = _linears(model, targets, scope)
     for name in names:
         _replace(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
@@ -1181,7 +1261,13 @@ def adapters_off(model):
 @torch.no_grad()
 def merge_lora(model):
     """Adds every adapter to its base weight, in fp32, and removes the wrappers. Explicit, once,
-    for serving. trap: merging in bf16 inside eval() / train() loses bits on every round trip."""
+    for serving. trap: merging in bf16 inside eval() / train() loses bits on every round trip.
+    choice: an NF4 model becomes dense; quantising the sum would round most adapters away."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, NF4Linear):
+            dense = nn.Linear(m.in_features, m.out_features, device="meta")
+            dense.weight, dense.bias = nn.Parameter(m.dense(m.dtype), False), m.bias
+            _replace(model, name, dense)
     for name, m in _layers(model).items():
         delta = m.scale * (m.lora_B.float() @ m.lora_A.float())  # (out, in)
         m.base.weight.copy_((m.base.weight.float() + delta).to(m.base.weight.dtype))
@@ -1196,7 +1282,8 @@ def adapter_tensors(model):
 
 
 def save_adapter(model, folder):
-    """`adapter_model.safetensors` + `adapter_config.json` as PEFT writes and reads them."""
+    """`adapter_model.safetensors` + `adapter_config.json` as PEFT writes and reads them; the
+    metadata, which PEFT passes over, tell whether the base was in NF4."""
     layers = _layers(model)
     assert layers, "save_adapter on a model without adapters"
     one, base = next(iter(layers.values())), model.config._name_or_path
@@ -1205,11 +1292,18 @@ def save_adapter(model, folder):
                   lora_dropout=one.dropout.p, bias="none", target_modules=sorted(layers),
                   base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
                   inference_mode=True)
+    metadata = {"format": "pt", "nf4": str(isinstance(one.base, NF4Linear))}
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(model).items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"),
-                 lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+                 lambda path: save_file(tensors, path, metadata))
     write_atomic(os.path.join(folder, "adapter_config.json"),
                  lambda path: Path(path).write_text(json.dumps(config, indent=1)))
+
+
+def adapter_nf4(folder):
+    """Whether an adapter was trained over an NF4 base: "True", "False" or, of PEFT's, None."""
+    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
+        return (f.metadata() or {}).get("nf4")
 
 
 def load_adapter(model, folder):
@@ -1219,7 +1313,7 @@ def load_adapter(model, folder):
     file = os.path.join(folder, "adapter_model.safetensors")
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())
-        tensors = load_file(file)
+        tensors, over = load_file(file), adapter_nf4(folder)
     except FileNotFoundError as e:
         missing = e.filename or file
         raise InputError(f"{folder} is no adapter folder: {missing} is missing") from None
@@ -1242,13 +1336,15 @@ def load_adapter(model, folder):
         if set(halves) != {"lora_A", "lora_B"}:
             raise InputError(f"{folder}: {name} has only {', '.join(halves)}")
         A, B = halves["lora_A"], halves["lora_B"]
-        fits = isinstance(base, nn.Linear) and A.shape == (len(A), base.in_features)
+        fits = isinstance(base, (nn.Linear, NF4Linear)) and A.shape == (len(A), base.in_features)
         if not fits or B.shape != (base.out_features, len(A)):
             raise InputError(f"{folder}: {name} has shapes {tuple(A.shape)}, {tuple(B.shape)}, the "
                              f"layer is {base}: wrong base model?")
         layer = LoRALinear(base, A.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
         layer.lora_A.data.copy_(A), layer.lora_B.data.copy_(B)
         _replace(model, name, layer)
+    if over not in (None, here := str(isinstance(base, NF4Linear))):
+        print(f"note: {folder} was trained with nf4 {over}, here it is {here}", file=sys.stderr)
     unfilled = set(_layers(model)) - set(pairs)
     if unfilled:
         raise InputError(f"{folder} leaves {len(unfilled)} adapters unfilled, first "
@@ -1263,13 +1359,14 @@ def _spellings(name):
 
 
 # ================================================================================================
-# §6 Model [needs: json, os, re, Path, torch, SafetensorError, load_file, save_file, nn, LABELS,
-#    InputError, §1, §2, §4, §5, §9]
+# §6 Model [needs: json, os, re, Path, torch, SafetensorError, safe_open, load_file, save_file, nn,
+#    LABELS, InputError, §1, §2, §4, §5, §9]
 # ================================================================================================
 
-def load_model(name, device="cpu", dtype=None, max_pixels=None):
+def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
-    base is read first). dtype: default float32 on CPU, bfloat16 on GPU; max_pixels: image cap."""
+    base is read first). dtype: default float32 on CPU, bfloat16 on GPU; max_pixels: image cap;
+    nf4: the language model's linears in 4 bits, by default as the adapter was trained."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
 
@@ -1282,18 +1379,69 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None):
         kind = AutoModelForImageTextToText  # the whole Omni is no such model, its Thinker is
         if processor.extractor:
             kind = Qwen2_5OmniThinkerForConditionalGeneration
-        model, report = kind.from_pretrained(
-            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    except (OSError, ValueError) as e:
+        if nf4 is None:
+            nf4 = base != str(name) and adapter_nf4(name) == "True"
+        if nf4:
+            model, missing = _load_nf4(kind, base, device, dtype)
+        else:
+            model, report = kind.from_pretrained(
+                base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            missing = report["missing_keys"]
+    except (OSError, ValueError, SafetensorError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
-    if report["missing_keys"]:  # trap: saved with LoRA wrappers it reloads with random layers
-        raise InputError(f"model {base!r} lacks {len(report['missing_keys'])} weights, first "
-                         f"{min(report['missing_keys'])}: was it saved before merge_lora?")
+    if missing:  # trap: saved with LoRA wrappers it reloads with random layers
+        raise InputError(f"model {base!r} lacks {len(missing)} weights, first {min(missing)}: was "
+                         "it saved before merge_lora?")
     if base != str(name):
         load_adapter(model, name)
     if Path(name, "head.json").exists():
         model.readout = load_readout(name, model.lm_head.in_features).to(device)
     return model.to(device).eval(), processor
+
+
+def _load_nf4(auto, base, device, dtype):
+    """(model whose language model is in NF4, names of weights that the files lack). Built without
+    memory, then filled tensor by tensor: memory peaks one layer above the result."""
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, GenerationConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
+
+    folder = base if os.path.isdir(base) else snapshot_download(
+        base, allow_patterns=["*.json", "model*.safetensors"])
+    config = AutoConfig.from_pretrained(base)
+    build = getattr(auto, "from_config", getattr(auto, "_from_config", None))
+    with torch.device("meta"):
+        model = build(getattr(config, "thinker_config", config), dtype=dtype,
+                      attn_implementation="sdpa")
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        _replace(model, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # trap: rotary frequencies are in no file, this computes them
+    seats, renamings = model.state_dict(), get_model_conversion_mapping(model)
+    missing = set(seats) - set(model.all_tied_weights_keys)
+    for name in _linears(model, TARGETS, "language"):  # those that LoRA adapts
+        _replace(model, name, NF4Linear(model.get_submodule(name)))
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    for file, key in [(file, key) for file in files for key in safe_open(file, "pt").keys()]:
+        name = apply_renamings(key, renamings)  # `visual.*` of older files is `model.visual.*`, …
+        if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
+            continue  # Omni's talker
+        with safe_open(file, "pt") as f:  # trap: the pages read of an open file count as memory,
+            value = f.get_tensor(key)  # and a tensor that is not copied keeps it open
+        if name not in seats or seats[name].shape != value.shape:
+            raise InputError(f"{key} {tuple(value.shape)} in {file.name} fits no weight")
+        value = value.to(device, seats[name].dtype, copy=True)
+        owner, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        if isinstance(owner, NF4Linear) and leaf == "weight":
+            owner.codes, owner.absmax = nf4_quantize(value)
+        else:
+            owner.load_state_dict({leaf: value}, strict=False, assign=True)
+        missing.discard(name)
+    model.tie_weights()
+    if Path(folder, "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, missing
 
 
 def load_processor(name, max_pixels=None):

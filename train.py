@@ -36,15 +36,15 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, SCORES, SYSTEM, TINY, TINY_OMNI, Help, InputError, Readout, Shelf, SoftLabels, add_lora,
-    build_messages, check_settings, chunked_ce_kl, class_targets, collate, digest, encode,
-    fit_temperature, forward_branches, gather, iter_posts, join_ranks, label_example, load_model,
-    load_processor, mark_aspect, multitask_loss, new_ubm, of_split, positive, ranks, read_out,
-    read_posts, read_rows, readout_branches, readout_loss, refuse_ranks, regression_metrics,
-    render_label, render_score, run_stage, save_adapter, save_readout, save_ubm, score_labels,
-    seed_everything, show_tokens, sum_gradients, task_format, tell_aside, tiny_model,
-    tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks, without, write_atomic,
-    write_json)
+    LABELS, SCORES, SYSTEM, TINY, TINY_OMNI, Help, InputError, NF4Linear, Readout, Shelf,
+    SoftLabels, add_lora, build_messages, check_settings, chunked_ce_kl, class_targets, collate,
+    digest, encode, fit_temperature, forward_branches, gather, iter_posts, join_ranks,
+    label_example, load_model, load_processor, mark_aspect, multitask_loss, new_ubm, of_split,
+    positive, ranks, read_out, read_posts, read_rows, readout_branches, readout_loss, refuse_ranks,
+    regression_metrics, render_label, render_score, run_stage, save_adapter, save_readout,
+    save_ubm, score_labels, seed_everything, show_tokens, sum_gradients, task_format, tell_aside,
+    tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks, without,
+    write_atomic, write_json)
 
 
 def parse_args(argv=None):
@@ -98,6 +98,7 @@ def parse_args(argv=None):
         flag("--dev", required=needed,
              help="posts to select on (split dev, where splits are given)")
         flag("--model", required=needed, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+        flag("--nf4", action=yes_no, default=False, help="quantise the frozen base to 4 bits")
         flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
         flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
         flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
@@ -378,7 +379,7 @@ def build(args, folder, items):
         model, processor = load_model(folder, args.device, torch.float32)
         model.requires_grad_(True)
     else:
-        model, processor = load_model(folder, args.device, max_pixels=args.max_pixels)
+        model, processor = load_model(folder, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
         names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
         if ranks()[0] == 0:
             write_json(Path(args.out, "lora_modules.json"), names)
@@ -396,6 +397,7 @@ def build(args, folder, items):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), model.parameters()))
+    total += sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, NF4Linear))
     print(f"trainable  {count:,} of {total:,} parameters ({count / total:.2%})")
     return model.train(), processor, trained
 
@@ -840,7 +842,7 @@ def ubm_run(args, k, model, posts, targets, dev):
 
 
 def ubm(args):
-    """choice: `--members` short runs that part after a shared first epoch, so that the mean of their
+    """choice: `--members` runs that part after a shared first epoch, so that the mean of their
     weights is a model too; dev chooses between it and each of them, and fits the temperature."""
     out = Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)

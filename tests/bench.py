@@ -12,6 +12,8 @@ teacher: `generate.py teacher` against a server on this machine that takes 200 m
 has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
 metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk one after another,
 one process each, on the same pairs; theirs skip Distinct, parsing and all else that ours do.
+nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
+ones, on the same device, in turns.
 """
 
 import argparse
@@ -375,8 +377,8 @@ def classify(args):
 
 
 def generate(args):
-    """Label and chain of 240 posts: `generate.py predict` against the authors' way (whole set padded
-    to its longest prompt, batches of 24 in file order, two separate generate calls)."""
+    """Label and chain of 240 posts: `generate.py predict` against the authors' way (all prompts padded
+    longest, batches of 24 in file order, two separate generate calls)."""
     import generate as script
 
     posts = random.Random(0).sample(demo_posts()[0], 240)
@@ -564,10 +566,45 @@ def metrics(_):
             "largest difference of a mean"), rows
 
 
+def nf4(_):
+    """Milliseconds of one forward and backward (the input's gradient), medians of 15 rounds; the
+    ratio is the median of the rounds' own, which a busy machine disturbs less."""
+    import bitsandbytes
+
+    from mulcot import NF4Linear
+
+    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = [torch.nn.Linear(2048, 2048, bias=False, dtype=dtype).requires_grad_(False)
+                 for _ in range(4)]
+        theirs = [bitsandbytes.nn.Linear4bit(2048, 2048, False, dtype, compress_statistics=False,
+                                             quant_type="nf4") for _ in dense]
+        for a, b in zip(theirs, dense):
+            a.load_state_dict(b.state_dict())
+        ours = [NF4Linear(layer) for layer in dense]
+        stacks = [torch.nn.Sequential(*x).to(device).train() for x in (ours, theirs, dense)]
+        for tokens in (64, 512):
+            x = torch.randn(tokens, 2048, dtype=dtype, device=device, requires_grad=True)
+            times, found = [[] for _ in stacks], []
+            for _ in range(16):  # the first round warms up
+                for stack, seconds in zip(stacks, times):
+                    began, x.grad = time.perf_counter(), None
+                    stack(x).sum().backward()
+                    found.append(x.grad.sum().item())  # waits for a GPU, too
+                    seconds.append(time.perf_counter() - began)
+            assert found[-3] == found[-2] != found[-1], found[-3:]  # ours, theirs, dense
+            medians = [1000 * statistics.median(seconds[1:]) for seconds in times]
+            ratio = statistics.median(a / b for a, b in zip(times[0][1:], times[1][1:]))
+            rows.append((device, str(dtype)[6:], tokens, *(f"{t:.1f}" for t in medians),
+                         f"{ratio:.2f}"))
+    return ("device", "dtype", "tokens", "ours ms", "bitsandbytes ms", "dense ms",
+            "ours / bitsandbytes"), rows
+
+
 def main(argv=None):
     """Prints one table per subject."""
     subjects = dict(train=train, student=student, classify=classify, generate=generate,
-                    metrics=metrics, teacher=teacher)
+                    metrics=metrics, nf4=nf4, teacher=teacher)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -1,0 +1,493 @@
+"""NF4: bits as in bitsandbytes, LoRA on top, loading tensor by tensor, adapters that remember."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (AutoModelForImageTextToText, BitsAndBytesConfig, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+
+import generate
+import mulcot
+import train
+from conftest import ROOT
+from mulcot import NF4, InputError, LoRALinear, NF4Linear, nf4_dequantize, nf4_quantize
+from test_lora import SHAPES, fill, inputs, logits, model, with_adapters  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """bitsandbytes compiles its reference; here it runs as written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+# ---- codes and absmax
+
+def weights():
+    """{name: float32 weights}: random ones, and those that quantisers stumble over."""
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    edges = torch.cat([NF4, middles, middles.nextafter(NF4[:-1]), middles.nextafter(NF4[1:])])
+    huge = torch.randn(8, 64)
+    huge[3, 5] = 60000.0
+    return {"random": torch.randn(64, 192), "slices": torch.randn(5, 1024),
+            "width 96": torch.randn(80, 96),
+            "not divisible by 64": torch.randn(7, 50), "odd": torch.randn(7, 9),
+            "odd slices": torch.randn(3, 1025), "one": torch.randn(1, 1),
+            "zeros": torch.zeros(8, 64), "a few zeros": torch.zeros(5, 7), "one huge value": huge,
+            "levels and middles": edges[None], "scaled middles": 3.7 * edges[None],
+            "tiny": 1e-30 * torch.randn(8, 64), "all equal": torch.full((2, 96), -0.3)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", weights())
+def test_bits_are_those_of_bitsandbytes(name, dtype, monkeypatch):
+    """Codes, absmax and dequantised weights, on CPU. The weights are given as one row: of rows
+    whose width is a multiple of 16 but not of 64, bitsandbytes 0.50.2's AVX-512 kernel takes the
+    scales from wrong blocks (errors above any gap), its generic code and ours do not."""
+    monkeypatch.setitem(mulcot.SLICES, "cpu", 1024)
+    weight = weights()[name].to(dtype)
+    codes, absmax = nf4_quantize(weight)
+    theirs, state = quantize_4bit(weight.reshape(1, -1), quant_type="nf4",
+                                  compress_statistics=False)
+    assert codes.dtype == torch.uint8 and absmax.dtype == torch.float32
+    assert torch.equal(codes, theirs.flatten()) and torch.equal(absmax, state.absmax)
+    ours = nf4_dequantize(codes, absmax, weight.shape, dtype)
+    back = dequantize_4bit(theirs, state)
+    assert ours.dtype == dtype and ours.shape == weight.shape
+    assert torch.equal(ours.flatten(), back.flatten())
+
+
+def test_levels_are_normal_quantiles():
+    """The table from its definition: evenly spaced quantiles on both sides of zero, over the
+    largest."""
+    sides = [torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1] for n in (9, 8)]
+    high, low = map(torch.special.ndtri, sides)
+    levels = torch.cat([-low, high.new_zeros(1), high.flip(0)]) / high[0]
+    assert (levels - NF4).abs().max() < 2e-6
+
+
+def test_error_is_at_most_half_a_gap():
+    """Each weight goes to its nearest level."""
+    weight = torch.randn(40, 64)
+    back = nf4_dequantize(*nf4_quantize(weight), weight.shape, torch.float32)
+    levels = NF4 * weight.abs().amax(1, keepdim=True)  # (40, 16): rows are blocks here
+    nearest = (weight[..., None] - levels[:, None]).abs().amin(-1)
+    assert torch.allclose((weight - back).abs(), nearest, atol=1e-6) and nearest.max() > 0.1
+
+
+def test_rounded_absmax_is_noticed():
+    """model.half() would go on with worse scales."""
+    codes, absmax = nf4_quantize(torch.randn(4, 64))
+    with pytest.raises(AssertionError):
+        nf4_dequantize(codes, absmax.half(), (4, 64), torch.float16)
+
+
+# ---- a layer, LoRA on it
+
+def dense_twin(layer):
+    """The nn.Linear that an NF4Linear stands for."""
+    twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    twin.weight.data = layer.dense(layer.dtype)
+    twin.bias = layer.bias
+    return twin.requires_grad_(False)
+
+
+def lora_pair(dtype, bias=True):
+    """The same adapter on an NF4Linear and on its dense twin."""
+    packed = NF4Linear(nn.Linear(96, 80, bias).to(dtype))
+    layers = []
+    for base in (packed, dense_twin(packed)):
+        torch.manual_seed(1)
+        layer = LoRALinear(base, 4, 8)
+        layer.lora_B.data.normal_()
+        layers.append(layer)
+    return layers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_nf4_is_lora_on_dequantised_weights(dtype, bias):
+    """Output and all gradients, bit for bit."""
+    found = []
+    for layer in lora_pair(dtype, bias):
+        x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2)).to(dtype)
+        x.requires_grad_(True)
+        y = layer(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, layer.lora_A.grad, layer.lora_B.grad])
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*found))
+
+
+def test_under_autocast():
+    """float32 layers under bf16 autocast, as nn.Linear behaves there."""
+    found = []
+    for layer in lora_pair(torch.float32):
+        x = torch.ones(2, 96, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+        found.append([y, x.grad, layer.lora_B.grad])
+    assert found[0][0].dtype == torch.bfloat16 and found[0][1].dtype == torch.float32
+    assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(*found))
+
+
+def test_no_graph_holds_a_dense_weight(monkeypatch):
+    """The weight is made once in forward and once in backward; in between nothing is saved."""
+    layer, twin = lora_pair(torch.float32)
+    made, dense = [], NF4Linear.dense
+    monkeypatch.setattr(NF4Linear, "dense", lambda *args: made.append(1) or dense(*args))
+
+    def saved(layer):
+        x, sizes = torch.randn(3, 96, requires_grad=True), []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            y = layer(x)
+        assert len(made) in (0, 1)
+        y.sum().backward()
+        return sizes
+
+    assert 96 * 80 not in saved(layer) and len(made) == 2
+    made.clear()
+    assert 96 * 80 in saved(twin)
+
+
+def test_bytes_of_a_layer():
+    """4.5 bits a weight."""
+    layer = NF4Linear(nn.Linear(256, 128, bias=False))
+    assert sum(b.nbytes for b in layer.buffers()) == 256 * 128 * 4.5 / 8
+    assert not list(layer.parameters())
+
+
+# ---- a model
+
+def packed_names(model):
+    return [name for name, m in model.named_modules() if isinstance(m, NF4Linear)]
+
+
+def same_in_dense(model, toy):
+    """The dense model of the same folder, its linears replaced by dequantised ones."""
+    twin = mulcot.load_model(toy / "student", dtype=model.dtype)[0]
+    for name in packed_names(model):
+        old, packed = twin.get_submodule(name), model.get_submodule(name)
+        weight = nf4_dequantize(*nf4_quantize(old.weight), old.weight.shape, model.dtype)
+        assert torch.equal(weight, packed.dense(model.dtype))
+        old.weight.data = weight
+    return twin
+
+
+@pytest.fixture
+def packed(toy):
+    return mulcot.load_model(toy / "student", nf4=True)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_those_of_the_dequantised_model(toy, inputs, dtype):  # noqa: F811
+    """Of all weights, those of the language model's linears alone have changed."""
+    model = mulcot.load_model(toy / "student", dtype=dtype, nf4=True)[0]  # noqa: F811
+    twin = same_in_dense(model, toy)
+    inputs = dict(inputs, pixel_values=inputs["pixel_values"].to(dtype))
+    assert torch.equal(logits(model, inputs), logits(twin, inputs))
+    base = mulcot.load_model(toy / "student", dtype=dtype)[0]
+    assert (logits(model, inputs) - logits(base, inputs)).abs().max() > 0.01
+    names = packed_names(model)
+    assert names == mulcot.add_lora(base) and len(names) == 14
+    others = base.state_dict().keys() & model.state_dict().keys()
+    assert {"lm_head.weight", "model.visual.blocks.0.mlp.up_proj.weight",
+            "model.language_model.embed_tokens.weight"} <= others
+    base = mulcot.load_model(toy / "student", dtype=dtype)[0]
+    assert all(torch.equal(base.state_dict()[k], model.state_dict()[k]) for k in others)
+    for (name, a), (_, b) in zip(base.named_buffers(),
+                                 [x for x in model.named_buffers()
+                                  if not x[0].endswith((".codes", ".absmax"))]):
+        assert torch.equal(a, b) and a.dtype == b.dtype, name  # rotary frequencies
+
+
+def test_it_is_the_same_kind_of_object(packed, model):  # noqa: F811
+    """What else from_pretrained gives: eval mode, tied head, attention, generation settings."""
+    assert not packed.training and packed.config._attn_implementation == "sdpa"
+    assert packed.lm_head.weight is packed.get_input_embeddings().weight
+    assert packed.generation_config.to_dict() == model.generation_config.to_dict()
+    assert packed.config._name_or_path == model.config._name_or_path
+    assert not any(t.is_meta for t in packed.state_dict().values())
+
+
+def test_training_gradients_of_the_whole_model(packed, toy, inputs):  # noqa: F811
+    """Every adapter's, with gradient checkpointing too."""
+    grads = []
+    for model in (packed, same_in_dense(packed, toy)):  # noqa: F811
+        torch.manual_seed(0)
+        with_adapters(model).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        F.cross_entropy(model(**inputs).logits[0, :-1], inputs["input_ids"][0, 1:]).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
+    assert all(torch.equal(grads[0][n], g) and g.abs().sum() > 0 for n, g in grads[1].items())
+
+
+def test_bytes_of_the_tiny_model(packed):
+    """The README's numbers: 4.5 bits for each weight of a language linear, the rest as it was."""
+    layers = [packed.get_submodule(name) for name in packed_names(packed)]
+    assert sum(m.in_features * m.out_features for m in layers) == 215_040
+    assert sum(m.codes.nbytes + m.absmax.nbytes for m in layers) == 215_040 * 4.5 / 8
+
+
+def test_qwen_7b_fits_in_7_3_gb():
+    """6.53 billion weights at 4.5 bits, the rest in bf16, from the real shapes without memory."""
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
+                  spatial_merge_size=2, out_hidden_size=3584)
+    config = Qwen2_5_VLConfig(text_config=SHAPES["7B"], vision_config=vision,
+                              tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config).bfloat16()  # noqa: F811
+    total, names = sum(p.numel() for p in model.parameters()), mulcot.add_lora(model)
+    bases = [model.get_submodule(name).base for name in names]
+    linear = sum(m.weight.numel() for m in bases)
+    assert (total, linear, len(names)) == (8_292_166_656, 6_525_288_448, 196)
+    shapes = {m.weight.shape: m for m in bases}
+    size = {k: sum(b.nbytes for b in NF4Linear(m).buffers()) for k, m in shapes.items()}
+    small = sum(size[m.weight.shape] for m in bases)
+    assert small == linear * 4.5 / 8
+    assert small + 2 * (total - linear) == 7_204_231_168 < 7.3e9
+
+
+# ---- loading
+
+def edited(toy, folder, change):
+    """A copy of the student whose tensors went through change(tensors)."""
+    shutil.copytree(toy / "student", folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def first(tensors, part):
+    return next(key for key in tensors if part in key)
+
+
+DAMAGE = [
+    ("lacks 1 weights, first model.language_model.layers.0.mlp.up_proj.weight",
+     lambda t: t.pop(first(t, "layers.0.mlp.up_proj.weight"))),
+    ("lacks 1 weights, first model.visual.blocks.0.norm1.weight",
+     lambda t: t.pop(first(t, "visual.blocks.0.norm1.weight"))),
+    ("model.layers.7.x .3,. in model.safetensors fits no weight",
+     lambda t: t.update({"model.layers.7.x": torch.zeros(3)})),
+    ("q_proj.weight .32, 288. in model.safetensors fits no weight",
+     lambda t: t.update({(k := first(t, "0.self_attn.q_proj.weight")): t[k].reshape(32, 288)})),
+    ("lm_head.weight .9, 9. in model.safetensors fits no weight",
+     lambda t: t.update({"lm_head.weight": torch.zeros(9, 9)}))]
+
+
+@pytest.mark.parametrize("message, change", DAMAGE, ids=[d[0][:40] for d in DAMAGE])
+def test_what_does_not_fit_is_refused(toy, tmp_path, message, change):
+    """Missing, unexpected, misshapen: nothing stays random in silence."""
+    with pytest.raises(InputError, match=message):
+        mulcot.load_model(edited(toy, tmp_path / "m", change), nf4=True)
+
+
+def test_unreadable_shard_is_named(toy, tmp_path):
+    """A download that broke off."""
+    folder = shutil.copytree(toy / "student", tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        mulcot.load_model(folder, nf4=True)
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_key_names_of_older_files(toy, packed, tmp_path, spelling):
+    """`visual.*`, `model.layers.*` (files on the hub) and today's names load alike."""
+    def change(tensors):
+        for key in list(tensors):
+            old = key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+            new = old.replace("model.", "model.language_model.", 1) if old[0] == "m" else old
+            new = new.replace("visual.", "model.visual.", 1) if new[0] == "v" else new
+            tensors[dict(old=old, new=new)[spelling]] = tensors.pop(key)
+        prefix = dict(old="visual.", new="model.visual.")[spelling]
+        assert sum(key.startswith(prefix) for key in tensors) > 20
+
+    other = mulcot.load_model(edited(toy, tmp_path / "m", change), nf4=True)[0]
+    mine, theirs = packed.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+PEAK = """
+import json, sys, mulcot
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # before the count begins
+mulcot.load_processor(sys.argv[1])
+def status(name):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+model, _ = mulcot.load_model(sys.argv[1], nf4=True)
+tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+print(json.dumps([status("VmHWM") - before, sum(tensors.values()) / 2**20]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_of_loading(toy, tmp_path):
+    """A model of 7 shards, by its hub name from the local cache, in a fresh process: the peak in
+    MiB over what was there before is the quantised model, a layer and its temporaries."""
+    cache = tmp_path / "models--some--model"
+    folder = shutil.copytree(toy / "student", cache / "snapshots/0")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("0")
+    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    text = config.text_config
+    text.hidden_size = config.vision_config.out_hidden_size = 1024
+    text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 2048, 8, 32
+    text.layer_types = ["full_attention"] * 8
+    (folder / "model.safetensors").unlink()
+    with torch.device("meta"):
+        big = Qwen2_5_VLForConditionalGeneration(config)
+    big.to_empty(device="cpu").tie_weights()
+    for p in big.parameters():
+        p.data.uniform_(-0.1, 0.1)
+    big.save_pretrained(folder, max_shard_size="45MB")
+    del big
+    files = list(folder.glob("model-*.safetensors"))
+    dense = sum(f.stat().st_size for f in files) / 2**20
+    # freed blocks above 1 MB go back at once, so that the peak is of what is in use
+    env = dict(os.environ, HF_HUB_CACHE=str(tmp_path), MALLOC_MMAP_THRESHOLD_="1000000")
+    run = subprocess.run([sys.executable, "-c", PEAK, "some/model"], cwd=ROOT, env=env,
+                         capture_output=True, text=True)
+    shutil.rmtree(cache)
+    assert run.returncode == 0, run.stderr[-2000:]
+    peak, size = json.loads(run.stdout.splitlines()[-1])
+    print(f"dense {dense:.0f} MiB in {len(files)} files, NF4 {size:.0f}, peak {peak:.0f}")
+    assert len(files) >= 6 and dense > 250 and size < 45
+    assert peak < size + 60
+
+
+# ---- adapters
+
+@pytest.fixture
+def adapted(packed, tmp_path):
+    """(NF4 model with adapters, the folder they were saved in)."""
+    mulcot.save_adapter(with_adapters(packed), tmp_path / "adapter")
+    return packed, tmp_path / "adapter"
+
+
+def test_peft_over_bitsandbytes_reads_what_we_write(toy, tmp_path, inputs):  # noqa: F811
+    """The other house's base, wrappers and kernels: the same logits. (The assistant's widths are
+    multiples of 64, see above.)"""
+    ours = with_adapters(mulcot.load_model(toy / "assistant", nf4=True)[0])
+    mulcot.save_adapter(ours, tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                bnb_4bit_compute_dtype=torch.float32,
+                                llm_int8_skip_modules=["model.visual", "lm_head"])
+    base = AutoModelForImageTextToText.from_pretrained(
+        toy / "assistant", quantization_config=config, dtype=torch.float32, device_map="cpu",
+        attn_implementation="sdpa")
+    layers = [m for m in base.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:  # its AVX512 kernels for inference compute in bf16
+        layer.support_avx512bf16_for_cpu = False
+    assert len(layers) == 14
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert any(isinstance(m, peft.tuners.lora.bnb.Linear4bit) for m in theirs.modules())
+    assert (logits(theirs, inputs) - logits(ours, inputs)).abs().max() < 1e-5
+
+
+def test_files_differ_in_metadata_only(adapted, toy, tmp_path):
+    """Config and keys are those of an adapter on a dense base."""
+    dense = with_adapters(mulcot.load_model(toy / "student")[0])
+    mulcot.save_adapter(dense, tmp_path / "dense")
+    read = [(f / "adapter_config.json").read_text() for f in (adapted[1], tmp_path / "dense")]
+    files = [f / "adapter_model.safetensors" for f in (adapted[1], tmp_path / "dense")]
+    assert read[0] == read[1] and load_file(files[0]).keys() == load_file(files[1]).keys()
+    metadata = [safe_open(f, "pt").metadata() for f in files]
+    assert metadata == [{"format": "pt", "nf4": "True"}, {"format": "pt", "nf4": "False"}]
+
+
+def test_an_adapter_remembers_its_base(adapted, inputs, capsys):  # noqa: F811
+    """Loaded by its folder alone it gets the base it was trained over; another one is told."""
+    model, folder = adapted  # noqa: F811
+    again = mulcot.load_model(folder)[0]
+    assert len(packed_names(again)) == 14 and not capsys.readouterr().err
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    dense = mulcot.load_model(folder, nf4=False)[0]
+    assert not packed_names(dense)
+    assert "trained with nf4 True, here it is False" in capsys.readouterr().err
+
+
+def test_a_dense_adapter_stays_dense(toy, tmp_path, capsys):
+    """Unless NF4 is asked for, and then that is told."""
+    mulcot.save_adapter(with_adapters(mulcot.load_model(toy / "student")[0]), tmp_path)
+    assert not packed_names(mulcot.load_model(tmp_path)[0]) and not capsys.readouterr().err
+    assert len(packed_names(mulcot.load_model(tmp_path, nf4=True)[0])) == 14
+    assert "trained with nf4 False, here it is True" in capsys.readouterr().err
+
+
+def test_wrong_shape_over_nf4_is_refused(adapted, toy):
+    """The check of load_adapter reads an NF4 layer's shape, too."""
+    file = adapted[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = first(tensors, "q_proj.lora_A")
+    save_file(tensors | {key: torch.zeros(4, 95)}, file)
+    with pytest.raises(InputError, match="q_proj has shapes .4, 95.*NF4Linear"):
+        mulcot.load_adapter(mulcot.load_model(toy / "student", nf4=True)[0], adapted[1])
+
+
+def test_merging_goes_through_the_dequantised_base(adapted, toy, inputs, tmp_path):  # noqa: F811
+    """Same logits; ordinary linears; the saved model loads as any other."""
+    model, want = adapted[0], logits(adapted[0], inputs)  # noqa: F811
+    twin = mulcot.merge_lora(with_adapters(same_in_dense(mulcot.load_model(
+        toy / "student", nf4=True)[0], toy)))
+    torch.manual_seed(0)
+    mulcot.merge_lora(model)
+    assert not any(isinstance(m, (LoRALinear, NF4Linear)) for m in model.modules())
+    assert (logits(model, inputs) - want).abs().max() < 1e-5
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    folder = shutil.copytree(toy / "student", tmp_path / "merged")
+    model.save_pretrained(folder)
+    assert torch.equal(logits(mulcot.load_model(folder)[0], inputs), logits(model, inputs))
+
+
+def test_layers_without_an_adapter_become_dense_too(packed, inputs):  # noqa: F811
+    """Or a merged model could not be saved."""
+    mulcot.add_lora(packed, targets=("q_proj",))
+    want = logits(packed, inputs)
+    mulcot.merge_lora(packed)
+    assert not packed_names(packed) and torch.equal(logits(packed, inputs), want)
+
+
+# ---- command lines
+
+def test_train_and_predict(toy, tmp_path, capsys):
+    """`--nf4` trains over 4 bits, says how much of what is trained, resumes only as begun, and
+    predicting with the adapter needs no flag."""
+    posts, best = str(toy / "posts.jsonl"), tmp_path / "run/best"
+    flags = ["assistant", "--data", posts, "--dev", posts, "--images", str(toy / "images"),
+             "--model", str(toy / "student"), "--no-reasoning", "--epochs", "2", "--batch", "6",
+             "--accumulate", "1", "--lr", "0.01", "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--nf4"]) == 0
+    said = capsys.readouterr().out
+    dense = mulcot.load_model(toy / "student")[0]
+    names = mulcot.add_lora(dense, 16)
+    trained = sum(p.numel() for p in dense.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in dense.parameters())
+    assert f"trainable  {trained:,} of {total:,} parameters" in said
+    assert train.main(flags) == 2 and "nf4 = True" in capsys.readouterr().err
+    assert packed_names(mulcot.load_model(best)[0]) == [f"{name}.base" for name in names]
+    predict = ["predict", "--data", posts, "--images", str(toy / "images"), "--model", str(best),
+               "--no-chain", "--out", str(tmp_path / "said.jsonl")]
+    assert generate.main(predict) == 0 and "note:" not in capsys.readouterr().err
+    assert generate.main([*predict, "--no-nf4"]) == 2  # other rows, another file
+    predict[-1] = str(tmp_path / "dense.jsonl")
+    assert generate.main([*predict, "--no-nf4"]) == 0 and "note:" in capsys.readouterr().err
+    a, b = (mulcot.read_rows(tmp_path / f"{name}.jsonl") for name in ("said", "dense"))
+    assert [r["id"] for r in a] == [r["id"] for r in b] and a != b
