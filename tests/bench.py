@@ -416,6 +416,54 @@ def generate(args):
         (k, f"{v:.2f}", f"{len(posts) / v:.1f}", f"{slowest / v:.2f}") for k, v in seconds.items()]
 
 
+def data(args):
+    """A training set of 1,000 to 100,000 posts with 280 x 280 JPEGs (500 files, used in turn): time
+    to read and check it, posts per second as batches of 16, padding, and peak memory."""
+    import train as script
+
+    if args.peak_of:
+        folder, n = Path(args.peak_of), int(Path(args.peak_of).name)
+        argv = ["assistant", "--data", f"{folder}/rows.jsonl", "--images", str(folder.parent),
+                "--dev", "-", "--model", f"{folder.parent}/student", "--out", str(folder / "out")]
+        options, began = script.parse_args(argv), time.time()
+        processor = mulcot.load_processor(options.model)
+        items = script.training_items(options, processor)
+        read, steps = time.time() - began, script.epoch_steps(items.sizes, 16, 0, 0)[:60]
+        began, real, held = time.time(), 0, 0
+        for step in steps:
+            batch = mulcot.collate([mulcot.encode(*items[i], processor) for i in step],
+                                   processor.pad)
+            real, held = real + int((batch.branch >= 0).sum()), held + batch.ids.numel()
+        rate, top = 16 * len(steps) / (time.time() - began), resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps([f"{n:,}", f"{read:.0f}", f"{rate:.0f}", f"{1 - real / held:.1%}",
+                          f"{top:.0f}"]))
+        sys.exit()
+    from PIL import Image
+
+    rows, words = [], "so the match was lovely and nobody left before it was over".split()
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(500):
+            Image.effect_noise((280, 280), 90).convert("RGB").save(f"{folder}/{i}.jpg")
+        tokenizer = mulcot.tiny_tokenizer([mulcot.FORMATS["reason"], " ".join(words)], 500)
+        mulcot.tiny_model(f"{folder}/student", "student", tokenizer, max_pixels=280 * 280)
+        for n in (1000, 10_000, 100_000):
+            os.makedirs(f"{folder}/{n}")
+            with open(f"{folder}/{n}/rows.jsonl", "w") as f:
+                for i in range(n):
+                    say = lambda: " ".join(rng.choices(words, k=rng.randint(10, 40)))
+                    fields = {name: say() for name in mulcot.FIELDS} | {"Prediction": "neutral"}
+                    row = dict(id=i, text=say(), image=f"{i % 500}.jpg", label="neutral",
+                               cot=mulcot.render_reasoning(fields))
+                    f.write(json.dumps(row) + "\n")
+            command = [sys.executable, __file__, "data", "--peak-of", f"{folder}/{n}"]
+            out = subprocess.run(command, capture_output=True, text=True)
+            assert out.returncode == 0, out.stderr[-2000:]
+            rows.append(json.loads(out.stdout.split("\n")[-2]))
+    return ("posts", "s to read and check", "posts/s batched", "padding", "peak MiB"), rows
+
+
 # ---- the teacher stage ---------------------------------------------------------------------------
 
 
@@ -604,7 +652,7 @@ def nf4(_):
 def main(argv=None):
     """Prints one table per subject."""
     subjects = dict(train=train, student=student, classify=classify, generate=generate,
-                    metrics=metrics, nf4=nf4, teacher=teacher)
+                    data=data, metrics=metrics, nf4=nf4, teacher=teacher)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
