@@ -1108,7 +1108,7 @@ def show_tokens(batch, tokenizer, row=0):
 
 # ================================================================================================
 # §5 LoRA and NF4 [needs: contextlib, json, math, os, re, sys, Path, torch, F,
-#    SafetensorError, safe_open, load_file, save_file, nn, InputError, §9]
+#    SafetensorError, load_file, save_file, nn, InputError, §9]
 # ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -1282,8 +1282,8 @@ def adapter_tensors(model):
 
 
 def save_adapter(model, folder):
-    """`adapter_model.safetensors` + `adapter_config.json` as PEFT writes and reads them; the
-    metadata, which PEFT passes over, tell whether the base was in NF4."""
+    """`adapter_model.safetensors` + `adapter_config.json` as PEFT writes and reads them, and
+    `mulcot.json`, which tells whether the base was in NF4 (PEFT warns of keys it does not know)."""
     layers = _layers(model)
     assert layers, "save_adapter on a model without adapters"
     one, base = next(iter(layers.values())), model.config._name_or_path
@@ -1292,18 +1292,22 @@ def save_adapter(model, folder):
                   lora_dropout=one.dropout.p, bias="none", target_modules=sorted(layers),
                   base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
                   inference_mode=True)
-    metadata = {"format": "pt", "nf4": str(isinstance(one.base, NF4Linear))}
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(model).items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"),
-                 lambda path: save_file(tensors, path, metadata))
+                 lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomic(os.path.join(folder, "adapter_config.json"),
                  lambda path: Path(path).write_text(json.dumps(config, indent=1)))
+    write_json(os.path.join(folder, "mulcot.json"), {"nf4": _is_nf4(model)})
+
+
+def _is_nf4(model):
+    return any(isinstance(m, NF4Linear) for m in model.modules())
 
 
 def adapter_nf4(folder):
-    """Whether an adapter was trained over an NF4 base: "True", "False" or, of PEFT's, None."""
-    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
-        return (f.metadata() or {}).get("nf4")
+    """Whether an adapter was trained over an NF4 base; None where no file says so."""
+    file = Path(folder, "mulcot.json")
+    return json.loads(file.read_text()).get("nf4") if file.exists() else None
 
 
 def load_adapter(model, folder):
@@ -1343,7 +1347,7 @@ def load_adapter(model, folder):
         layer = LoRALinear(base, A.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
         layer.lora_A.data.copy_(A), layer.lora_B.data.copy_(B)
         _replace(model, name, layer)
-    if over not in (None, here := str(isinstance(base, NF4Linear))):
+    if over not in (None, here := _is_nf4(model)):
         print(f"note: {folder} was trained with nf4 {over}, here it is {here}", file=sys.stderr)
     unfilled = set(_layers(model)) - set(pairs)
     if unfilled:
@@ -1380,7 +1384,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
         if processor.extractor:
             kind = Qwen2_5OmniThinkerForConditionalGeneration
         if nf4 is None:
-            nf4 = base != str(name) and adapter_nf4(name) == "True"
+            nf4 = base != str(name) and adapter_nf4(name)
         if nf4:
             model, missing = _load_nf4(kind, base, device, dtype)
         else:
