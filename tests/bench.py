@@ -101,7 +101,7 @@ def chain_pairs(n):
         text = lambda: ". ".join(" ".join(rng.sample(words, 17)) for _ in range(3))
         chains = ["\n".join(f'"{name}": "{text()}."' for name in names) for _ in range(1000)]
         chains = [f'{text}\n"Prediction": "neutral"' for text in chains]
-    thinned = lambda text: re.sub(r"(?<= )[a-z]+ ", lambda m: m[0] * (rng.random() < 0.67), text)
+    thinned = lambda text: re.sub(r"(?<= )\w+ ", lambda m: m[0] * (rng.random() < 0.67), text)
     return ({i: dict(raw=thinned(chains[i % len(chains)]), prediction="neutral") for i in range(n)},
             {i: chains[i % len(chains)] for i in range(n)})
 
