@@ -529,7 +529,7 @@ SIGNATURES = {
 def signatures(wordnet=None, embedder=None):
     """SIGNATURES with what the command line chose."""
     synonyms = "WordNet 3.0 synonyms" if wordnet else "no synonyms"
-    return {k: v.replace("no synonyms", synonyms).replace("EMBEDDER", Path(embedder or "").name)
+    return {k: v.replace("no synonyms", synonyms).replace("EMBEDDER", str(embedder))
             for k, v in SIGNATURES.items()}
 
 
