@@ -1,5 +1,4 @@
-"""Numbers and a report from prediction files. Parses the raw text anew; runs no model but, where
---embedder asks for it, the sentence embedder of Sim.
+"""Numbers and a report from prediction files; parses the raw text anew, runs no language model.
 
     python eval.py predictions.jsonl --gold test.tsv --images img --out results
     python eval.py student=s.jsonl assistant=a.jsonl --gold posts.jsonl --out results \\
@@ -8,7 +7,8 @@
 
 Last line: `wrote results/metrics.json, results/table.md and results/report.html`. A prediction row
 needs id and prediction; with `raw` (the chain) the chain is judged too, with `probs` its
-confidence, with `score` the number. Gold labels come from --gold, never from prediction rows.
+confidence, with `score` the number. Gold labels come from --gold, never from prediction rows. The
+only network that may run is Sim's sentence embedder.
 """
 
 import argparse
@@ -451,9 +451,9 @@ def meteor(prediction, reference, wordnet=None):
 
 
 def load_embedder(name):
-    """embed(texts) -> two (n, D): the mean of the last hidden states over each text's first 256
-    pieces (the authors' limit), and over all its pieces, read in windows of 256. `name`: a folder
-    or a hub name."""
+    """embed(texts) -> two (n, D): the last hidden states summed over each text's first 256 pieces
+    (the authors' limit), and over all its pieces, read in windows of 256; a cosine is the same of
+    sums as of means. `name`: a folder or a hub name."""
     from transformers import AutoModel, AutoTokenizer
 
     try:
@@ -470,10 +470,8 @@ def load_embedder(name):
         text = windows.pop("overflow_to_sample_mapping")  # (W,): which text a window is of
         real = windows["attention_mask"][..., None].float()  # (W, T, 1)
         sums = (model.eval()(**windows).last_hidden_state * real).sum(1)  # (W, D)
-        first, counts = torch.searchsorted(text, torch.arange(len(texts))), real.sum(1)
-        total, pieces = (torch.zeros(len(texts), x.shape[1]).index_add(0, text, x)
-                         for x in (sums, counts))
-        return sums[first] / counts[first], total / pieces
+        first = sums[torch.searchsorted(text, torch.arange(len(texts)))]
+        return first, torch.zeros_like(first).index_add(0, text, sums)
 
     return embed
 
@@ -511,7 +509,7 @@ SIGNATURES = {
 def signatures(wordnet=None, embedder=None):
     """SIGNATURES with what the command line chose."""
     synonyms = "WordNet 3.0 synonyms" if wordnet else "no synonyms"
-    return {k: v.replace("no synonyms", synonyms).replace("EMBEDDER", Path(embedder or "").name)
+    return {k: v.replace("no synonyms", synonyms).replace("EMBEDDER", str(embedder))
             for k, v in SIGNATURES.items()}
 
 

@@ -1185,7 +1185,8 @@ class NF4Linear(nn.Module):
         return nf4_dequantize(self.codes, self.absmax, (self.out_features, self.in_features), dtype)
 
     def forward(self, x):
-        return _NF4Matmul.apply(x, self)
+        flat = _NF4Matmul.apply(x.reshape(-1, self.in_features), self)
+        return flat.view(*x.shape[:-1], self.out_features)
 
 
 class LoRALinear(nn.Module):

@@ -11,7 +11,7 @@ authors' way. data: reading and batching 1,000 to 100,000 posts.
 teacher: `generate.py teacher` against a server on this machine that takes 200 ms for each call and
 has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
 metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk one after another,
-one process each, on the same pairs; theirs skip Distinct, parsing and all else that ours do.
+one process each, on the same pairs; only ours also count Distinct, agreement and the like.
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
 """
@@ -541,9 +541,9 @@ def chain_pairs(n):
     else:
         words = [f"w{round(rng.paretovariate(0.5))}" for _ in range(20000)]
         text = lambda: ". ".join(" ".join(rng.sample(words, 17)) for _ in range(3))
-        chains = ["\n".join(f'"{name}": "{text()}."' for name in names) + '\n"Prediction": "neutral"'
-                  for _ in range(1000)]
-    thinned = lambda text: re.sub(r"(?<= )[a-z]+ ", lambda m: m[0] * (rng.random() < 0.67), text)
+        chains = ["\n".join(f'"{name}": "{text()}."' for name in names) for _ in range(1000)]
+        chains = [f'{text}\n"Prediction": "neutral"' for text in chains]
+    thinned = lambda text: re.sub(r"(?<= )\w+ ", lambda m: m[0] * (rng.random() < 0.67), text)
     return ({i: dict(raw=thinned(chains[i % len(chains)]), prediction="neutral") for i in range(n)},
             {i: chains[i % len(chains)] for i in range(n)})
 

@@ -26,8 +26,9 @@ from eval import (
     read_wordnet, regression_metrics, resample, rouge_l_plain, similarities, stem, treebank_tokens)
 from mulcot import FIELDS, LABELS, InputError, parse_reasoning, render_reasoning
 
-PIECES = ['"', "'", "''", "``", "'s", "n't", "'ll", "can", "not", "cannot", "gimme", "wanna", "gonna",
-          "'tis", "d'ye", "more'n", ".", "...", "..", ",", ":", ";", "?", "!", "--", "-", "(", ")",
+PIECES = ['"', "'", "''", "``", "'s", "n't", "'ll", "can", "not", "cannot", "gimme", "wanna",
+          "gonna", "'tis", "d'ye", "more'n", ".", "...", "..", ",", ":", ";", "?", "!", "--", "-",
+          "(", ")",
           "[", "]", "<", ">", "{", "}", " ", " ", " ", "\n", "\t", "a", "b1", "3", "5.5", "1,000",
           "don't", "caf\u00e9", "\u0130", "\u00df", "\u03a3", "\U0001F600", "#tag", "@u", "$", "%",
           "&", "\xa0", "\u2028", "\x1c", "\x85", "\u2019", "\u201c", "\u4e2d\u6587", "i'm"]
@@ -44,15 +45,15 @@ def words_of(rng, n):
 def pair(seed):
     """A text and one that shares stems and places with it."""
     rng = random.Random(seed)
-    words = [rng.choice(["the", "dogs", "dog", "running", "runs", "ran", "happy", "glad", "big", "."])
-             for _ in range(rng.randint(1, 14))] + words_of(rng, 2)
+    known = ["the", "dogs", "dog", "running", "runs", "ran", "happy", "glad", "big", "."]
+    words = rng.choices(known, k=rng.randint(1, 14)) + words_of(rng, 2)
     other = [w + rng.choice(["", "", "s", "ing"]) for w in words if rng.random() < 0.8]
     if rng.random() < 0.5:
         rng.shuffle(other)
     return " ".join(words), " ".join(other)
 
 
-ODD = [("", ""), ("", "a b"), ("a b", ""), ("x", "x"), ("...", "."), ("\U0001F600", "\U0001F600 #tbt"),
+ODD = [("", ""), ("", "a b"), ("a b", ""), ("x", "x"), ("...", "."), ("\U0001F600", "\U0001F600 #"),
        ("Caf\u00e9 \u0130", "caf\u00e9 i\u0307"), (" \n", "a"), ("''\"``", "\"")]
 PAIRS = [pair(seed) for seed in range(200)] + ODD
 
@@ -68,8 +69,8 @@ def real_chains(folder, n):
 def test_tokens_equal_nltk():
     """Penn Treebank tokens of random punctuation, contractions, spaces of all kinds."""
     theirs, rng = TreebankWordTokenizer(), random.Random(0)
-    for _ in range(4000):
-        text = "".join(rng.choices(PIECES, k=rng.randint(0, 14)))
+    texts = ["".join(rng.choices(PIECES, k=rng.randint(0, 14))) for _ in range(4000)]
+    for text in texts + ["a.\x1c", "a.\x85 "]:  # nltk's regular expressions see no space in \x1c
         assert treebank_tokens(text) == theirs.tokenize(text.lower()), repr(text)
 
 
@@ -117,8 +118,8 @@ def test_meteor_by_hand(ours, theirs, value):
 
 
 SYNSETS = [("noun", ["dog", "hound", "Canis_familiaris"]), ("noun", ["joy", "gladness"]),
-           ("verb", ["run", "race"]), ("verb", ["run", "function"]), ("adj", ["happy(a)", "glad(p)"]),
-           ("adj", ["big", "large"]), ("adv", ["well", "good"]), ("noun", ["ox", "Bull"]),
+           ("verb", ["run", "race"]), ("verb", ["run", "function"]), ("adj", ["big", "large"]),
+           ("adj", ["happy(a)", "glad(p)"]), ("adv", ["well", "good"]), ("noun", ["ox", "Bull"]),
            ("adj", ["good", "fine"]), ("noun", ["man", "fellow"])]
 
 
@@ -132,8 +133,9 @@ def small_wordnet(tmp_path_factory):
         for name in names:
             index.setdefault((part, name.split("(")[0].lower()), []).append(f"{offset:08d}")
         names = " ".join(f"{name} 0" for name in names)
-        letter, frames = dict(noun="n", verb="v", adj="a", adv="r")[part], "00 " * (part == "verb")
-        data[part] += f"{offset:08d} 00 {letter} {len(names.split()) // 2:02x} {names} 000 {frames}| x\n"
+        kind, frames = dict(noun="n", verb="v", adj="a", adv="r")[part], "00 " * (part == "verb")
+        count = len(names.split()) // 2
+        data[part] += f"{offset:08d} 00 {kind} {count:02x} {names} 000 {frames}| x\n"
     for part, text in data.items():
         lines = ["  1 licence"] + [
             f"{word} {part[0]} {len(offsets)} 1 @ {len(offsets)} 0 {' '.join(offsets)}  "
@@ -188,7 +190,10 @@ def test_synonyms_equal_nltk(small_wordnet, nltk_reader):
 def test_meteor_with_synonyms_equals_nltk(small_wordnet, nltk_reader):
     """The third stage, which nltk applies to stems: `happi` has no synonyms, `dog` has."""
     reader = nltk_reader(small_wordnet)
-    for ours, theirs in PAIRS:
+    rng, words = random.Random(4), "run race function dog hound big large joy the".split()
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(200)]
+    several = ("run dog", "race function race hound")  # two synonyms are free: the later place
+    for ours, theirs in PAIRS + [*zip(texts, texts[1:]), several]:
         value = meteor(ours, theirs, small_wordnet)
         assert value == pytest.approx(nltk_meteor(ours, theirs, reader), abs=1e-9)
     assert meteor("hounds", "dog", small_wordnet) == 0.5 and meteor("hounds", "dog") == 0
@@ -297,8 +302,8 @@ def embedder(tmp_path_factory):
                          max_position_embeddings=256)).save_pretrained(folder)
     (folder / "1_Pooling").mkdir()
     kinds = dict(enumerate(("Transformer", "Pooling")))
-    modules = [dict(idx=i, name=str(i), path="1_Pooling" * i, type=f"sentence_transformers.models.{k}")
-               for i, k in kinds.items()]
+    modules = [dict(idx=i, name=str(i), path="1_Pooling" * i,
+                    type=f"sentence_transformers.models.{kind}") for i, kind in kinds.items()]
     for name, content in (
             ("modules.json", modules), ("sentence_bert_config.json", dict(max_seq_length=256)),
             ("1_Pooling/config.json", dict(word_embedding_dimension=32,
@@ -390,8 +395,9 @@ def test_no_answer_is_wrong():
     assert got["mae"] == 1.0 and got["corr"] == pytest.approx(1)
     assert (got["acc7"], got["acc5"], got["acc2_has0"]) == (0.25, 0.5, 0.5)
     assert got["acc2_non0"] == pytest.approx(2 / 3)
-    names = [str(g >= 0) for g in gold], [str(s >= 0) if s else "none" for s in (1.0, None, None, 4.0)]
-    assert got["f1_has0"] == pytest.approx(sk.f1_score(*names, average="weighted", zero_division=0))
+    true = sk.f1_score([str(g >= 0) for g in gold], ["True", "none", "none", "True"],
+                       average="weighted", zero_division=0)
+    assert got["f1_has0"] == pytest.approx(true)
 
 
 def test_scores_that_are_not_defined():
@@ -415,6 +421,8 @@ def test_calibration_by_hand():
     assert got["risk_coverage"] == [pytest.approx(x) for x in (
         [0.25, 1], [0.5, 0.5], [0.75, 0.5], [1, 0.5])]  # the tie at 0.6 counts as half wrong each
     assert got["aurc"] == pytest.approx((1 + 0.5 + 0.5 + 0.5) / 4)
+    edge = calibration_metrics(["negative"] * 3, [[0.5, 0.5, 0], [0.6, 0.4, 0], [1, 0, 0]], bins=4)
+    assert [count for *_, count in edge["reliability"]] == [1, 1, 1]  # 0.5 ends a bin, as does 1
 
 
 def test_calibration_of_many():
@@ -455,6 +463,8 @@ def test_intervals_equal_a_plain_bootstrap():
                       np.nanmean([extra[i] for i in pick])))
     for name, values in zip(("accuracy", "macro_f1", "weighted_f1", "extra"), zip(*plain)):
         assert got[name] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.02), name
+    alone = intervals(resample(gold, said, {"alone": [0.7] + [math.nan] * 149}))["alone"]
+    assert alone == pytest.approx([0.7, 0.7])  # draws without that post say nothing
 
 
 def test_paired_bootstrap():
@@ -516,7 +526,7 @@ def test_conclusion_names_the_label_alone(conclusion, alone):
 
 def test_chain_metrics_count_what_is_empty():
     """Unparsed chains are counted, score 0, and do not raise Distinct."""
-    rows = {i: dict(raw=raw, prediction="positive") for i, raw in enumerate((chain("positive"), ""))}
+    rows = {i: dict(raw=r, prediction="positive") for i, r in enumerate((chain("positive"), ""))}
     m = chain_metrics(rows, {i: chain("positive") for i in rows})
     assert (m["chains"], m["unparsed_chains"], m["referenced"]) == (2, 1, 2)
     assert m["meteor"] == pytest.approx((1 - 0.5 / 36**3) / 2, abs=1e-3)
@@ -596,7 +606,8 @@ def test_runs_over_other_posts_are_not_compared(gold, tmp_path):
     """A run over another split stands in the table without a test of significance."""
     rows = [json.loads(line) for line in gold.read_text().splitlines()]
     write(gold, rows + [dict(r, id=f"t{r['id']}", split="train") for r in rows])
-    train = write(tmp_path / "t.jsonl", [dict(id=f"tp{i}", prediction="neutral") for i in range(60)])
+    other = [dict(id=f"tp{i}", prediction="neutral") for i in range(60)]
+    train = write(tmp_path / "t.jsonl", other)
     _, metrics, _ = evaluate(gold, said(tmp_path / "s.jsonl", 0), train)
     assert metrics["comparisons"] == {} and metrics["t"]["n"] == 60
 
@@ -666,13 +677,15 @@ def test_signatures(gold, tmp_path, small_wordnet, capsys):
 
 def test_teacher_rows(gold, tmp_path):
     """Conclusions by stage; contradictions among the stage-2 answers on file."""
-    rows = [dict(id="1", cot=chain("positive"), stage=1), dict(id="2", cot=chain("positive"), stage=2),
+    rows = [dict(id="1", cot=chain("positive"), stage=1),
+            dict(id="2", cot=chain("positive"), stage=2),
             dict(id="3", cot=chain("positive", "who knows"), stage=2)]
     tried = [dict(stage=1, problem="predicts neutral, label is negative"),
              dict(stage=2, problem="predicts neutral, label is negative"),
              dict(stage=2, problem="truncated")]
     chains = write(tmp_path / "c.jsonl", rows)
-    write(tmp_path / "c.rejects.jsonl", [dict(id="4", attempts=tried), dict(where="x", problem="y")])
+    rejects = [dict(id="4", attempts=tried), dict(where="x", problem="y")]
+    write(tmp_path / "c.rejects.jsonl", rejects)
     t = evaluate(gold, said(tmp_path / "s.jsonl", 0), more=["--chains", str(chains)])[1]["teacher"]
     assert (t["concludes_unaided"], t["concludes_conditioned"]) == (1, 0.5)
     assert t["contradictions"] == 1 / 4 and t["set_aside"] == 2
