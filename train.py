@@ -5,6 +5,8 @@
         --model Qwen/Qwen2.5-VL-7B-Instruct
     python train.py student --data chains.jsonl augmented.jsonl --dev dev.tsv --images img \\
         --soft soft --model Qwen/Qwen2.5-VL-3B-Instruct --out runs/student
+    python train.py ubm --data train.tsv --dev dev.tsv --images img --out runs/ubm \\
+        --text-encoder sentence-transformers/all-MiniLM-L6-v2
 
 Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
@@ -600,8 +602,8 @@ def ubm_run(args, k, model, posts, targets, dev):
 
 
 def ubm(args):
-    """choice: `--members` short runs that part after a shared first epoch, so that the mean of their
-    weights is a model too; dev chooses between it and each of them, and fits the temperature."""
+    """choice: `--members` short runs that part after a shared first epoch, so that the mean of
+    their weights is a model too; dev chooses among all of them and fits the temperature."""
     out = Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
