@@ -1,10 +1,12 @@
-"""Write what models say: toy posts, teacher chains, augmented chains, soft labels, predictions.
+"""Write what models say: toy posts, chains, soft labels, predictions, a cascade's answers.
 
     python generate.py teacher --data train.tsv --images img --model gpt-4o-mini \\
         --endpoint https://api.openai.com/v1 --out chains.jsonl
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out said.jsonl
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
+    python generate.py cascade --ubm runs/ubm --mllm runs/student/best --data test.tsv \\
+        --dev dev.tsv --images img --out cascade.jsonl
 
 Last line: `wrote 300 rows to said.jsonl (0 set aside)`. Reads posts (.jsonl, the authors' .json,
 TomBERT .tsv, MVSA folder). Appends rows to --out, bad ones to NAME.rejects.jsonl. Killed and

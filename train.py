@@ -7,6 +7,8 @@
         --soft soft --model Qwen/Qwen2.5-VL-3B-Instruct --out runs/student
     python train.py readout --data label.csv --dev label.csv --target score --out runs/readout \\
         --model Qwen/Qwen2.5-Omni-7B
+    python train.py ubm --data train.tsv --dev dev.tsv --images img --out runs/ubm \\
+        --text-encoder sentence-transformers/all-MiniLM-L6-v2
 
 Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
@@ -842,8 +844,8 @@ def ubm_run(args, k, model, posts, targets, dev):
 
 
 def ubm(args):
-    """choice: `--members` runs that part after a shared first epoch, so that the mean of their
-    weights is a model too; dev chooses between it and each of them, and fits the temperature."""
+    """choice: `--members` short runs that part after a shared first epoch, so that the mean of
+    their weights is a model too; dev chooses among all of them and fits the temperature."""
     out = Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {

@@ -336,7 +336,8 @@ def test_regression_metrics_equal_mmsas(seed):
     gold = np.round(rng.uniform(-3, 3, 200) * 2) / 2
     predicted = np.round((gold + rng.normal(0, 1.2, 200)) * 2) / 2
     got = mulcot.regression_metrics(gold.tolist(), predicted.tolist())
-    assert got == pytest.approx(mmsa(gold, predicted))
+    theirs = mmsa(gold, predicted)
+    assert {k: got[k] for k in theirs} == pytest.approx(theirs)
 
 
 def test_unparsed_scores_are_wrong_but_not_in_the_mean():
