@@ -219,6 +219,17 @@ def evaluate(gold, *predictions, more=()):
     return code, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
 
 
+def test_baseline(gold, tmp_path, capsys):
+    """p of each other run's accuracy against the named one; an unknown name is refused."""
+    files = [f"a={said(tmp_path / 'a.jsonl', ALL)}", f"same={said(tmp_path / 'b.jsonl', ALL)}",
+             f"none={said(tmp_path / 'c.jsonl', [None] * 6)}"]
+    code, metrics, _ = evaluate(gold, *files, more=["--baseline", "a"])
+    assert code == 0 and "p" not in metrics["a"]
+    assert metrics["same"]["p"] == 1 and metrics["none"]["p"] < 0.1
+    assert evaluate(gold, *files, more=["--baseline", "x"])[0] == 2
+    assert "--baseline 'x' must be one of the runs" in capsys.readouterr().err
+
+
 def test_program(gold, tmp_path, capsys):
     """Numbers against the splits covered, beside always saying the commonest label."""
     code, metrics, _ = evaluate(gold, said(tmp_path / "s.jsonl", ALL, raw=chain("positive")))

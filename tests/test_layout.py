@@ -261,6 +261,18 @@ def test_label_example_scores_as_the_whole_branches_do(student, mixed):
     assert sum(map(len, short)) < 0.85 * sum(map(len, whole))
 
 
+def test_an_image_is_encoded_once_a_batch(student, mixed):
+    """Posts that share a file share its pass through the vision tower, and nothing else changes."""
+    model, processor = student
+    with_image = [p for p in mixed if p.image]
+    a, b = with_image[0], mulcot.Post(**vars(with_image[1]) | dict(image=with_image[0].image))
+    examples = [mulcot.encode(p, mulcot.label_branches(), processor) for p in (a, b, a)]
+    batch = mulcot.collate(examples, processor.pad)
+    assert len(batch.grid) == 1 and batch.order == [0, 0, 0]
+    alone = [mulcot.score_labels(model, mulcot.collate([e], processor.pad)) for e in examples]
+    assert (mulcot.score_labels(model, batch) - torch.cat(alone)).abs().max() < 1e-5
+
+
 def hf_generate(model, processor, examples, **options):
     """The usual way: left padding, transformers' own generate; what stands before the end."""
     rows = [e.prefix + e.branches[0][0] for e in examples]

@@ -79,6 +79,51 @@ def test_demo_commands_cover_the_road_and_parse(tmp_path):
         {"train.py": train, "generate.py": generate, "eval.py": evaluation}[script].parse_args(argv)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_ablation_commands_parse_and_feed_each_other(tmp_path, quick):
+    """Whatever a command reads, an earlier one wrote; every setting has a file per seed."""
+    commands, files = train.ablation_commands(str(tmp_path), (1, 2), quick)
+    assert len(commands) == len(set(commands))
+    written, models = set(), set()
+    for command in commands:
+        script, *argv = command.split()
+        args = {"train.py": train, "generate.py": generate}[script].parse_args(argv)
+        if args.stage == "toy":
+            written |= {f"{args.out}/posts.jsonl", f"{args.out}/warmup.jsonl"}
+            continue
+        assert set(args.data) <= written
+        model = getattr(args, "model", None)
+        assert model in (None, "toy") or str(Path(model).parent) in models, model
+        if getattr(args, "soft", None):
+            assert args.soft in written
+        (models if script == "train.py" else written).add(args.out)
+    assert set(files) == set(train.QUICK if quick else train.SETTINGS)
+    assert all(len(each) == 2 and set(each) <= written for each in files.values())
+
+
+def test_epoch_steps():
+    """Every item once; the same for the same arguments; like lengths in a step; another epoch
+    differs."""
+    lengths = [i * 37 % 101 for i in range(250)]
+    steps = train.epoch_steps(lengths, 8, 3, 42)
+    assert sorted(i for step in steps for i in step) == list(range(250))
+    assert [len(step) for step in steps].count(8) == 31 and len(steps) == 32
+    assert steps == train.epoch_steps(lengths, 8, 3, 42) != train.epoch_steps(lengths, 8, 4, 42)
+    spread = lambda each: sum(max(lengths[i] for i in s) - min(lengths[i] for i in s) for s in each)
+    assert spread(steps) < 0.5 * spread(train.epoch_steps(lengths, 8, 3, 42, window=1))
+
+
+def test_shelf_gives_back_what_was_put_there():
+    """In order, by index and by iteration; an index too far is an IndexError."""
+    shelf = mulcot.Shelf()
+    for i in range(5):
+        shelf.append((mulcot.Post(str(i), "x" * i), [("a", None)]), size=i)
+    assert shelf[3][0].text == "xxx" and [p.id for p, _ in shelf] == list("01234")
+    assert list(shelf.sizes) == [0, 1, 2, 3, 4] and len(shelf) == 5
+    with pytest.raises(IndexError):
+        shelf[5]
+
+
 def train_args(road, out, *more):
     return ["student", "--data", f"{road}/chains.jsonl", "--dev", f"{road}/posts.jsonl", "--soft",
             f"{road}/soft", "--model", f"{road}/base/student/last", "--out", str(out), "--epochs",
