@@ -161,7 +161,7 @@ def ablate_flags(stages):
 
 
 def ubm_flags(stages):
-    """The flags of `ubm`. choice: the whole recipe, picked on Twitter-2015's dev posts."""
+    """The flags of `ubm`. choice: the whole recipe; the number of runs is not settled on dev."""
     about = "small classifier for the cascade: short runs, their weights averaged, calibrated"
     p = stages.add_parser("ubm", help=about, description=about, formatter_class=Help)
     flag = p.add_argument
