@@ -734,15 +734,21 @@ def table(runs, columns=COLUMNS, compared={}, bold="{}"):
     return rows
 
 
+def name_and_path(spec):
+    """[NAME=]FILE -> (NAME or None, FILE); a file that exists may hold "=" in its own name."""
+    name, equals, path = spec.partition("=")
+    return (name, path) if equals and not os.path.exists(spec) else (None, spec)
+
+
 def read_specs(specs):
     """[NAME=]FILE … -> {name: files}. Several files of one NAME are the seeds of one setting."""
     files = {}
     for spec in specs:
-        named = "=" in spec and not os.path.exists(spec)
-        name, path = spec.split("=", 1) if named else (Path(spec).stem, spec)
+        given, path = name_and_path(spec)
+        name = Path(spec).stem if given is None else given
         taken = name.split("/")[0] in ("", "majority", "teacher", "signatures", "comparisons",
                                        "diagnosis")
-        taken |= name in files and (not named or path in files[name])
+        taken |= name in files and (given is None or path in files[name])
         if taken or any(f"{a}/".startswith(f"{b}/") for other in files if other != name
                         for a, b in ((name, other), (other, name))):
             raise InputError(f"run name {name!r} is taken: name the files apart, NAME=FILE")
@@ -787,8 +793,8 @@ def evaluate(args):
     about = dict(signatures=used, diagnosis=diagnose(runs, teacher),
                  comparisons=compare(runs, drawn) if len(covered) == 1 else {})
     tell(runs, teacher, about)
-    write_tables(args.out, runs, teacher, about)
     rows = table(runs, ALL_COLUMNS, about["comparisons"], "**{}**")
+    write_tables(args.out, runs, rows, teacher, about)
     page = report(runs, rows, shown, references, args.cards, used | dict(bold=f"Bold: {BOLD}"),
                   logs, about["diagnosis"])
     write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_bytes(page))
@@ -815,11 +821,10 @@ def tell(runs, teacher, about):
         print(f"diagnosis: {line}")
 
 
-def write_tables(out, runs, teacher, about):
-    """metrics.json, and table.md with all columns."""
-    rows = table(runs, ALL_COLUMNS, about["comparisons"], "**{}**")
-    rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
-    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
+def write_tables(out, runs, rows, teacher, about):
+    """metrics.json, and table.md of the rows with all columns."""
+    ruled = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in ruled]
     notes = [f"Bold: {BOLD}.", *about["diagnosis"], *about["signatures"].values()]
     text = "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
     write_atomic(Path(out, "table.md"), lambda part: Path(part).write_text(text, "utf-8"))
@@ -1016,7 +1021,7 @@ def training_logs(specs):
     """{run: rows} of [NAME=]FILE specs, checked. A row that names its `run` belongs to that one."""
     logs = {}
     for spec in specs:
-        name, path = spec.split("=", 1) if "=" in spec else ("", spec)
+        name, path = name_and_path(spec)
         if not os.path.exists(path):
             raise InputError(f"{path} does not exist: give log.jsonl files of train.py")
         for n, row in enumerate(read_rows(path), 1):

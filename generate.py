@@ -204,9 +204,9 @@ def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
     settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
     names = ("adapter_model.safetensors", "head.safetensors", "ubm.safetensors")
-    files = [Path(args.model, name) for name in names]
-    if files[0].exists() or files[2].exists():
-        adapter = digest(*(file.read_bytes() for file in files if file.exists()))
+    files = [file for name in names if (file := Path(args.model, name)).exists()]
+    if files:
+        adapter = digest(*(file.read_bytes() for file in files))
     return settings | {"adapter": adapter}
 
 
@@ -660,9 +660,11 @@ def cascade(args):
 
 def refuse_other_labels(args, classes):
     """A model that was trained to give other answers must not be scored on these."""
-    folder = Path(args.mllm or "no folder")
+    if not args.mllm:  # an endpoint answers what the prompt asks for
+        return
+    folder = Path(args.mllm)
     config = folder.parent / "config.json"  # of train.py, beside best/
-    stage = json.loads(config.read_text()).get("stage") if args.mllm and config.exists() else None
+    stage = json.loads(config.read_text()).get("stage") if config.exists() else None
     other = stage == "readout" or (stage in ("assistant", "student") and classes != LABELS)
     if other or (folder / "ubm.json").exists():
         raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "

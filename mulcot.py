@@ -175,9 +175,9 @@ def load_image(path, check=False):
         raise InputError(f"image {path} cannot be read ({e}): replace it or drop its row") from None
 
 
-def load_audio(path):
-    """A 16-bit PCM WAV as floats (samples,) in [-1, 1) at 16 kHz, channels averaged. Raises
-    InputError with the reason."""
+def load_audio(path, check=False):
+    """A 16-bit PCM WAV as floats (samples,) in [-1, 1) at 16 kHz, channels averaged; with `check`
+    not yet resampled. Raises InputError with the reason."""
     fix = "`ffmpeg -i IN -ac 1 -ar 16000 -sample_fmt s16 OUT.wav` writes what is read here"
     try:
         with wave.open(str(path)) as file:
@@ -194,7 +194,8 @@ def load_audio(path):
         raise InputError(f"audio {path} lasts {whole / rate:.2f} s, not 0.05 to {MAX_SECONDS}: is "
                          "the clip empty, or uncut?")
     samples = torch.frombuffer(bytearray(data[: whole * 2 * channels]), dtype=torch.int16)
-    return resample(samples.reshape(-1, channels).float().mean(1) / 32768, rate, AUDIO_RATE)
+    samples = samples.reshape(-1, channels).float().mean(1) / 32768
+    return samples if check else resample(samples, rate, AUDIO_RATE)
 
 
 def resample(samples, old, new, zeros=16):
@@ -251,7 +252,7 @@ def iter_posts(path, images=None, rejects=None, may_be_empty=False):
                 load_image(picture, check=True)  # choice: now; no run shall die on image 9,000
                 good_images.add(picture)
             if post.audio:
-                load_audio(post.audio)
+                load_audio(post.audio, check=True)
             seen.add(post.id)
         except InputError as e:
             if rejects is None:
@@ -1571,12 +1572,12 @@ def training_branches(post, processor, max_answer=512, reasoning=True):
     return [(task_format("reason"), chain), label_task], None
 
 
+@torch.no_grad()
 def generate_text(model, processor, examples, max_new_tokens=512, temperature=0.0):
     """Answers [(text, finish), …] to examples whose last branch has no answer yet; finish is
     "stop" or "length". Greedy at temperature 0."""
     batch, cache = collate(examples, processor.pad).to(model.device), new_cache()
-    with torch.no_grad():
-        hidden = forward_branches(model, batch, cache)
+    hidden = forward_branches(model, batch, cache)
     return write_branch(model, processor, batch, hidden, cache, max_new_tokens, temperature)
 
 
@@ -1593,24 +1594,28 @@ def write_branch(model, processor, batch, hidden, cache, max_new_tokens=512, tem
     seen = (batch.branch == 0) | (batch.branch == k)  # (B, T)
     never = torch.tensor(processor.never, device=hidden.device)
     ends, said, finish = (processor.im_end, processor.pad), [[] for _ in rows], {}
+    alive = list(range(len(rows)))  # the rows still in the batch
     for _ in range(max_new_tokens):
         logits = model.lm_head(now).float().index_fill(1, never, -torch.inf)  # (B, V)
         token = logits.argmax(-1)
         if temperature:
             token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-        for row, t in zip(rows.tolist(), token.tolist()):
+        going = []
+        for n, (row, t) in enumerate(zip(alive, token.tolist())):  # the step's only wait for a GPU
             if t in ends:
                 finish[row] = "stop"
             else:
                 said[row].append(t)
-        going = (token != ends[0]) & (token != ends[1])
-        if not going.any():
+                going.append(n)
+        if not going:
             break
-        if not going.all():
-            rows, token, position, seen = rows[going], token[going], position[:, going], seen[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
+        if len(going) < len(alive):
+            alive = [alive[n] for n in going]
+            stay = torch.tensor(going, device=hidden.device)
+            token, position, seen = token[stay], position[:, stay], seen[stay]
+            cache.batch_select_indices(stay)
         position = position + 1
-        seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
+        seen = torch.cat([seen, seen.new_ones(len(alive), 1)], 1)
         embeds = model.model.get_input_embeddings()(token)[:, None]  # (B, 1, D)
         mask = embeds.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(embeds.dtype).min)
         now = model.model.language_model(
@@ -1811,7 +1816,7 @@ class _ChunkedCEKL(torch.autograd.Function):
         for a in range(0, N, size):
             at = slice(a, a + size)
             h, t, w = hidden[at], targets[at, None], weights[at, None]
-            logits = torch.mm(h, W.T, out=buffer[: len(h)]).float()  # (n, V), its last use of h
+            logits = torch.mm(h, W.T, out=buffer[: len(h)]).float()  # (n, V)
             d_kl, target_logits = None, logits.gather(1, t)
             if soft is not None:
                 mine = (soft[0][at], soft[1]) if len(soft) == 2 else [x[at] for x in soft]
@@ -1841,7 +1846,7 @@ class _ChunkedCEKL(torch.autograd.Function):
 
 
 def _soft_kl_gradient(logits, soft, temperature):
-    """(`soft_kl` (n,), its gradient in the logits (n, V)); written out, two buffers in all."""
+    """(`soft_kl` (n,), its gradient in the logits (n, V)); written out, in the buffers it has."""
     log_q = (logits / temperature).log_softmax(-1)
     if len(soft) == 2:  # KL = Σ p (log p - log q); gradient (q - p) / τ
         log_p = F.linear(*soft).float().div_(temperature).log_softmax(-1)
@@ -1869,7 +1874,8 @@ def regression_metrics(gold, predicted):
     said = [p if p is not None and math.isfinite(p) else None for p in predicted]
     pairs = [(g, p) for g, p in zip(gold, said) if p is not None]
     mean = lambda xs: sum(xs) / len(xs) if xs else None
-    centred = [[x - mean(side) for x in side] for side in zip(*pairs)] or [[], []]
+    sides = [(side, mean(side)) for side in zip(*pairs)] or [([], 0), ([], 0)]
+    centred = [[x - middle for x in side] for side, middle in sides]
     norm = math.sqrt(math.prod(sum(x * x for x in side) for side in centred))
     covariance = sum(a * b for a, b in zip(*centred))
     out = dict(mae=mean([abs(g - p) for g, p in pairs]),

@@ -271,9 +271,8 @@ def token_counts(batches, everywhere=False):
         for k in range(1, int(b.branch.max()) + 1):
             ce[k] += int(kl_positions(b, k, False).sum())
             kl[k] += int(kl_positions(b, k, everywhere).sum())
-    shares = gather((ce, kl, sum(len(b.ids) for b in batches)))
-    return sum((s[0] for s in shares), Counter()), sum((s[1] for s in shares), Counter()), sum(
-        s[2] for s in shares)
+    ces, kls, posts = zip(*gather((ce, kl, sum(len(b.ids) for b in batches))))
+    return sum(ces, Counter()), sum(kls, Counter()), sum(posts)
 
 
 def gold_of(args, post):
@@ -322,14 +321,15 @@ def step_loss(args, model, batch, examples, soft, counts):
                           kl_weights=torch.full_like(weights, share))
         loss, terms = chunked_ce_kl(hidden[at], weight, targets.clamp(min=0), weights, **distil)
         losses.append(loss)
-        parts[f"ce_{task}"] = terms["ce"].item()
+        parts[f"ce_{task}"] = terms["ce"]
         if distil:
-            parts[f"kl_{task}"] = terms["kl"].item()
+            parts[f"kl_{task}"] = terms["kl"]
     if len(tasks) == 2:
         loss = multitask_loss(*losses, args.reasoning_weight, args.label_weight)
     else:
         loss = sum(losses) / len(losses)
-    return loss, {"loss": loss.item()} | parts
+    told = torch.stack([loss.detach(), *parts.values()]).tolist()  # a GPU is waited for once
+    return loss, dict(zip(("loss", *parts), told))
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -685,6 +685,7 @@ def compare_commands(args):
     else:
         flags += "head_lr beta2 schedule warmup clip rank alpha dropout scope max_pixels".split()
         settings = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in flags)
+        settings += " --nf4" * args.nf4 + " --gradient-checkpointing" * args.gradient_checkpointing
     images = f" --images {shlex.quote(args.images)}" if args.images else ""
     for n, (inputs, left_out) in enumerate(INPUTS.items()):
         for how in ("read", "generate"):
@@ -701,14 +702,14 @@ def compare_commands(args):
 def compare(args):
     """paper: the discriminative against the generative readout, and what each input adds; judged on
     the test split of --dev."""
-    table = []
+    table, numbers = [], {inputs: n for n, inputs in enumerate(INPUTS)}
     for (how, inputs), commands in compare_commands(args).items():
         peaks = run_commands(commands)
         if how is None:
             continue
-        rows = read_rows(f"{shlex.split(commands[1])[-1]}")
-        gold = {p.id: p.score for p in read_posts(shlex.split(commands[1])[3], args.images, [])}
-        said = [r["score"] for r in rows]
+        rows = read_rows(f"{args.out}/{how}-{numbers[inputs]}.jsonl")
+        posts = iter_posts(args.dev or f"{args.out}/posts.jsonl", args.images, [])
+        gold, said = {p.id: p.score for p in posts}, [r["score"] for r in rows]
         metrics = regression_metrics([gold[r["id"]] for r in rows], said)
         shares = {k: metrics[k] / len(said) for k in ("unparsed", "out_of_range")}
         table.append(dict(readout=how, inputs=inputs) | metrics | shares | dict(
@@ -735,6 +736,8 @@ def peak_mib(reset=False):
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
     except (OSError, TypeError):
         return 0
+
+
 # ---- the small model ---------------------------------------------------------------------------
 
 
@@ -751,15 +754,6 @@ def ubm_posts(args):
         if not rows:
             raise InputError(f"{name}: no post of a fitting split has a {need}")
     return *sets, *(class_targets(rows, SCORES if args.bins else LABELS) for rows in sets)
-
-
-def buckets(posts, size):
-    """Batches of indices in random order, posts of like length together."""
-    order, batches = torch.randperm(len(posts)).tolist(), []
-    for a in range(0, len(order), 16 * size):
-        part = sorted(order[a : a + 16 * size], key=lambda i: len(posts[i].text))
-        batches += [part[i : i + size] for i in range(0, len(part), size)]
-    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
 
 @torch.no_grad()
@@ -804,10 +798,12 @@ def ubm_run(args, k, model, posts, targets, dev):
     log = [row for row in read_rows(out / "log.jsonl") if row["run"] != k or row["epoch"] <= first]
     for epoch in range(first, args.epochs):
         # order and dropout depend on nothing else
-        seed_everything(args.seed * 10_000 + (1000 * k if epoch else 0) + epoch)
+        seed = args.seed * 10_000 + (1000 * k if epoch else 0)
+        seed_everything(seed + epoch)
+        steps = epoch_steps([len(p.text) for p in posts], args.batch, epoch, seed, window=16)
         model.train()
         sum_loss, began = 0.0, time.time()
-        for rows in tqdm(buckets(posts, args.batch), f"run {k} epoch {epoch + 1}", leave=False):
+        for rows in tqdm(steps, f"run {k} epoch {epoch + 1}", leave=False):
             for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
                 group["lr"] = peak * (1 - step / total)
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):

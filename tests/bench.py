@@ -290,13 +290,14 @@ def student(args):
 # ---- labels and chains ---------------------------------------------------------------------------
 
 
-def demo_posts(split="test"):
+def demo_posts():
     """(posts, the demo's student): real Twitter-2015 posts where they are at hand."""
     run = ROOT / "runs" / "demo"
     if not (run / "student" / "best").exists():
         raise SystemExit("run `python train.py` first: this subject needs runs/demo/student/best")
     real = ROOT.parent / "shared" / "data" / "twitter2015"
-    posts = mulcot.read_posts(real / "dev.tsv" if real.is_dir() else run / "posts.jsonl", rejects=[])
+    file = real / "dev.tsv" if real.is_dir() else run / "posts.jsonl"
+    posts = mulcot.read_posts(file, rejects=[])
     return posts, [p for p in mulcot.read_posts(run / "posts.jsonl") if p.split == "test"]
 
 
@@ -377,8 +378,8 @@ def classify(args):
 
 
 def generate(args):
-    """Label and chain of 240 posts: `generate.py predict` against the authors' way (all prompts padded
-    longest, batches of 24 in file order, two separate generate calls)."""
+    """Label and chain of 240 posts: `generate.py predict` against the authors' way (all prompts
+    padded longest, batches of 24 in file order, two separate generate calls)."""
     import generate as script
 
     posts = random.Random(0).sample(demo_posts()[0], 240)

@@ -100,7 +100,8 @@ def test_thresholds_keep_the_budget():
     for budget, wrong in ((0, 0.4), (0.2, 0.2), (0.4, 0.0), (1.0, 0.0)):
         passes, least, tau1, tau2 = mulcot.best_thresholds(grid, budget)
         assert passes <= budget + 1e-9 and least == pytest.approx(wrong)
-        assert mulcot.threshold_grid(answers, error, [(tau1, tau2)]) == [(passes, least, tau1, tau2)]
+        same = mulcot.threshold_grid(answers, error, [(tau1, tau2)])
+        assert same == [(passes, least, tau1, tau2)]
     passes, _, _, tau2 = mulcot.best_thresholds(grid, 0.7)
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice
 

@@ -1,4 +1,4 @@
-"""Frames and audio: files to features, positions and hidden states as the models' own, bad clips."""
+"""Frames and audio: files to features, positions and states as the models' own, bad clips."""
 
 import base64
 import json
@@ -226,7 +226,8 @@ def test_soft_labels_know_the_audio(omni, clips):
 @pytest.mark.parametrize("seconds", [0.06, 0.5, 1.2345, 7.0])
 def test_features_equal_the_feature_extractors(omni, tmp_path, seconds):
     """As the model's own processor calls it: padded to its full length, cut by its mask."""
-    samples = tone(313, seconds) + 0.01 * np.random.default_rng(0).normal(size=round(16e3 * seconds))
+    noise = np.random.default_rng(0).normal(size=round(16e3 * seconds))
+    samples = tone(313, seconds) + 0.01 * noise
     path = write_wav(tmp_path / "a.wav", samples)
     own = omni[1].extractor(mulcot.load_audio(path).numpy(), sampling_rate=16_000,
                             padding="max_length", return_attention_mask=True, return_tensors="pt")

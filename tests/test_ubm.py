@@ -158,24 +158,28 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
     """Stopped in the last epoch of the second run and rerun: the same weights, bit for bit;
     test posts are never trained on; another setting is refused."""
     assert train.main(command(toy, tmp_path / "whole")) == 0
-    real, calls = train.buckets, []
+    steps, run, calls = train.epoch_steps, train.ubm_run, []
 
-    def stop_at_the_third(posts, size):
-        assert {p.split for p in posts} == {"train"}
+    def stop_at_the_third(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(posts, size)
+        return steps(*args, **kwargs)
 
-    monkeypatch.setattr(train, "buckets", stop_at_the_third)
+    def on_train_alone(args, k, model, posts, *rest):
+        assert {p.split for p in posts} == {"train"}
+        return run(args, k, model, posts, *rest)
+
+    monkeypatch.setattr(train, "epoch_steps", stop_at_the_third)
+    monkeypatch.setattr(train, "ubm_run", on_train_alone)
     assert train.main(command(toy, tmp_path / "cut")) == 130
     assert train.main(command(toy, tmp_path / "cut")) == 0
     assert len(calls) == 3 + 1  # runs share their first epoch; the stopped one is run anew
     whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
     assert whole.temperature == cut.temperature
-    logs = [[{k: v for k, v in row.items() if k != "seconds"}
-             for row in mulcot.read_rows(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in
+             mulcot.read_rows(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 3
     assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
 
@@ -183,8 +187,8 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
 def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
     """The drawn world's words and pictures are learnt; predict writes rows that eval.py reads."""
     data = tmp_path / "toy"
-    assert generate.main(["toy", "--out", str(data), "--train", "300", "--dev", "60", "--test", "40",
-                          "--warmup", "2"]) == 0
+    assert generate.main(["toy", "--out", str(data), "--train", "300", "--dev", "60",
+                          "--test", "40", "--warmup", "2"]) == 0
     posts, out = str(data / "posts.jsonl"), str(tmp_path / "ubm")
     assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", "tiny",
                        "--image-encoder", "small", "--members", "1", "--epochs", "12", "--lr",
@@ -198,7 +202,8 @@ def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
     assert judge.main([said, "--gold", posts, "--out", str(tmp_path / "results")]) == 0
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert metrics["said"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
-    assert generate.main(["predict", "--model", out, "--text", "lovely Rex", "--aspect", "Rex"]) == 0
+    post = ["--text", "lovely Rex", "--aspect", "Rex"]
+    assert generate.main(["predict", "--model", out, *post]) == 0
     assert "label: " in capsys.readouterr().out
 
 
