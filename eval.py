@@ -773,7 +773,7 @@ def evaluate(args):
             print(f"warning: no row of {path} has the id of a gold post: not compared")
     embed = load_embedder(args.embedder) if args.embedder else None
     runs, drawn, covered, shown = {}, {}, set(), None
-    for name, paths in read_specs(args.predictions).items():
+    for name, paths in (specs := read_specs(args.predictions)).items():
         seeds = []
         for path in paths:
             *result, rows, wanted = run_metrics(path, gold, references, stages, args.wordnet, embed)
@@ -796,7 +796,7 @@ def evaluate(args):
     rows = table(runs, ALL_COLUMNS, about["comparisons"], "**{}**")
     write_tables(args.out, runs, rows, teacher, about)
     page = report(runs, rows, shown, references, args.cards, used | dict(bold=f"Bold: {BOLD}"),
-                  logs, about["diagnosis"])
+                  logs, about["diagnosis"], cascade_costs({k: v[0] for k, v in specs.items()}))
     write_atomic(Path(args.out, "report.html"), lambda part: Path(part).write_bytes(page))
     print(f"wrote {args.out}/metrics.json, {args.out}/table.md and {args.out}/report.html")
 
@@ -1058,7 +1058,29 @@ def trust_plots(runs):
                    "error rate"))
 
 
-def report(runs, rows, shown, references, most, signatures, logs, diagnosis=()):
+def cascade_costs(files):
+    """HTML of what the cascades among {run: its first file} cost, and their error by MLLM passes;
+    "" where no file has a NAME.cascade.json beside it."""
+    told = {name: json.loads(about.read_text("utf-8")) for name, file in files.items()
+            if (about := Path(beside(file, "cascade.json"))).exists()}
+    rows, parts = [["", "MLLM passes", "ms", "GFLOPs", "error"]], ""
+    for name, about in told.items():
+        sizes = Counter(about["routes"]).most_common()
+        parts += f"<p>{escape(name)}: " + ", ".join(f"{n} by {k}" for k, n in sizes)
+        for who, run in about["runs"].items():
+            error = "" if run.get("error") is None else f"{run['error']:.3f}"
+            rows.append([f"{name}: {who}", f"{run['passes']:.2f}", f"{1e3 * run['seconds']:.1f}",
+                         f"{run['gflops']:.3f}", error])
+    lines = {f"{name}: {what}": [(*point, 0.3) for point in points] for name, about in told.items()
+             for what, points in (
+                 ("each budget", about.get("curve", [])),
+                 *((who, [(run["passes"], run["error"])]) for who, run in about["runs"].items()
+                   if run.get("error") is not None))}
+    chart = plot("error by cost", lines, "MLLM passes a post", "error")
+    return f"{parts}{html_table(rows, 'costs')}<div class=plots>{chart}</div>" if told else ""
+
+
+def report(runs, rows, shown, references, most, signatures, logs, diagnosis=(), costs=""):
     """The self-contained page, bytes. runs: {name: metrics}; rows: their table; shown: (name, {id:
     row}, gold posts) of the run whose posts are shown, at most `most`; references: {id: chain};
     signatures, diagnosis: sentences; logs: {run: log rows}. Every string from data is escaped."""
@@ -1084,6 +1106,7 @@ def report(runs, rows, shown, references, most, signatures, logs, diagnosis=()):
                         f"</summary><ul>{notes}</ul></details>"),
         "Errors": ("div", confusion_table(values["confusion"])),
         "Trust": ("div class=plots", trust_plots(runs)),
+        "Cost": ("div", costs),
         "Training": ("div class=plots", training_plots(logs)),
         "Posts": ("div", f"<p class=dim>{len(cards):,} of {len(posts):,}, wrong ones first, then "
                          f"flagged ones</p>{filters()}<div id=cards></div>")}
@@ -1165,7 +1188,10 @@ def card(flags, post, row, chain, told, image):
         side += f"<div class=bar>{bar}</div><small>{said}</small>"
     if row.get("route") is not None:
         why = "" if row.get("reason") is None else f": {escape(str(row['reason']))}"
-        body = f"<p class=route>decided by <b>{escape(str(row['route']))}</b>{why}</p>"
+        said = (f"{k} {v.get('prediction')}, uncertainty {v.get('uncertainty')}"
+                if isinstance(v, dict) else f"{k} failed" for k, v in row.get("stages", {}).items())
+        body = (f"<p class=route>decided by <b>{escape(str(row['route']))}</b>{why}<br>"
+                f"<small>{escape('; '.join(said))}</small></p>")
     if chain and not chain.complete:
         body += f"<p>unparsed: {escape(chain.problem)}</p>"
         body += "" if chain.fields else f"<pre>{escape(row['raw'][:2000])}</pre>"

@@ -35,10 +35,10 @@ from mulcot import (
     fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
     label_example, label_row, load_image, load_model, load_ubm, mark_aspect, new_cache, of_split,
     parse_reasoning, positive, post_prompt, ranks, read_out, read_posts, read_rows,
-    reference_prompt, refuse_ranks, render_reasoning, run_stage, score_labels, shared_rows,
-    task_format, tell_aside, threshold_grid, top_k_soft, toy_clip_warmup, toy_clips, toy_posts,
-    toy_warmup, training_branches, two_stage_cot, verdict, wait_for_ranks, write_atomic,
-    write_branch, write_json)
+    reference_prompt, refuse_ranks, regression_metrics, render_reasoning, run_stage, score_labels,
+    shared_rows, stages_asked, task_format, tell_aside, threshold_grid, top_k_soft,
+    toy_clip_warmup, toy_clips, toy_posts, toy_warmup, training_branches, two_stage_cot, verdict,
+    wait_for_ranks, write_atomic, write_branch, write_json)
 
 
 def above_zero(text):
@@ -654,7 +654,8 @@ def cascade(args):
     write_atomic(args.out, lambda part: Path(part).write_text(lines, "utf-8"))
     print("routes     " + "  ".join(f"{k} {n}" for k, n in about["routes"].items()))
     for name, numbers in about["runs"].items():
-        print(f"{name:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        print(f"{name:10s} " + "  ".join(f"{k} {'-' if v is None else f'{v:.4g}'}"
+                                         for k, v in numbers.items()))
     closing(args.out)
 
 
@@ -770,27 +771,30 @@ def errors(posts, target):
 def cascade_row(args, post, said, taus):
     """The post with its answer, the route and why, and the verdict (or failure) of every stage that
     this route asked."""
-    (route, answer, reason), asked = cascade_route(*said, *taus), 1
-    while cascade_route(*said[:asked], *[None] * (3 - asked), *taus)[0].startswith("ask"):
-        asked += 1
-    stages = dict(zip(("ubm", "mllm", "again")[:asked], said))
+    route, answer, reason = cascade_route(*said, *taus)
+    stages = dict(zip(("ubm", "mllm", "again")[: stages_asked(said, *taus)], said))
     kept = {k: v for k, v in (answer or dict(prediction=None)).items()
             if k not in ("tokens", "seconds", "gflops")}
     return new_row(post, args, "cascade", **kept, route=route, reason=reason, stages=stages)
 
 
 def costs(posts, said, rows, grid, compare, target):
-    """runs: what a post cost and the mean error (where gold is known) of the cascade and of either
-    model alone; with --compare the curve [[passes, error], …] at the thresholds that dev chose for
-    each budget."""
+    """runs: what a post cost and the mean error (where gold is known; of scores also their metrics)
+    of the cascade and of either model alone; with --compare the curve [[passes, error], …] at the
+    thresholds that dev chose for each budget."""
     known = all(getattr(p, target) is not None for p in posts)
     error, mean = errors(posts, target), lambda values: sum(values) / len(posts)
 
     def run(answers, paid):
         dicts = [v for stages in paid for v in stages if isinstance(v, dict)]
         told = {k: sum(v.get(k, 0) for v in dicts) / len(posts) for k in ("seconds", "gflops")}
-        wrong = dict(error=mean(error(x, n) for n, x in enumerate(answers))) if known else {}
-        return told | wrong
+        if known:
+            told["error"] = mean(error(x, n) for n, x in enumerate(answers))
+        if known and target == "score":
+            said = [x and x["predicted_score"] for x in answers]
+            metrics = regression_metrics([p.score for p in posts], said)
+            told |= {k: metrics[k] for k in ("mae", "corr", "acc7", "acc2_has0", "acc2_non0")}
+        return told
 
     paid = [list(row["stages"].values()) for row in rows]
     alone = lambda k: run([x[k] if isinstance(x[k], dict) else None for x in said],

@@ -2071,7 +2071,6 @@ def uncertainty(probs):
 
 
 POLARITY_EPSILON = 0.5  # choice: a score nearer to 0 than half a bin takes no side
-PASSES = {"ubm": 0, "mllm": 1, "agree": 1, "again": 2}  # of the MLLM, by route
 
 
 def verdict(probs, classes):
@@ -2143,6 +2142,16 @@ def cascade_route(ubm, mllm, again, tau1, tau2):
     return *surer, f"the surer of two; asking again failed: {again}"
 
 
+def stages_asked(said, tau1, tau2):
+    """How many of a post's three stages (1 to 3) its route asks; `said` may hold more of them. The
+    MLLM passes are one less."""
+    asked = 1
+    while asked < 3 and cascade_route(*said[:asked], *[None] * (3 - asked), tau1,
+                                      tau2)[0].startswith("ask"):
+        asked += 1
+    return asked
+
+
 def _mean_verdict(ubm, mllm):
     """Two answers of one polarity as one: for scores their mean, weighted by 1 - u (paper: v1; an
     unknown u counts as 0.5); the label is the same."""
@@ -2165,9 +2174,9 @@ def threshold_grid(said, error, taus=None):
 
     grid = []
     for tau1, tau2 in taus or [(a, b) for a in levels(0) for b in levels(1)]:
-        ends = [cascade_route(*x, tau1, tau2) for x in said]
-        passes = sum(PASSES.get(route, 1) for route, _, _ in ends) / len(ends)
-        wrong = sum(error(answer, n) for n, (_, answer, _) in enumerate(ends)) / len(ends)
+        passes = sum(stages_asked(x, tau1, tau2) - 1 for x in said) / len(said)
+        answers = [cascade_route(*x, tau1, tau2)[1] for x in said]
+        wrong = sum(error(answer, n) for n, answer in enumerate(answers)) / len(said)
         grid.append((passes, wrong, tau1, tau2))
     return grid
 

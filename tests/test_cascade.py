@@ -67,6 +67,17 @@ def test_thresholds_include_their_edge():
     assert mulcot.cascade_route(said("neutral", 0.0), mllm, None, -1, -1)[0] == "agree"
 
 
+def test_a_pass_that_failed_was_made():
+    """Passes count what was asked: a server that breaks down has been asked all the same."""
+    unsure = dict(prediction="positive", probs=[0.3, 0.3, 0.4], uncertainty=0.99)
+    other = dict(prediction="negative", probs=[0.4, 0.3, 0.3], uncertainty=0.99)
+    for said, stages in (((unsure, "broke down", None), 2), ((unsure, unsure, None), 2),
+                         ((unsure, other, "broke down"), 3), (("no image", "broke down", None), 2)):
+        assert mulcot.stages_asked(said, 0.5, 0.5) == stages
+        assert mulcot.threshold_grid([said], lambda *_: 0.0, [(0.5, 0.5)])[0][0] == stages - 1
+    assert mulcot.stages_asked((unsure, other, other), 1, 0.5) == 1
+
+
 def test_scores_of_one_polarity_are_averaged_by_certainty():
     ubm, mllm = mulcot.score_verdict(2.0, 0.75), mulcot.score_verdict(1.0, 0.5)
     route, answer, _ = mulcot.cascade_route(ubm, mllm, None, 0.1, 0.1)
@@ -161,15 +172,16 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
     out, model = tmp_path / "said.jsonl", ["--mllm", str(toy / "student")]
     code, rows, asked = run(toy, ubm, out, *model, "--budget", "1.2", "--compare")
     assert code == 0 and len(rows) == 6 and {r["id"][:4] for r in rows} == {"test"}
+    passes_of = dict(ubm=0, mllm=1, agree=1, again=2)
     for row in rows:
         stages = [row["stages"].get(k) for k in ("ubm", "mllm", "again")]
         about = json.loads((tmp_path / "said.cascade.json").read_text())
         route, answer, reason = mulcot.cascade_route(*stages, *about["taus"])
         assert (row["route"], row["reason"]) == (route, reason)
         assert row["prediction"] == answer["prediction"] and row["source"] == "cascade"
-        assert len(row["stages"]) == 1 + mulcot.PASSES[route]
+        assert len(row["stages"]) == 1 + passes_of[route]
     assert set(about["runs"]) == {"cascade", "ubm", "mllm"} and about["curve"]
-    passes = sum(mulcot.PASSES[r["route"]] for r in rows) / 6
+    passes = sum(passes_of[r["route"]] for r in rows) / 6
     assert about["runs"]["cascade"]["passes"] == pytest.approx(passes)
     wrong = sum(r["prediction"] != r["label"] for r in rows) / 6
     assert about["runs"]["cascade"]["error"] == pytest.approx(wrong)
@@ -245,6 +257,12 @@ def test_scores_run_through(toy, ubm, tmp_path):
     assert generate.main(["cascade", "--ubm", str(tmp_path / "scores"), "--data", data, "--dev",
                           data, "--images", str(toy / "images"), "--split", "test", "--out",
                           str(out), "--mllm", str(toy / "student"), "--budget", "2"]) == 0
+    told = json.loads((tmp_path / "said.cascade.json").read_text())["runs"]["cascade"]
+    said = [row["predicted_score"] for row in mulcot.read_rows(out)]
+    gold = [row["score"] for row in rows if row["split"] == "test"]
+    assert told["mae"] == pytest.approx(sum(abs(a - b) for a, b in zip(said, gold)) / len(gold))
+    assert told["error"] == pytest.approx(told["mae"])
+    assert {"corr", "acc7", "acc2_has0", "acc2_non0"} <= set(told)
     for row in mulcot.read_rows(out):
         assert -3 <= row["predicted_score"] <= 3
         for stage in row["stages"].values():

@@ -157,10 +157,11 @@ def test_each_modality_reaches_the_last_state(omni, clips):
     assert (full.image, len(full.frames)) == (clips[1].image, 3)  # `without` leaves its post alone
 
 
-def test_whole_omni_checkpoint_loads_as_its_thinker(omni, clips, tmp_path):
-    """Keys as released (thinker.model.layers…, thinker.visual…), talker and all."""
-    model, processor, folder = omni
-    tensors = {}
+@pytest.fixture
+def released(omni, tmp_path):
+    """The Thinker's folder as a whole Omni is released: keys thinker.model.layers…,
+    thinker.visual…, a talker."""
+    folder, tensors = omni[2], {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         old = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
         tensors["thinker." + old.replace("model.audio_tower.", "audio_tower.")] = tensor.clone()
@@ -174,11 +175,31 @@ def test_whole_omni_checkpoint_loads_as_its_thinker(omni, clips, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(
         dict(model_type="qwen2_5_omni", architectures=["Qwen2_5OmniModel"],
              thinker_config=config)))
-    whole, _ = mulcot.load_model(tmp_path)
+    return tmp_path
+
+
+def test_whole_omni_checkpoint_loads_as_its_thinker(omni, clips, released):
+    """The talker is left out."""
+    model, processor, _ = omni
+    whole, _ = mulcot.load_model(released)
     batch = mulcot.collate(encode_all(clips, processor), processor.pad)
     with torch.no_grad():
         a, b = (mulcot.forward_branches(m, batch) for m in (model, whole))
     assert torch.equal(a, b)
+
+
+def test_whole_omni_in_four_bits(omni, clips, released):
+    """The Thinker's language linears alone are quantised; image, frames and audio go in as ever."""
+    packed, processor = mulcot.load_model(released, nf4=True)
+    twin, _ = mulcot.load_model(omni[2])
+    names = [n for n, m in packed.named_modules() if isinstance(m, mulcot.NF4Linear)]
+    assert len(names) == 14 and all("language_model" in n for n in names)
+    for name in names:
+        twin.get_submodule(name).weight.data = packed.get_submodule(name).dense(torch.float32)
+    batch = mulcot.collate(encode_all(clips, processor), processor.pad)
+    with torch.no_grad():
+        a, b, dense = (mulcot.forward_branches(m, batch) for m in (packed, twin, omni[0]))
+    assert torch.equal(a, b) and (a - dense).abs().max() > 0.01
 
 
 def test_gradient_reaches_all_towers(omni, clips):

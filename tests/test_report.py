@@ -551,6 +551,22 @@ def test_numbers_of_several_seeds():
     assert "<td><b>0.9 ± 0.1</b>" in page and "<li>how &lt;it&gt; is done" in page
 
 
+def test_cost_of_a_cascade(tmp_path):
+    """The table and the curve of NAME.cascade.json, and what each stage said of a post."""
+    stages = dict(ubm=dict(prediction="neutral", uncertainty=0.5), mllm="HTTP <500>")
+    about = dict(routes=dict(ubm=1), curve=[[0, 0.5], [1, 0.25]], runs=dict(
+        cascade=dict(passes=0.5, seconds=0.002, gflops=0.125, error=0.375),
+        ubm=dict(passes=0, seconds=0.001, gflops=0.1)))
+    (tmp_path / "said.cascade.json").write_text(json.dumps(about))
+    page = report(tmp_path, [dict(id="1", text="t", label="neutral")],
+                  [dict(id="1", prediction="neutral", route="ubm", reason="sure", stages=stages)])
+    text = page.read_text()
+    assert "<tr><th scope=row>run: cascade<td>0.50<td>2.0<td>0.125<td>0.375" in text
+    assert "<tr><th scope=row>run: ubm<td>0.00<td>1.0<td>0.100<td>" in text
+    assert "error by cost" in text and "run: each budget" in text and "run: 1 by ubm" in text
+    assert "ubm neutral, uncertainty 0.5; mllm failed" in cards(page)
+
+
 @pytest.mark.parametrize("content", ['{"loss": 1}', '{"step": "1"}', "[1]", "nonsense",
                                      '{"step": -1}'])
 def test_bad_log(tmp_path, capsys, content):
