@@ -49,7 +49,8 @@ def parse_args(argv=None):
     flag("--chains", help="the teacher's rows, for their statistics")
     flag("--logs", nargs="*", default=[], metavar="[NAME=]FILE",
          help="log.jsonl files of train.py, for the report's curves; NAME: default its folder")
-    flag("--cards", type=int, default=200, help="posts shown in the report, wrong ones first")
+    flag("--cards", type=int, help="posts shown in the report, wrong ones first (default: 200, or "
+                                   "as many as keep it near 100 KB plus thumbnails)")
     flag("--baseline", metavar="NAME", help="column p: accuracy against this run's, by bootstrap")
     flag("--wordnet", metavar="DIR", help="WordNet 3.0's dictionary files, for METEOR's synonyms "
                                           "(Debian's wordnet-base: /usr/share/wordnet)")
@@ -946,6 +947,8 @@ TILES = {  # metric: (title, format, what it says)
     **{k: (title, ".3f", "against the teacher's chains") for k, title in dict(
         bleu4="BLEU-4", rouge_l="ROUGE-L", meteor="METEOR", sim="Sim").items()}}
 
+PACKED = 65_000  # bytes of posts in a report; the rest takes about 25,000
+
 FLAGS = {"wrong": "label is not gold", "conflict": "chain and label differ",
          "unparsed": "no label, or a chain that lacks a field",
          "disagree": "chain and teacher's chain name different labels"}
@@ -1082,12 +1085,17 @@ def cascade_costs(files):
 
 def report(runs, rows, shown, references, most, signatures, logs, diagnosis=(), costs=""):
     """The self-contained page, bytes. runs: {name: metrics}; rows: their table; shown: (name, {id:
-    row}, gold posts) of the run whose posts are shown, at most `most`; references: {id: chain};
-    signatures, diagnosis: sentences; logs: {run: log rows}. Every string from data is escaped."""
+    row}, gold posts) of the run whose posts are shown, at most `most` (None: 200, or as many as
+    PACKED holds); references: {id: chain}; signatures, diagnosis: sentences; logs: {run: log rows};
+    costs: of cascades, HTML. Every string from data is escaped."""
     name, predictions, posts = shown
     values, images, cards = runs[name], {}, []
     cases = [judge(p, predictions.get(p.id, {}), references.get(p.id)) for p in posts]
     cases.sort(key=lambda case: ("wrong" not in case[0], not case[0], case[1].id))
+    if most is None:
+        most = 200
+        while len(pack([card(*case, 0) for case in cases[:most]])) > PACKED:
+            most = most * 19 // 20
     for case in cases[:most]:
         path = case[1].image
         number = images.setdefault(thumbnail(path), len(images)) if path else None
@@ -1113,15 +1121,19 @@ def report(runs, rows, shown, references, most, signatures, logs, diagnosis=(), 
     about = f"{len(posts):,} posts, {len(runs) - 1} runs"
     if "seeds" in values:
         about += f"; means of {len(values['seeds'])} seeds, confusion and posts of the first"
-    return page(name, about, {k: v for k, v in sections.items() if v[1]}, "".join(cards), images)
+    return page(name, about, {k: v for k, v in sections.items() if v[1]}, cards, images)
+
+
+def pack(cards):
+    """The cards' HTML deflated, in base64: a fifth of its size. The browser unpacks it."""
+    text = "".join(cards).encode("utf-8", "replace")
+    return base64.b64encode(zlib.compress(text, 9)).decode()
 
 
 def page(name, about, sections, cards, images):
-    """The document, bytes. sections: {title: (tag, HTML)}. The cards travel deflated, a fifth of
-    their size; the browser unpacks them. The policy lets nothing run but SCRIPT, and nothing
-    load."""
+    """The document, bytes. sections: {title: (tag, HTML)}. The policy lets nothing run but SCRIPT,
+    and nothing load."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    packed = base64.b64encode(zlib.compress(cards.encode("utf-8", "replace"), 9)).decode()
     links = "".join(f"<a href=#{x.lower()}>{x}</a>" for x in sections)
     body = "\n".join(
         f"<section id={x.lower()} aria-label={x}><h2>{x}</h2><{tag}>{content}</{tag.split()[0]}>"
@@ -1136,7 +1148,7 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-a
 {body}
 </main><footer><noscript>The posts are packed: to see them, allow this page its script.</noscript>
 </footer><script type="application/json" id=images>{json.dumps(list(images))}</script>
-<script type="text/plain" id=packed>{packed}</script>
+<script type="text/plain" id=packed>{pack(cards)}</script>
 <script>{SCRIPT}</script></body></html>
 """
     return text.encode("utf-8", "replace")  # half a surrogate pair fits into no file
@@ -1188,9 +1200,10 @@ def card(flags, post, row, chain, told, image):
         side += f"<div class=bar>{bar}</div><small>{said}</small>"
     if row.get("route") is not None:
         why = "" if row.get("reason") is None else f": {escape(str(row['reason']))}"
+        stages = row["stages"] if isinstance(row.get("stages"), dict) else {}
         said = (f"{k} {v.get('prediction')}, uncertainty {v.get('uncertainty')}"
-                if isinstance(v, dict) else f"{k} failed" for k, v in row.get("stages", {}).items())
-        body = (f"<p class=route>decided by <b>{escape(str(row['route']))}</b>{why}<br>"
+                if isinstance(v, dict) else f"{k} failed" for k, v in stages.items())
+        body = (f"<p class=route>decided by <b>{escape(str(row['route']))}</b>{why} "
                 f"<small>{escape('; '.join(said))}</small></p>")
     if chain and not chain.complete:
         body += f"<p>unparsed: {escape(chain.problem)}</p>"

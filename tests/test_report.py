@@ -150,10 +150,14 @@ def evil_inputs(folder):
         post = dict(id=f"{i}{evil}", text=f"so {evil} !", aspect=evil, label="neutral",
                     image="x.png", cot=evil)
         posts += [post, post | dict(id=str(i), aspect="so", cot=chain("neutral", evil))]
-        row = dict(prediction="neutral", route=evil, reason=evil, label=evil, image=evil)
+        row = dict(prediction="neutral", route=evil, reason=evil, label=evil, image=evil,
+                   stages={evil: dict(prediction=evil, uncertainty=evil), "mllm": evil})
         rows += [row | dict(id=f"{i}{evil}", raw=evil, probs=[0.1, 0.2, 0.7]),
                  row | dict(id=str(i), raw=chain("positive", evil + "\ud83d"), model=evil)]
         logs.append({"run": evil, "step": i, f"ce_{evil}": 1 + i, "dev_accuracy": 0.5})
+    cost = dict(passes=1, seconds=1, gflops=1, error=1)
+    (folder / "said.cascade.json").write_text(json.dumps(dict(
+        routes={evil: 1 for evil in EVIL}, runs={evil: cost for evil in EVIL}, curve=[[0, 1]])))
     return posts, rows, ["--logs", str(write(folder / "log.jsonl", logs))]
 
 
@@ -447,6 +451,20 @@ def test_size(toy_page):
     assert len(bare(toy_page)) < 100_000
     urls = re.findall(r"data:image/jpeg;base64,[^\"]*", toy_page.read_text())
     assert len(urls) == len(set(urls)) and all(len(url) < 20_000 for url in urls)
+
+
+def test_long_chains_leave_room_for_fewer_posts(tmp_path):
+    """Each of 300 posts with a chain of its own 240 words: below 100 KB, unless asked for more."""
+    rng = random.Random(0)
+    words = lambda: " ".join("".join(rng.choices("etaoinsr", k=6)) for _ in range(60))
+    posts = [dict(id=f"p{i:03}", text="t", label="neutral", cot=chain("neutral", words()))
+             for i in range(300)]
+    rows = [dict(id=f"p{i:03}", prediction="positive" if i == 299 else "neutral",
+                 raw=chain("neutral", words())) for i in range(300)]
+    page = report(tmp_path, posts, rows)
+    shown = re.findall("class=id>(p...)<", cards(page))
+    assert 20 < len(shown) < 200 and shown[:2] == ["p299", "p000"] and len(bare(page)) < 100_000
+    assert cards(report(tmp_path, posts, rows, ["--cards", "250"])).count("<article") == 250
 
 
 def test_images_and_curves_are_seen(browser, toy_page):
