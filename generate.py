@@ -41,6 +41,9 @@ from mulcot import (
     wait_for_ranks, write_atomic, write_branch, write_json)
 
 
+YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+
 def above_zero(text):
     """An argparse type: a number above 0."""
     if not float(text) > 0:
@@ -50,7 +53,6 @@ def above_zero(text):
 
 def parse_args(argv=None):
     """The command line."""
-    yes_no = argparse.BooleanOptionalAction
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                   epilog="`generate.py STAGE --help` lists a stage's flags.")
     stages = top.add_subparsers(dest="stage", required=True)
@@ -71,7 +73,7 @@ def parse_args(argv=None):
                       "or adapter folder (teacher: also toy, or the name at --endpoint)")
             flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                  help="cpu, cuda or cuda:1")
-            flag("--nf4", action=yes_no,
+            flag("--nf4", action=YES_NO,
                  help="quantise the base to 4 bits (default: as its adapter was trained)")
             flag("--batch", type=positive, default=64, help="posts at once (authors: 24)")
             flag("--max-pixels", type=int, default=0,
@@ -92,7 +94,7 @@ def parse_args(argv=None):
     flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
     flag("--max-tries", type=positive, default=3, help="answers asked for in each stage (ARC)")
     flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
-    flag("--stage2", action=yes_no, default=True, help="--no-stage2: unaided chains only")
+    flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
     flag("--skill", type=float, default=0.6, help="--model toy: share of posts right unaided")
 
     flag = stage("augment", "one more chain per training post by the assistant, kept if right")
@@ -112,18 +114,25 @@ def parse_args(argv=None):
     flag("--split", default="all", help="only posts of this split, where posts have one, or all")
     flag("--decode", choices=("score", "greedy"), default="score",
          help="label by scoring the three answers, or generated as the authors do")
-    flag("--chain", action=yes_no, default=True, help="--no-chain writes labels only")
+    flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
     flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
     flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
     flag("--blank-text", action="store_true", help="control: take the words away")
     flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
     one_post_flags(flag)
 
-    flag = stage("cascade", "a small model first, the MLLM only where that one is unsure")
+    cascade_flags(stage("cascade", "a small model first, the MLLM only where that one is unsure"))
+    args = top.parse_args(argv)
+    check_args(top, args)
+    return args
+
+
+def cascade_flags(flag):
+    """Who is asked, and how much of it."""
     flag("--ubm", required=True, help="folder of train.py ubm")
     flag("--mllm", help="the MLLM: hub name, model or adapter folder; or give --endpoint, --model")
     endpoint_flags(flag)
-    flag("--logprobs", action=yes_no, default=True,
+    flag("--logprobs", action=YES_NO, default=True,
          help="--endpoint: --no-logprobs for a server that refuses to give them")
     flag("--dev", help="posts to fit the thresholds on (split dev, where posts have one)")
     flag("--split", default="all", help="only posts of this split, where posts have one, or all")
@@ -131,7 +140,10 @@ def parse_args(argv=None):
     flag("--compare", action="store_true",
          help="ask the MLLM about every post, for the accuracy-cost curve")
     one_post_flags(flag)
-    args = top.parse_args(argv)
+
+
+def check_args(top, args):
+    """What argparse cannot say of predict and cascade."""
     if args.stage in ("predict", "cascade"):
         if not (args.text or (args.data and args.out)):
             top.error(f"{args.stage} needs --data and --out, or one post in --text (and --image, "
@@ -145,7 +157,6 @@ def parse_args(argv=None):
             top.error("cascade fits its thresholds on --dev; one post in --text needs the --out of "
                       "such a run")
         args.model, args.max_posts, args.budget_tokens = args.mllm or args.model, 0, 0
-    return args
 
 
 def endpoint_flags(flag):

@@ -49,9 +49,11 @@ from mulcot import (
     write_atomic, write_json)
 
 
+YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+
 def parse_args(argv=None):
     """The command line."""
-    yes_no = argparse.BooleanOptionalAction
     top = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=Help,
         epilog="Without a stage: every stage in turn on the embedded default. "
@@ -68,76 +70,18 @@ def parse_args(argv=None):
     ablate_flags(stages)
     for stage, about in abouts.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
-        flag = p.add_argument
-        needed = stage != "readout"  # its --compare brings its own
-        flag("--data", nargs="+", required=needed, metavar="ROWS",
-             help="rows with cot and label" if needed else "posts with scores or labels")
-        flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
-        flag("--out", required=needed, help="folder for adapters, log and resume state")
-        flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)",
-             **(dict(nargs="+") if stage == "readout" else {}))
-        flag("--epochs", type=positive, default=20, help="passes over the data (paper: 20)")
-        flag("--batch", type=positive, default=2, help="posts per micro-batch (paper: 2)")
-        flag("--accumulate", type=positive, default=20, help="micro-batches per step (paper: 20)")
-        flag("--lr", type=float, default=3e-4, help="peak rate of AdamW (paper: 3e-4)")
-        flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
-        flag("--schedule", choices=("plateau", "cosine"), default="plateau",
-             help="plateau: halve at the 3rd epoch in a row without better dev accuracy (paper: "
-                  "patience 2); cosine: to 0")
-        flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (paper: 0)")
-        flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
-        flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
-        flag("--log-every", type=positive, default=10, help="steps per log line")
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-             help="cpu, cuda or cuda:1")
-        flag("--gradient-checkpointing", action=yes_no, default=False, help="less memory, slower")
-        flag("--show", type=int, default=0, metavar="N",
-             help="print N examples with the supervised tokens in green, and stop")
+        loop_flags(p.add_argument, stage)
         if stage == "base":
-            flag("--size", choices=(*TINY, *TINY_OMNI), required=True,
-                 help="which embedded tiny model")
+            p.add_argument("--size", choices=(*TINY, *TINY_OMNI), required=True,
+                           help="which embedded tiny model")
             continue
-        flag("--dev", required=needed,
-             help="posts to select on (split dev, where splits are given)")
-        flag("--model", required=needed, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
-        flag("--nf4", action=yes_no, default=False, help="quantise the frozen base to 4 bits")
-        flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
-        flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
-        flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
-             help="on LoRA's inputs (paper: 0.2 assistant, 0.05 student)")
-        flag("--scope", choices=("language", "all"), default="language",
-             help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
-        flag("--max-pixels", type=int, default=0,
-             help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
-        flag("--ties", choices=("macro", "weighted"), default="macro",
-             help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
+        lora_flags(p.add_argument, stage)
         if stage == "readout":
-            flag("--target", choices=("score", "label"), default="score", help="what is read")
-            flag("--how", choices=("read", "generate"), default="read",
-                 help="generate: its rival, which writes the score as text")
-            flag("--without", nargs="*", choices=("frames", "audio"), default=[],
-                 help="inputs to leave out, in training and ever after")
-            flag("--compare", action="store_true", help="both readouts over all sets of inputs, in "
-                 "one table; without --model on an embedded default of its own")
-            flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
-            p.description += ("; (paper: ...) is MulCoT-RD's but for --head-lr; defaults are this "
-                              "one's, epochs, batch and schedule ours")
-            p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
-                           schedule="cosine", warmup=0.1, seed=[42])
-            continue
-        flag("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
-        flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
-        flag("--reasoning", action=yes_no, default=True, help="--no-reasoning: label task alone")
-        flag("--max-answer", type=int, default=512,
-             help="longest chain in tokens; longer rows are set aside (paper: 512)")
+            readout_flags(p)
+        else:
+            task_flags(p.add_argument)
         if stage == "student":
-            flag("--soft", help="folder of generate.py soft; or say --no-soft")
-            flag("--no-soft", action="store_true", help="hard labels only (ablation)")
-            flag("--augment", action=yes_no, default=True,
-                 help="--no-augment leaves the assistant's chains out (ablation)")
-            flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
-            flag("--t-squared", action=yes_no, default=False,
-                 help="Hinton's τ² on the KL term (the authors: off)")
+            student_flags(p.add_argument)
     args = top.parse_args(argv)
     if args.stage == "student" and not args.no_soft and not args.soft:
         top.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
@@ -149,6 +93,90 @@ def parse_args(argv=None):
         if not args.out or not all(given) and not (args.compare and not any(given)):
             top.error("readout needs --data, --dev, --model and --out, or --compare alone")
     return args
+
+
+def loop_flags(flag, stage):
+    """Flags of every stage of the one training loop."""
+    needed = stage != "readout"  # its --compare brings its own
+    flag("--data", nargs="+", required=needed, metavar="ROWS",
+         help="rows with cot and label" if needed else "posts with scores or labels")
+    flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
+    flag("--out", required=needed, help="folder for adapters, log and resume state")
+    flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)",
+         **(dict(nargs="+") if stage == "readout" else {}))
+    flag("--epochs", type=positive, default=20, help="passes over the data (paper: 20)")
+    flag("--batch", type=positive, default=2, help="posts per micro-batch (paper: 2)")
+    flag("--accumulate", type=positive, default=20, help="micro-batches per step (paper: 20)")
+    flag("--lr", type=float, default=3e-4, help="peak rate of AdamW (paper: 3e-4)")
+    flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
+    flag("--schedule", choices=("plateau", "cosine"), default="plateau",
+         help="plateau: halve at the 3rd epoch in a row without better dev accuracy (paper: "
+              "patience 2); cosine: to 0")
+    flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (paper: 0)")
+    flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
+    flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
+    flag("--log-every", type=positive, default=10, help="steps per log line")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="cpu, cuda or cuda:1")
+    flag("--gradient-checkpointing", action=YES_NO, default=False, help="less memory, slower")
+    flag("--show", type=int, default=0, metavar="N",
+         help="print N examples with the supervised tokens in green, and stop")
+
+
+def lora_flags(flag, stage):
+    """Flags of the stages that train an adapter and select it on dev."""
+    needed = stage != "readout"
+    flag("--dev", required=needed,
+         help="posts to select on (split dev, where splits are given)")
+    flag("--model", required=needed, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+    flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits")
+    flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
+    flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
+    flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
+         help="on LoRA's inputs (paper: 0.2 assistant, 0.05 student)")
+    flag("--scope", choices=("language", "all"), default="language",
+         help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
+    flag("--max-pixels", type=int, default=0,
+         help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+    flag("--ties", choices=("macro", "weighted"), default="macro",
+         help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
+
+
+def readout_flags(p):
+    """Flags of `readout`, and its own defaults for those it shares."""
+    flag = p.add_argument
+    flag("--target", choices=("score", "label"), default="score", help="what is read")
+    flag("--how", choices=("read", "generate"), default="read",
+         help="generate: its rival, which writes the score as text")
+    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
+         help="inputs to leave out, in training and ever after")
+    flag("--compare", action="store_true", help="both readouts over all sets of inputs, in "
+         "one table; without --model on an embedded default of its own")
+    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
+    p.description += ("; (paper: ...) is MulCoT-RD's but for --head-lr; defaults are this "
+                      "one's, epochs, batch and schedule ours")
+    p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
+                   schedule="cosine", warmup=0.1, seed=[42])
+
+
+def task_flags(flag):
+    """Flags of the two tasks."""
+    flag("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
+    flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
+    flag("--reasoning", action=YES_NO, default=True, help="--no-reasoning: label task alone")
+    flag("--max-answer", type=int, default=512,
+         help="longest chain in tokens; longer rows are set aside (paper: 512)")
+
+
+def student_flags(flag):
+    """Flags of the soft labels and the ablations."""
+    flag("--soft", help="folder of generate.py soft; or say --no-soft")
+    flag("--no-soft", action="store_true", help="hard labels only (ablation)")
+    flag("--augment", action=YES_NO, default=True,
+         help="--no-augment leaves the assistant's chains out (ablation)")
+    flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
+    flag("--t-squared", action=YES_NO, default=False,
+         help="Hinton's τ² on the KL term (the authors: off)")
 
 
 def ablate_flags(stages):
