@@ -1927,16 +1927,37 @@ def mark_aspect(post):
 
 
 class UBM(nn.Module):
-    """A small classifier of posts into `classes` (LABELS or SCORES): any Hugging Face text encoder
-    and, if given, an image encoder ("small": four convolutions); one linear layer reads the first
-    token, the mean over the aspect's pieces and the mean over the image. `temperature` divides the
-    logits where probabilities are wanted. Build it with `new_ubm` or `load_ubm`."""
+    """Small classifiers of posts into `classes` (LABELS or SCORES), alike but for their seeds, that
+    answer together: the mean of their probabilities. Lakshminarayanan et al. 2017,
+    arXiv 1612.01474. `temperature` divides the logits where probabilities are wanted. Build it with
+    `new_ubm` or `load_ubm`."""
+
+    def __init__(self, members, classes):
+        super().__init__()
+        self.members, self.classes = nn.ModuleList(members), tuple(classes)
+        self.target = "label" if self.classes == LABELS else "score"
+        self.tokenizer, self.temperature = members[0].tokenizer, 1.0
+
+    def forward(self, posts):
+        """Posts (B of them) -> log of the mean probabilities (B, C), without the temperature."""
+        each = torch.stack([member(posts).log_softmax(-1) for member in self.members])  # (M, B, C)
+        return each.logsumexp(0) - math.log(len(each))
+
+    @torch.no_grad()
+    def probs(self, posts):
+        """Calibrated probabilities (B, C) on the CPU; in eval mode."""
+        return (self.eval()(posts) / self.temperature).softmax(-1).cpu()
+
+
+class UBMMember(nn.Module):
+    """One small classifier into C classes: any Hugging Face text encoder and, if given, an image
+    encoder ("small": four convolutions); one linear layer reads the first token, the mean over the
+    aspect's pieces and the mean over the image."""
 
     def __init__(self, text, tokenizer, classes, images=None, image_processor=None):
         super().__init__()
-        self.text, self.tokenizer, self.classes = text, tokenizer, tuple(classes)
-        self.target = "label" if self.classes == LABELS else "score"
-        self.images, self.image_processor, self.temperature = images, image_processor, 1.0
+        self.text, self.tokenizer = text, tokenizer
+        self.images, self.image_processor = images, image_processor
         if images == "small":
             sizes = (3, 16, 32, 64, 64)
             layers = [(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.ReLU())
@@ -1948,10 +1969,10 @@ class UBM(nn.Module):
                 self.seen = self._mean(torch.zeros(self._pixels([Image.new("RGB", (64, 64))]).shape)
                                        ).shape[1]
         width = 2 * text.config.hidden_size + self.seen
-        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, len(self.classes)))
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, len(classes)))
 
     def forward(self, posts):
-        """Posts (B of them) -> logits (B, C), not yet divided by the temperature."""
+        """Posts (B of them) -> logits (B, C)."""
         device, (texts, aspects, places) = self.head[1].weight.device, zip(*map(mark_aspect, posts))
         ids = self.tokenizer(list(texts), list(aspects), padding=True, truncation=True,
                              max_length=256, split_special_tokens=True, return_tensors="pt",
@@ -1986,15 +2007,10 @@ class UBM(nn.Module):
         out = getattr(out, "last_hidden_state", out)
         return out.flatten(2).mean(2) if out.dim() == 4 else out.mean(1)
 
-    @torch.no_grad()
-    def probs(self, posts):
-        """Calibrated probabilities (B, C) on the CPU; in eval mode."""
-        return (self.eval()(posts) / self.temperature).softmax(-1).cpu()
 
-
-def new_ubm(text, classes=LABELS, images=None, weights=True):
-    """A UBM over encoders given by hub name or folder (images: also "small"); its head is random.
-    weights=False: shapes only, the encoders are random too."""
+def new_ubm(text, classes=LABELS, images=None, members=1, weights=True):
+    """A UBM over encoders given by hub name or folder (images: also "small"); the members' heads
+    are random. weights=False: shapes only, the encoders are random too."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     def encoder(name):
@@ -2004,36 +2020,38 @@ def new_ubm(text, classes=LABELS, images=None, weights=True):
         return AutoModel.from_pretrained(name, attn_implementation="eager", dtype=torch.float32)
 
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(text), encoder(text)
-        processor, look = None, images
+        tokenizer, texts = AutoTokenizer.from_pretrained(text), [encoder(text)
+                                                                 for _ in range(members)]
+        processor, looks = None, [images] * members
         if images not in (None, "small"):
             processor = AutoImageProcessor.from_pretrained(images, backend="pil")
-            look = encoder(images)
+            looks = [encoder(images) for _ in range(members)]
     except (OSError, ValueError) as e:
         raise InputError(f"encoder {text!r}{f' or {images!r}' if images else ''} cannot be "
                          f"loaded: {str(e).splitlines()[0]}") from None
     if tokenizer.pad_token is None or not tokenizer.is_fast:
         raise InputError(f"encoder {text!r}: its tokenizer must be a fast one with a pad token")
-    for part in (model, look):
+    for part in (*texts, *looks):
         if getattr(part, "pooler", None) is not None:
             part.pooler = None  # unused here; without it no weight lacks a gradient
-    return UBM(model, tokenizer, classes, look, processor)
+    return UBM([UBMMember(model, tokenizer, classes, look, processor)
+                for model, look in zip(texts, looks)], classes)
 
 
 def save_ubm(model, folder):
     """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
     hub."""
-    folder, images = Path(folder), model.images
-    model.text.config.save_pretrained(folder / "text")
+    folder, member = Path(folder), model.members[0]
+    member.text.config.save_pretrained(folder / "text")
     model.tokenizer.save_pretrained(folder / "text")
-    if model.image_processor is not None:
-        images.config.save_pretrained(folder / "image")
-        model.image_processor.save_pretrained(folder / "image")
+    if member.image_processor is not None:
+        member.images.config.save_pretrained(folder / "image")
+        member.image_processor.save_pretrained(folder / "image")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomic(folder / "ubm.safetensors", lambda part: save_file(tensors, part))
-    kind = images and ("image" if model.image_processor is not None else "small")
+    kind = member.images and ("image" if member.image_processor is not None else "small")
     write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
-                                         images=kind))
+                                         members=len(model.members), images=kind))
 
 
 def load_ubm(folder, device="cpu"):
@@ -2043,7 +2061,8 @@ def load_ubm(folder, device="cpu"):
         tensors = load_file(Path(folder, "ubm.safetensors"))
         images = about["images"] and str(Path(folder, "image")) if about["images"] == "image" \
             else about["images"]
-        model = new_ubm(str(Path(folder, "text")), about["classes"], images, weights=False)
+        model = new_ubm(str(Path(folder, "text")), about["classes"], images, about["members"],
+                        weights=False)
         model.load_state_dict(tensors)
         model.temperature = float(about["temperature"])
     except FileNotFoundError:

@@ -189,8 +189,8 @@ def ablate_flags(stages):
 
 
 def ubm_flags(stages):
-    """The flags of `ubm`. choice: the whole recipe; the number of runs is not settled on dev."""
-    about = "small classifier for the cascade: short runs, their weights averaged, calibrated"
+    """The flags of `ubm`. choice: the whole recipe, found on dev."""
+    about = "small classifier for the cascade: short runs that answer together, calibrated"
     p = stages.add_parser("ubm", help=about, description=about, formatter_class=Help)
     flag = p.add_argument
     flag("--data", nargs="+", required=True, metavar="POSTS", help="posts with label (or score)")
@@ -201,7 +201,7 @@ def ubm_flags(stages):
     flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
-    flag("--members", type=positive, default=3, help="runs that part after their first epoch")
+    flag("--members", type=positive, default=5, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
     flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
@@ -793,52 +793,51 @@ def ubm_logits(model, posts):
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def ubm_score(classes, logits, posts):
+def ubm_score(args, logits, posts):
     """({name: number}, what dev selects by): accuracy and macro F1, their mean; or MAE, -MAE."""
-    if classes == LABELS:
+    if not args.bins:
         said = [LABELS[k] for k in logits.argmax(1).tolist()]
         accuracy, f1 = accuracy_f1([p.label for p in posts], said)
         return dict(dev_accuracy=accuracy, dev_f1=f1), (accuracy + f1) / 2
-    said = logits.softmax(1) @ torch.tensor(classes, dtype=torch.float)
+    said = logits.softmax(1) @ torch.tensor(SCORES, dtype=torch.float)
     mae = (said - torch.tensor([float(p.score) for p in posts])).abs().mean().item()
     return dict(dev_mae=mae), -mae
 
 
 def ubm_run(args, k, model, posts, targets, dev):
-    """Run k: two rates, linear decay, a running average of the weights. Leaves the average as of
-    its best dev epoch in `model`. All runs share their first epoch, which is kept in trunk.pt;
-    killed, a run goes on from the last epoch's end."""
+    """Trains member k: two rates, linear decay, a running average of the weights. Leaves the
+    average as of its best dev epoch in `model`; killed, it goes on from the last epoch's end."""
     out, weights = Path(args.out), list(model.parameters())
     new = ("head", "images") if args.image_encoder == "small" else ("head",)
     groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
               for own in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
     average, first, best, kept = [p.detach().clone() for p in weights], 0, -math.inf, None
-    for file in (out / f"state-{k}.pt", out / "trunk.pt"):
-        if file.exists():
-            was = torch.load(file, map_location=args.device, weights_only=True)
-            average, first, best, kept = (was[x] for x in ("average", "epoch", "best", "kept"))
-            model.load_state_dict(was["model"])
-            optimizer.load_state_dict(was["optimizer"])
-            break
+    state = out / f"state-{k}.pt"
+    if state.exists():
+        was = torch.load(state, map_location=args.device, weights_only=True)
+        average, first, best, kept = (was[x] for x in ("average", "epoch", "best", "kept"))
+        model.load_state_dict(was["model"])
+        optimizer.load_state_dict(was["optimizer"])
     per_epoch = math.ceil(len(posts) / args.batch)
     step, total = first * per_epoch, args.epochs * per_epoch
-    log = [row for row in read_rows(out / "log.jsonl") if row["run"] != k or row["epoch"] <= first]
+    log = [row for row in read_rows(out / "log.jsonl")
+           if row["member"] != k or row["epoch"] <= first]
     for epoch in range(first, args.epochs):
         # order and dropout depend on nothing else
-        seed = args.seed * 10_000 + (1000 * k if epoch else 0)
-        seed_everything(seed + epoch)
+        seed = args.seed * 1000 + k
+        seed_everything(seed * 1000 + epoch)
         steps = epoch_steps([len(p.text) for p in posts], args.batch, epoch, seed, window=16)
         model.train()
         sum_loss, began = 0.0, time.time()
-        for rows in tqdm(steps, f"run {k} epoch {epoch + 1}", leave=False):
+        for rows in tqdm(steps, f"member {k} epoch {epoch + 1}", leave=False):
             for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
                 group["lr"] = peak * (1 - step / total)
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
                 logits = model([posts[i] for i in rows]).float()
             loss = F.cross_entropy(logits, targets[rows].to(args.device))
             if not math.isfinite(loss.item()):
-                raise InputError(f"run {k}, step {step + 1}: loss {loss.item()}: lower --lr")
+                raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -850,8 +849,8 @@ def ubm_run(args, k, model, posts, targets, dev):
                 torch._foreach_lerp_(average, weights, 1 - memory)
         here = [p.detach().clone() for p in weights]
         fill(weights, average)
-        terms, value = ubm_score(model.classes, ubm_logits(model, dev), dev)
-        log.append(dict(run=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
+        terms, value = ubm_score(args, ubm_logits(model, dev), dev)
+        log.append(dict(member=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
                         seconds=round(time.time() - began, 1)))
         if value > best:
             best, kept = value, [p.clone() for p in average]
@@ -860,16 +859,14 @@ def ubm_run(args, k, model, posts, targets, dev):
                       model=model.state_dict(), optimizer=optimizer.state_dict())
         lines = "".join(json.dumps(row) + "\n" for row in log)
         write_atomic(out / "log.jsonl", lambda part: Path(part).write_text(lines))
-        write_atomic(out / (f"state-{k}.pt" if epoch else "trunk.pt"),
-                     lambda part: torch.save(values, part))
+        write_atomic(state, lambda part: torch.save(values, part))
         print("  ".join(f"{x} {v:.4g}" if isinstance(v, float) else f"{x} {v}"
                         for x, v in log[-1].items()))
     fill(weights, kept)
 
 
 def ubm(args):
-    """choice: `--members` short runs that part after a shared first epoch, so that the mean of
-    their weights is a model too; dev chooses among all of them and fits the temperature."""
+    """choice: an ensemble of `--members` short runs, its temperature fitted on dev."""
     out = Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
@@ -878,34 +875,23 @@ def ubm(args):
     check_settings(out / "config.json", settings, (out / "config.json").exists())
     text = tiny_encoder(args, posts) if args.text_encoder == "tiny" else args.text_encoder
     seed_everything(args.seed)
-    model = new_ubm(text, SCORES if args.bins else LABELS, args.image_encoder).to(args.device)
-    weights, found = list(model.parameters()), {}
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    for k in range(args.members):
-        file = out / f"run-{k}.safetensors"
+    model = new_ubm(text, SCORES if args.bins else LABELS, args.image_encoder, args.members)
+    model.to(args.device)
+    for k, member in enumerate(model.members):
+        file = out / f"member-{k}.safetensors"
         if not file.exists():
-            model.load_state_dict(start)
-            ubm_run(args, k, model, posts, targets, dev)
-            write_atomic(file, lambda part: save_file(model.state_dict(), part))
+            ubm_run(args, k, member, posts, targets, dev)
+            write_atomic(file, lambda part: save_file(member.state_dict(), part))
             Path(out, f"state-{k}.pt").unlink(missing_ok=True)
-        model.load_state_dict(load_file(file))
-        found[f"run {k}"] = [p.detach().clone() for p in weights]
-    found["mean"] = [sum(ps) / len(ps) for ps in zip(*found.values())]
-    values = {}
-    for name, tensors in found.items():
-        fill(weights, tensors)
-        terms, values[name] = ubm_score(model.classes, ubm_logits(model, dev), dev)
-        print(f"{name:6s} " + "  ".join(f"{k} {v:.4f}" for k, v in terms.items()))
-    chosen = max(values, key=values.get)
-    fill(weights, found[chosen])
+        member.load_state_dict(load_file(file))
     logits = ubm_logits(model, dev)
     model.temperature = fit_temperature(logits, dev_targets)
     save_ubm(model, out)
-    Path(out, "trunk.pt").unlink(missing_ok=True)
     print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/log.jsonl  config "
           f"{out}/config.json")
-    terms, _ = ubm_score(model.classes, logits, dev)
-    print(f"best is {chosen}: " + "  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
+    terms, _ = ubm_score(args, logits, dev)
+    print(f"{args.members} members together: "
+          + "  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
 
 
 def tiny_encoder(args, posts):
@@ -1018,7 +1004,7 @@ def ablation_commands(out, seeds, quick):
     short = "--batch 16 --accumulate 1 --beta2 0.99"
     posts, files = f"{out}/posts.jsonl", {}
     lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20 {short}"
-    commands = [f"generate.py toy --train 200 --out {out}"]
+    commands = [f"generate.py toy --train 150 --out {out}"]
     commands += [f"train.py base --size {size} --data {out}/warmup.jsonl --epochs 3 --lr 0.002 "
                  f"--log-every 40 {short} --out {out}/base/{size}"
                  for size in ("assistant", "student")]
@@ -1029,7 +1015,7 @@ def ablation_commands(out, seeds, quick):
             commands += [
                 f"generate.py teacher --data {posts} --model toy {TEACHERS[teacher]} --seed {seed} "
                 f"--out {at}.chains.jsonl",
-                f"train.py assistant --data {at}.chains.jsonl {lora} --epochs 6 --dropout 0.05 "
+                f"train.py assistant --data {at}.chains.jsonl {lora} --epochs 10 --dropout 0.05 "
                 f"--seed {seed} --model {out}/base/assistant/last --out {at}.assistant",
                 f"generate.py augment --data {at}.chains.jsonl --model {at}.assistant/best "
                 f"--seed {seed} --out {at}.augmented.jsonl",
@@ -1041,7 +1027,7 @@ def ablation_commands(out, seeds, quick):
             soft = "" if "--no-soft" in flags else f"--soft {at}.soft "
             commands += [
                 f"train.py student --data {at}.chains.jsonl {at}.augmented.jsonl {soft}{lora} "
-                f"--epochs 4 --seed {seed} --model {out}/base/student/last --out {run} "
+                f"--epochs 8 --seed {seed} --model {out}/base/student/last --out {run} "
                 f"{flags}".rstrip(),
                 f"generate.py predict --data {posts} --split test --no-chain --model {run}/best "
                 f"--out {run}.jsonl"]

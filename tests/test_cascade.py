@@ -160,6 +160,12 @@ def ubm(toy, tmp_path_factory):
     return folder
 
 
+def of_scores(model):
+    """A UBM of seven bins over the same text encoder."""
+    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORES)
+    return mulcot.UBM([member], mulcot.SCORES)
+
+
 def run(toy, ubm, out, *more, split="test"):
     data = str(toy / "posts.jsonl")
     code = generate.main(["cascade", "--ubm", str(ubm), "--data", data, "--dev", data, "--split",
@@ -235,8 +241,7 @@ def test_other_labels_are_refused(toy, ubm, tmp_path, capsys):
     assert run(toy, ubm, out, "--mllm", str(ubm))[0] == 2
     assert "trained for other answers" in capsys.readouterr().err
     model = mulcot.load_ubm(ubm)
-    scores = mulcot.UBM(model.text, model.tokenizer, mulcot.SCORES)
-    mulcot.save_ubm(scores, tmp_path / "scores")
+    mulcot.save_ubm(of_scores(model), tmp_path / "scores")
     (tmp_path / "config.json").write_text('{"stage": "student"}')
     assert run(toy, tmp_path / "scores", out, "--mllm", str(tmp_path / "best"))[0] == 2
     assert "trained for other answers" in capsys.readouterr().err
@@ -248,7 +253,7 @@ def test_scores_run_through(toy, ubm, tmp_path):
     """Seven bins: the MLLM scores "-3" … "3"; rows hold predicted scores of every stage."""
     model = mulcot.load_ubm(ubm)
     torch.manual_seed(1)
-    mulcot.save_ubm(mulcot.UBM(model.text, model.tokenizer, mulcot.SCORES), tmp_path / "scores")
+    mulcot.save_ubm(of_scores(model), tmp_path / "scores")
     rows = [json.loads(x) for x in (toy / "posts.jsonl").read_text().splitlines()]
     for n, row in enumerate(rows):
         row["score"] = n % 7 - 3.0

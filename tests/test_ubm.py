@@ -61,11 +61,12 @@ def test_the_head_reads_the_aspect(encoder, posts):
     """Same words, other aspect: the head's second part is the mean over that aspect's pieces."""
     model = mulcot.new_ubm(encoder).eval()
     seen = []
-    model.head.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    member = model.members[0]
+    member.head.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     with torch.no_grad():
         model(posts)
         ids = model.tokenizer("* Rex * is dull but Mia shines", "Rex", return_tensors="pt")
-        hidden = model.text(**ids).last_hidden_state[0]
+        hidden = member.text(**ids).last_hidden_state[0]
     pieces = model.tokenizer.convert_ids_to_tokens(ids.input_ids[0])
     stars = [n for n, piece in enumerate(pieces) if piece == "*"]
     assert torch.allclose(seen[0][0, :64], hidden[0], atol=1e-5)
@@ -83,6 +84,18 @@ def test_batches_do_not_matter_and_tweets_hold_no_control_tokens(encoder, posts)
     assert ids.count(model.tokenizer.sep_token_id) == 1
 
 
+def test_members_answer_together(encoder, posts):
+    """The mean of the members' probabilities, then the temperature."""
+    model = mulcot.new_ubm(encoder, members=3).eval()
+    with torch.no_grad():
+        each = torch.stack([member(posts).softmax(-1) for member in model.members])
+    assert (each[0] - each[1]).abs().max() > 1e-3
+    assert torch.allclose(model.probs(posts), each.mean(0), atol=1e-6)
+    model.temperature = 2.0
+    root = each.mean(0).sqrt()
+    assert torch.allclose(model.probs(posts), root / root.sum(1, keepdim=True), atol=1e-6)
+
+
 # ---- files
 
 
@@ -97,7 +110,7 @@ def test_saved_and_loaded(encoder, posts, images, tmp_path):
                            intermediate_size=32, image_size=32)).save_pretrained(tmp_path / "vit")
         ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(tmp_path / "vit")
         images = str(tmp_path / "vit")
-    model = mulcot.new_ubm(encoder, mulcot.SCORES, images)
+    model = mulcot.new_ubm(encoder, mulcot.SCORES, images, members=2)
     model.temperature = 1.7
     mulcot.save_ubm(model, tmp_path / "ubm")
     again = mulcot.load_ubm(tmp_path / "ubm")
@@ -155,14 +168,14 @@ def command(toy, out, *more):
 
 
 def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
-    """Stopped in the last epoch of the second run and rerun: the same weights, bit for bit;
+    """Stopped in the last epoch of the second member and rerun: the same weights, bit for bit;
     test posts are never trained on; another setting is refused."""
     assert train.main(command(toy, tmp_path / "whole")) == 0
     steps, run, calls = train.epoch_steps, train.ubm_run, []
 
-    def stop_at_the_third(*args, **kwargs):
+    def stop_at_the_fourth(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return steps(*args, **kwargs)
 
@@ -170,17 +183,17 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
         assert {p.split for p in posts} == {"train"}
         return run(args, k, model, posts, *rest)
 
-    monkeypatch.setattr(train, "epoch_steps", stop_at_the_third)
+    monkeypatch.setattr(train, "epoch_steps", stop_at_the_fourth)
     monkeypatch.setattr(train, "ubm_run", on_train_alone)
     assert train.main(command(toy, tmp_path / "cut")) == 130
     assert train.main(command(toy, tmp_path / "cut")) == 0
-    assert len(calls) == 3 + 1  # runs share their first epoch; the stopped one is run anew
+    assert len(calls) == 4 + 1  # the stopped epoch is run anew
     whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
     assert whole.temperature == cut.temperature
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in
              mulcot.read_rows(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert logs[0] == logs[1] and len(logs[0]) == 4
     assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
 
 
