@@ -62,12 +62,9 @@ def parse_args(argv=None):
 # ---- labels and scores -----------------------------------------------------------------------
 
 
-def cross_table(gold, said, classes=LABELS):
-    """How often each was said for each gold class: (C, C + 1) counts, None in the last column."""
-    place = {c: i for i, c in enumerate((*classes, None))}
-    table = np.zeros((len(classes), len(place)), int)
-    np.add.at(table, ([place[g] for g in gold], [place[p] for p in said]), 1)
-    return table
+def cells(gold, said):
+    """Each post's place in the table of gold by said (3, 4), None in the last column."""
+    return [4 * LABELS.index(g) + (*LABELS, None).index(s) for g, s in zip(gold, said)]
 
 
 def table_scores(table):
@@ -84,7 +81,8 @@ def classification_metrics(gold, predicted):
     (rows gold, columns LABELS + unparsed), unparsed. A None prediction is wrong for every class.
     Equal to scikit-learn's with labels=LABELS and zero_division=0."""
     assert len(gold) == len(predicted) and gold, (len(gold), len(predicted))
-    table, per_class = cross_table(gold, predicted), {}
+    table = np.bincount(cells(gold, predicted), minlength=12).reshape(3, 4)
+    per_class = {}
     for i, label in enumerate(LABELS):
         right, said, support = (int(x) for x in (table[i, i], table[:, i].sum(), table[i].sum()))
         per_class[label] = dict(precision=right / max(said, 1), recall=right / max(support, 1),
@@ -130,10 +128,9 @@ def resample(gold, predicted, values={}, seed=0):
     accuracy, both F1 and the means of `values` {metric: n numbers, nan where a post has none}.
     The draws depend on n and the seed alone, so runs over the same posts are drawn in pairs."""
     n, rng = len(gold), np.random.default_rng(seed)
-    cells = [4 * LABELS.index(g) + (*LABELS, None).index(p) for g, p in zip(gold, predicted)]
     numbers = np.array([*values.values()], float).reshape(-1, n).T  # (n, V)
     there = ~np.isnan(numbers)
-    posts = np.hstack([np.eye(12)[cells], np.where(there, numbers, 0), there])
+    posts = np.hstack([np.eye(12)[cells(gold, predicted)], np.where(there, numbers, 0), there])
     draws = (rng.multinomial(n, np.full(n, 1 / n), 50) @ posts for _ in range(RESAMPLES // 50))
     tables, sums, counts = np.split(np.concatenate([*draws]), (12, 12 + len(values)), axis=1)
     means = sums / np.where(counts, counts, np.nan)
@@ -564,22 +561,31 @@ def chain_metrics(rows, references, wordnet=None, embed=None, per_post=None):
 # ---- runs ------------------------------------------------------------------------------------
 
 
+def side(score):
+    """The label that a score stands for: its sign."""
+    return LABELS[1 + (score > 0) - (score < 0)]
+
+
 def prediction_rows(path):
-    """{id: row} of a prediction file, checked."""
+    """{id: row} of a prediction file, checked. A `score` without prediction predicts its side; a
+    cascade's or UBM's `predicted_score` is the score."""
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: run generate.py predict first")
     rows, number = {}, lambda x: type(x) in (int, float) and math.isfinite(x)
     for n, row in enumerate(read_rows(path), 1):
-        if not isinstance(row, dict) or "id" not in row or "prediction" not in row:
-            raise InputError(f"{path}:{n}: a prediction row needs id and prediction")
+        if not isinstance(row, dict) or "id" not in row or not row.keys() & {"prediction", "score"}:
+            raise InputError(f"{path}:{n}: a prediction row needs id and prediction (or score)")
+        row["score"] = row.get("predicted_score", row.get("score"))
+        if not (row["score"] is None or number(row["score"])):
+            raise InputError(f"{path}:{n}: score {row['score']!r} is no number")
+        if "prediction" not in row:
+            row["prediction"] = None if row["score"] is None else side(row["score"])
         if row["prediction"] not in (*LABELS, None):
             raise InputError(f"{path}:{n}: prediction {row['prediction']!r} is none of "
                              f"{', '.join(LABELS)} or null")
         probs = row.get("probs") or [0, 0, 0]
         if not (isinstance(probs, list) and len(probs) == 3 and all(map(number, probs))):
             raise InputError(f"{path}:{n}: probs must be three numbers")
-        if not (row.get("score") is None or number(row["score"])):
-            raise InputError(f"{path}:{n}: score {row['score']!r} is no number")
         rows[str(row["id"])] = row
     return rows
 
@@ -724,8 +730,9 @@ def table(runs, columns=COLUMNS, compared={}, bold="{}"):
     for name, metrics in runs.items():
         rows.append([name])
         for k in keys:
-            value, test = metrics.get(k, ""), compared.get(k, dict(best=None, p=1))
+            value, test = metrics.get(k), compared.get(k, dict(best=None, p=1))
             cell = f"{value:.3f}" if isinstance(value, float) else str(value)
+            cell = "" if value is None else cell
             if k == "intervals" and value:
                 cell = "–".join(f"{x:.2f}" for x in value["accuracy"])
             if k in metrics.get("deviation", ()):
@@ -760,10 +767,13 @@ def read_specs(specs):
 def evaluate(args):
     """Table, metrics.json, table.md and report.html of the given runs."""
     aside, logs = [], training_logs(args.logs)
-    gold = {p.id: p for p in read_posts(args.gold, args.images, aside) if p.label}
+    gold = {p.id: p for p in read_posts(args.gold, args.images, aside)
+            if p.label or p.score is not None}
+    for post in gold.values():  # of MOSI and MOSEI
+        post.label = post.label or side(post.score)
     tell_aside(aside, "gold rows cannot be read and are in no number below")
     if not gold:
-        raise InputError(f"{args.gold} has no labelled post")
+        raise InputError(f"{args.gold} has no post with label or score")
     references = {p.id: p.cot for p in gold.values() if p.cot}
     stages = {p.id: p.extra.get("stage") for p in gold.values()}
     for path in args.references:
@@ -772,9 +782,10 @@ def evaluate(args):
         stages |= {i: row.get("stage") for i, row in told.items()}
         if not told.keys() & gold.keys():
             print(f"warning: no row of {path} has the id of a gold post: not compared")
+    specs = read_specs(args.predictions)  # before an embedder is loaded for nothing
     embed = load_embedder(args.embedder) if args.embedder else None
     runs, drawn, covered, shown = {}, {}, set(), None
-    for name, paths in (specs := read_specs(args.predictions)).items():
+    for name, paths in specs.items():
         seeds = []
         for path in paths:
             *result, rows, wanted = run_metrics(path, gold, references, stages, args.wordnet, embed)
@@ -1066,19 +1077,17 @@ def cascade_costs(files):
     "" where no file has a NAME.cascade.json beside it."""
     told = {name: json.loads(about.read_text("utf-8")) for name, file in files.items()
             if (about := Path(beside(file, "cascade.json"))).exists()}
-    rows, parts = [["", "MLLM passes", "ms", "GFLOPs", "error"]], ""
+    rows, parts, lines = [["", "MLLM passes", "ms", "GFLOPs", "error"]], "", {}
     for name, about in told.items():
         sizes = Counter(about["routes"]).most_common()
-        parts += f"<p>{escape(name)}: " + ", ".join(f"{n} by {k}" for k, n in sizes)
+        parts += f"<p>{escape(name)}: " + ", ".join(f"{n} by {escape(k)}" for k, n in sizes)
+        lines[f"{name}: each budget"] = [(*point, 0.3) for point in about.get("curve", [])]
         for who, run in about["runs"].items():
-            error = "" if run.get("error") is None else f"{run['error']:.3f}"
+            error = run.get("error")
+            if error is not None:
+                lines[f"{name}: {who}"] = [(run["passes"], error, 0.3)]
             rows.append([f"{name}: {who}", f"{run['passes']:.2f}", f"{1e3 * run['seconds']:.1f}",
-                         f"{run['gflops']:.3f}", error])
-    lines = {f"{name}: {what}": [(*point, 0.3) for point in points] for name, about in told.items()
-             for what, points in (
-                 ("each budget", about.get("curve", [])),
-                 *((who, [(run["passes"], run["error"])]) for who, run in about["runs"].items()
-                   if run.get("error") is not None))}
+                         f"{run['gflops']:.3f}", "" if error is None else f"{error:.3f}"])
     chart = plot("error by cost", lines, "MLLM passes a post", "error")
     return f"{parts}{html_table(rows, 'costs')}<div class=plots>{chart}</div>" if told else ""
 

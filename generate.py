@@ -31,12 +31,12 @@ from tqdm import tqdm
 from mulcot import (
     LABELS, Answer, Endpoint, Help, InputError, Post, Refused, Request, RowWriter, Shelf,
     SoftLabels, ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds,
-    build_messages, cascade_route, check_answer, check_settings, collate, digest, encode,
+    build_messages, cascade_route, check_answer, check_settings, collate, dev_posts, digest, encode,
     fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
-    label_example, label_row, load_image, load_model, load_ubm, mark_aspect, new_cache, of_split,
+    label_example, label_row, load_image, load_model, load_ubm, mark_aspect, new_cache,
     parse_reasoning, positive, post_prompt, ranks, read_out, read_posts, read_rows,
     reference_prompt, refuse_ranks, regression_metrics, render_reasoning, run_stage, score_labels,
-    shared_rows, stages_asked, task_format, tell_aside, threshold_grid, top_k_soft,
+    shared_rows, stages_asked, task_format, tell_aside, threshold_grid, tokenizer_hash, top_k_soft,
     toy_clip_warmup, toy_clips, toy_posts, toy_warmup, training_branches, two_stage_cot, verdict,
     wait_for_ranks, write_atomic, write_branch, write_json)
 
@@ -188,8 +188,7 @@ def posts_of(args, keep=lambda post: True):
     twice = [i for i, n in Counter(p.id for p in posts).items() if n > 1]
     if twice:
         raise InputError(f"id {twice[0]!r} occurs in two --data files: ids name posts later on")
-    split = getattr(args, "split", "all")
-    splits = {p.split for p in posts if p.split}
+    split, splits = args.split, {p.split for p in posts if p.split}
     if split != "all" and splits:
         posts = [p for p in posts if p.split == split]
     if ranks()[0] == 0:
@@ -207,35 +206,38 @@ def posts_of(args, keep=lambda post: True):
     return posts
 
 
+# settings that a rerun onto an --out must share
 KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
-        "max_pixels", "nf4", "stage2", "skill")  # settings that a rerun onto an --out must share
+        "max_pixels", "max_new_tokens", "max_tries", "nf4", "stage2", "skill", "logprobs")
 
 
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
-    settings, adapter = {k: v for k, v in vars(args).items() if k in KEPT}, None
-    names = ("adapter_model.safetensors", "head.safetensors", "ubm.safetensors")
-    files = [file for name in names if (file := Path(args.model, name)).exists()]
-    if files:
-        adapter = digest(*(file.read_bytes() for file in files))
-    return settings | {"adapter": adapter}
+    files = [Path(args.model, f"{x}.safetensors") for x in ("adapter_model", "head", "ubm")]
+    weights = [file.read_bytes() for file in files if file.exists()]
+    return {k: v for k, v in vars(args).items() if k in KEPT} | {
+        "adapter": digest(*weights) if weights else None}
 
 
-def fixed_batches(posts, size, done):
-    """(number, batch) of like lengths, those not wholly done and, under torchrun, of this process's
-    share. Their make-up depends on all posts, not on what is left, so that a resumed or divided
-    run pads, samples and rounds as an unbroken one."""
+def fixed_batches(posts, size, done, say):
+    """(post, what say(batch, its number) has for it and its seconds) of all posts not done, like
+    lengths together; under torchrun of this process's share. The batches' make-up depends on all
+    posts, not on what is left, so that a resumed or divided run pads, samples and rounds as an
+    unbroken one."""
     rank, world = ranks()
-    order = sorted(range(len(posts)), key=lambda i: (len(posts[i].cot or posts[i].text), i))
-    for a in range(0, len(order), size):
-        batch = [posts[i] for i in order[a : a + size]]
-        if a // size % world == rank and any(p.id not in done for p in batch):
-            yield a // size, batch
+    order = sorted(posts, key=lambda p: len(p.cot or p.text))
+    for n, a in enumerate(range(0, len(order), size)):
+        batch, began = order[a : a + size], time.time()
+        if n % world == rank and any(p.id not in done for p in batch):
+            for post, said in zip(batch, say(batch, n)):
+                if post.id not in done:
+                    yield post, said | dict(seconds=share(began, batch))
 
 
+# what a model says of a post; a readout says the score
 SAID = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage", "tries",
         "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt",
-        "uncertainty", "predicted_score", "bin_probs", "route", "reason", "stages"}
+        "score", "uncertainty", "predicted_score", "bin_probs", "route", "reason", "stages"}
 
 
 def new_row(post, args, source, **more):
@@ -292,8 +294,11 @@ def teacher(args):
         done = kept.done | aside.done
         bar.reset(len(posts))
         bar.update(sum(p.id in done for p in posts))
+        ask = lambda p: two_stage_cot(p, args.max_tries, args.max_new_tokens, args.stage2)
         results = from_endpoint if args.endpoint else from_batches
-        for post, result in results(args, posts, done, counts):
+        for post, result in results(args, posts, done, counts, ask):
+            counts.update(f"answers: {a['problem'].split()[0]}"
+                          for a in result.get("attempts", ()) if a["problem"])
             row = new_row(post, args, "teacher", **result)
             if "cot" in row:
                 del row["attempts"]
@@ -310,24 +315,15 @@ def teacher(args):
     closing(args.out)
 
 
-def from_batches(args, posts, done, counts):
-    """(post, result) of the toy teacher or a local model, --batch posts at once."""
-    ask = local_teacher(args)
-    for _, batch in fixed_batches(posts, args.batch, done):
-        began = time.time()
-        asked = [two_stage_cot(p, args.max_tries, args.max_new_tokens, args.stage2) for p in batch]
-        results = dict(answer_all(asked, ask))
-        for i, post in enumerate(batch):
-            if post.id not in done:
-                counts["answers"] += results[i]["tries"]
-                counts.update(causes(results[i]))
-                yield post, results[i] | dict(seconds=share(began, batch))
-
-
-def causes(result):
-    """{why an answer was asked for again: how often} of a finished post."""
-    kinds = (str(a["problem"]).split(" ")[0] for a in result["attempts"] if a["problem"])
-    return Counter(f"answers: {kind}" for kind in kinds)
+def from_batches(args, posts, done, counts, dialogue):
+    """(post, result) of the toy teacher or a local model, --batch posts at once; dialogue(post) is
+    a generator like two_stage_cot."""
+    answers = local_teacher(args)
+    say = lambda batch, _: [result for _, result in
+                            sorted(answer_all(map(dialogue, batch), answers))]
+    for post, result in fixed_batches(posts, args.batch, done, say):
+        counts["answers"] += result["tries"]
+        yield post, result
 
 
 def local_teacher(args):
@@ -338,19 +334,18 @@ def local_teacher(args):
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
 
     def ask(requests):
-        answers, groups = [None] * len(requests), {}
-        for i, r in enumerate(requests):  # a batch shares its temperature and token budget
-            groups.setdefault((r.temperature, r.max_tokens), []).append(i)
-        for (temperature, budget), members in sorted(groups.items()):
-            seed = digest(args.seed, temperature, [requests[i].post.id for i in members])
+        answers, shared = {}, lambda r: (r.temperature, r.max_tokens)  # by a batch
+        for temperature, budget in sorted(set(map(shared, requests))):
+            group = [r for r in requests if shared(r) == (temperature, budget)]
+            seed = digest(args.seed, temperature, [r.post.id for r in group])
             torch.manual_seed(int(seed[:8], 16))
-            prompts = [requests[i].messages[-1]["content"][-1]["text"] for i in members]
-            examples = [encode(requests[i].post, [("", None)], processor, prompt=text)
-                        for i, text in zip(members, prompts)]
+            examples = [encode(r.post, [("", None)], processor,
+                               prompt=r.messages[-1]["content"][-1]["text"]) for r in group]
             texts = generate_text(model, processor, examples, budget, temperature)
-            for i, example, (text, finish) in zip(members, examples, texts):
-                answers[i] = Answer(text, finish, len(example), len(processor.text_ids(text)))
-        return answers
+            for r, example, (text, finish) in zip(group, examples, texts):
+                answers[r.post.id] = Answer(text, finish, len(example),
+                                            len(processor.text_ids(text)))
+        return [answers[r.post.id] for r in requests]
 
     return ask
 
@@ -373,7 +368,7 @@ class PaidCalls:
     def __call__(self, request):
         text = request.messages[-1]["content"][-1]["text"]
         call = digest(self.endpoint.model, request.post.id, text, request.post.image,
-                      request.temperature, request.max_tokens)
+                      request.temperature, request.max_tokens, request.logprobs)
         if call in self.known:
             return self.known.pop(call)
         self.endpoint.pause(0)  # ends this dialogue if the stage is stopping
@@ -385,18 +380,16 @@ class PaidCalls:
         return answer
 
 
-def from_endpoint(args, posts, done, counts, dialogue=None):
-    """(post, result) as they are finished, --workers dialogues at once: the teacher's two stages,
-    or dialogue(post), a generator like two_stage_cot. A post that the server
-    refuses is set aside; when it answers none, or the budget is spent, the stage stops."""
+def from_endpoint(args, posts, done, counts, dialogue):
+    """(post, result) as they are finished, --workers dialogues at once; dialogue(post) is a
+    generator like two_stage_cot. A post that the server refuses is set aside; when it answers none,
+    or the budget is spent, the stage stops."""
     calls, failed = PaidCalls(args, done, counts), []
     todo = islice((p for p in posts if p.id not in done), args.max_posts or None)
 
     def talk(post):
         began = time.time()
-        asked = dialogue(post) if dialogue else two_stage_cot(
-            post, args.max_tries, args.max_new_tokens, args.stage2)
-        (_, result), = answer_all([asked], lambda requests: [calls(requests[0])])
+        (_, result), = answer_all([dialogue(post)], lambda requests: [calls(requests[0])])
         return result | dict(seconds=share(began, [post]))
 
     running = {}
@@ -414,14 +407,13 @@ def from_endpoint(args, posts, done, counts, dialogue=None):
                         result = future.result()
                     except (Refused, Unreachable) as e:  # this post's fault, or the server's?
                         failed.append((post, e))
-                        if len(failed) > args.workers:
+                        if len(failed) > max(8, args.workers):
                             raise InputError(f"{len(failed)} posts in a row failed: {e}") from None
                         continue
                     yield from set_aside(failed, counts)
-                    counts.update(causes(result))
                     failed = []
                     yield post, result
-            if failed and not calls.spent:  # trap: a wrong --model may be a 400 for every post
+            if failed and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
                 raise InputError(f"no post was answered: {failed[0][1]}")
             yield from set_aside(failed, counts)
         finally:
@@ -444,16 +436,17 @@ def set_aside(failed, counts):
 def dry_run(args, posts):
     """One prompt of each kind as it would be sent, and what the whole stage would cost."""
     post = posts[0]
-    for task, gold in (("predict", None), ("explain", post.label)):
+    for task, gold in (("predict", None), ("explain", post.label))[: 1 + args.stage2]:
         text = build_messages(post, task, gold)[0]["content"][-1]["text"]
         print(f"---- {task} ----\n[image {post.image}]\n{text}\n")
+    calls = round((1.5 if args.stage2 else 1) * min(len(posts), args.max_posts or len(posts)))
     known = [row["answer"] for row in read_rows(beside(args.out, "calls.jsonl"))]
     tokens = [len(text) // 4 + 400, 300]  # words, a picture of moderate size, a chain of 200 words
     if known:
         tokens = [sum(a[f"tokens_{k}"] for a in known) // len(known) for k in ("in", "out")]
-    print(f"{len(posts)} posts, about {round(1.5 * len(posts))} calls of {tokens[0]} tokens in and "
-          f"{tokens[1]} out ({'as measured so far' if known else 'a guess'}), "
-          f"{round(1.5 * len(posts) * sum(tokens)):,} tokens in all; nothing was sent")
+    print(f"{len(posts)} posts, about {calls} calls of {tokens[0]} tokens in and {tokens[1]} out "
+          f"({'as measured so far' if known else 'a guess'}), {calls * sum(tokens):,} tokens in "
+          "all; nothing was sent")
 
 
 # ---- augment and soft --------------------------------------------------------------------------
@@ -465,22 +458,22 @@ def augment(args):
     model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
     bar = tqdm(total=len(posts), desc="augment", unit="post", disable=ranks()[0] > 0)
     rejects = beside(args.out, "rejects.jsonl")
+
+    def say(batch, n):
+        torch.manual_seed(args.seed * 100_003 + n)
+        asked = [encode(p, [(task_format("reason"), None)], processor) for p in batch]
+        said = generate_text(model, processor, asked, args.max_new_tokens, args.temperature)
+        for post, (text, finish) in zip(batch, said):
+            parsed, problem = check_answer(text, post.label, finish)
+            yield dict(raw=text, stage=1, tries=1, prediction=parsed.prediction, problem=problem,
+                       cot=None if problem else render_reasoning(parsed.fields))
+
     with bar, shared_rows(args.out) as kept, shared_rows(rejects) as aside:
-        for n, batch in fixed_batches(posts, args.batch, kept.done | aside.done):
-            began, done = time.time(), kept.done | aside.done
-            torch.manual_seed(args.seed * 100_003 + n)
-            asked = [encode(p, [(task_format("reason"), None)], processor) for p in batch]
-            said = generate_text(model, processor, asked, args.max_new_tokens, args.temperature)
-            for post, (text, finish) in zip(batch, said):
-                if post.id in done:
-                    continue
-                parsed, problem = check_answer(text, post.label, finish)
-                row = new_row(post, args, "assistant", raw=text, stage=1, tries=1,
-                              prediction=parsed.prediction, problem=problem,
-                              seconds=share(began, batch),
-                              cot=None if problem else render_reasoning(parsed.fields))
-                (aside if problem else kept).write(row)
-            bar.update(len(batch))
+        done = kept.done | aside.done
+        bar.update(sum(p.id in done for p in posts))
+        for post, said in fixed_batches(posts, args.batch, done, say):
+            (aside if said["problem"] else kept).write(new_row(post, args, "assistant", **said))
+            bar.update()
     closing(args.out)
 
 
@@ -499,10 +492,10 @@ def soft(args):
     tell_aside(aside, "rows without a usable chain")
     if not rows:
         raise InputError(f"{', '.join(args.data)}: no row with a usable chain and label")
-    assistant, tokenizer = fingerprint(model, processor.tokenizer)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
-    about = dict(assistant=assistant, tokenizer=tokenizer, temperature=args.temperature,
-                 top_k=args.top_k, positions=args.kl_positions, vocab=vocab)
+    about = dict(assistant=fingerprint(model), tokenizer=tokenizer_hash(processor.tokenizer),
+                 temperature=args.temperature, top_k=args.top_k, positions=args.kl_positions,
+                 vocab=vocab)
     rank, world = ranks()
     if rank == 0:
         SoftLabels(args.out, about)
@@ -551,13 +544,12 @@ def predict(args):
     model, processor = load_either(args)
     bar = tqdm(total=len(posts), desc="predict", unit="post", disable=ranks()[0] > 0)
     with bar, shared_rows(args.out) as kept:
-        for _, batch in fixed_batches(posts, args.batch, kept.done):
-            began, done = time.time(), set(kept.done)
-            for post, said in zip(batch, predict_batch(args, model, processor, batch)):
-                if post.id not in done:
-                    said["seconds"] = share(began, batch)
-                    kept.write(new_row(post, args, args.source, **said, cot=None))
-            bar.update(len(batch))
+        done = set(kept.done)
+        bar.update(sum(p.id in done for p in posts))
+        say = lambda batch, _: predict_batch(args, model, processor, batch)
+        for post, said in fixed_batches(posts, args.batch, done, say):
+            kept.write(new_row(post, args, args.source, **said, cot=None))
+            bar.update()
     closing(args.out)
 
 
@@ -640,16 +632,11 @@ def cascade(args):
     where it is unsure and contradicts the UBM."""
     ubm = load_ubm(args.ubm, args.device)
     refuse_other_labels(args, ubm.classes)
-    asked = Asked(args, ubm)
     if args.text:
-        return cascade_one(args, asked)
+        return cascade_one(args, ubm)
     posts = posts_of(args)
-    dev = of_split(read_posts(args.dev, args.images, aside := []), "dev")
-    tell_aside(aside, "of the dev rows")
-    dev = [p for p in dev if getattr(p, ubm.target) is not None]
-    if not dev:
-        raise InputError(f"{args.dev}: no post of split dev has the {ubm.target} that {args.ubm} "
-                         "was trained for, to fit the thresholds on")
+    dev = dev_posts(args.dev, args.images, ubm.target)
+    asked = Asked(args, ubm)
     with asked.file:
         grid = threshold_grid(asked.settle(dev), errors(dev, ubm.target))
         passes, wrong, *taus = best_thresholds(grid, args.budget)
@@ -689,6 +676,7 @@ class Asked:
 
     def __init__(self, args, ubm):
         self.args, self.ubm, self.model = args, ubm, None
+        self.about = settings_of(args), ubm.classes
         self.file = RowWriter(beside(args.out, "asked.jsonl"), "key")
         self.known = {row["key"]: row["said"] for row in read_rows(self.file.path)}
 
@@ -701,7 +689,7 @@ class Asked:
             for i, (post, x) in enumerate(zip(posts, said)):
                 if cascade_route(*x, tau1, tau2)[0] == wanted:
                     prompt = post_prompt(post) if stage == 1 else reference_prompt(post, *x[:2])
-                    key = digest(str(self.args.model), post.id, post.image, prompt)
+                    key = digest(self.about, post.id, post.image, prompt)
                     todo[i] = key, post, prompt
             new = [it for it in todo.values() if it[0] not in self.known]
             answers = self.by_endpoint(new) if self.args.endpoint else self.by_model(new)
@@ -753,7 +741,7 @@ class Asked:
             messages[-1]["content"][-1]["text"] = asked[post.id][2] + question
             answer = yield Request(post, messages, 0.0, 32, self.args.logprobs)
             used = dict(tokens=answer.tokens_in + answer.tokens_out)
-            return dict(said=answer_verdict(answer, self.ubm.classes), used=used, attempts=[])
+            return dict(said=answer_verdict(answer, self.ubm.classes), used=used)
 
         posts = [post for _, post, _ in todo]
         for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
@@ -796,30 +784,33 @@ def costs(posts, said, rows, grid, compare, target):
     known = all(getattr(p, target) is not None for p in posts)
     error, mean = errors(posts, target), lambda values: sum(values) / len(posts)
 
-    def run(answers, paid):
-        dicts = [v for stages in paid for v in stages if isinstance(v, dict)]
-        told = {k: sum(v.get(k, 0) for v in dicts) / len(posts) for k in ("seconds", "gflops")}
+    def run(passes, answers, paid):
+        cost = lambda k: mean(v.get(k, 0) for each in paid for v in each if isinstance(v, dict))
+        told = dict(passes=passes, seconds=cost("seconds"), gflops=cost("gflops"))
         if known:
             told["error"] = mean(error(x, n) for n, x in enumerate(answers))
         if known and target == "score":
-            said = [x and x["predicted_score"] for x in answers]
-            metrics = regression_metrics([p.score for p in posts], said)
+            metrics = regression_metrics([p.score for p in posts],
+                                         [x and x["predicted_score"] for x in answers])
             told |= {k: metrics[k] for k in ("mae", "corr", "acc7", "acc2_has0", "acc2_non0")}
         return told
 
+    def alone(stage, passes):
+        return run(passes, [x[stage] if isinstance(x[stage], dict) else None for x in said],
+                   [[x[stage]] for x in said])
+
     paid = [list(row["stages"].values()) for row in rows]
-    alone = lambda k: run([x[k] if isinstance(x[k], dict) else None for x in said],
-                          [[x[k]] for x in said])
-    runs = dict(cascade=dict(passes=mean(len(stages) - 1 for stages in paid)) | run(
-        [row if row["prediction"] else None for row in rows], paid), ubm=dict(passes=0) | alone(0))
+    runs = dict(cascade=run(mean(len(stages) - 1 for stages in paid),
+                            [row if row["prediction"] else None for row in rows], paid),
+                ubm=alone(0, 0))
     if not compare:
         return dict(runs=runs)
     taus = [best_thresholds(grid, tenths / 10)[2:] for tenths in range(21)]
     curve = sorted({g[:2] for g in threshold_grid(said, error, taus)}) if known else []
-    return dict(runs=runs | dict(mllm=dict(passes=1) | alone(1)), curve=curve)
+    return dict(runs=runs | dict(mllm=alone(1, 1)), curve=curve)
 
 
-def cascade_one(args, asked):
+def cascade_one(args, ubm):
     """One post from the shell: what each stage says, and who settles it, in words."""
     file = Path(beside(args.out, "cascade.json"))
     if not file.exists():
@@ -828,6 +819,7 @@ def cascade_one(args, asked):
     taus = json.loads(file.read_text())["taus"]
     if args.image:
         load_image(args.image)
+    asked = Asked(args, ubm)
     with asked.file:
         said, = asked.settle([Post("1", args.text, args.image, args.aspect)], *taus)
     for name, x in zip(("small model", "large model", "asked again"), said):

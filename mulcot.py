@@ -145,11 +145,11 @@ def safe_path(name, folder):
     root = os.path.realpath(folder)
     odd = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or "\\" in name or "\0" in name
     if odd or os.path.isabs(name):
-        raise InputError(f"image {name!r} must be a plain name inside {folder}: no URL, no "
+        raise InputError(f"file {name!r} must be a plain name inside {folder}: no URL, no "
                          "absolute path")
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
     if ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
-        raise InputError(f"image {name!r} leads outside {folder}")
+        raise InputError(f"file {name!r} leads outside {folder}")
     return path
 
 
@@ -268,6 +268,27 @@ def iter_posts(path, images=None, rejects=None, may_be_empty=False):
 def of_split(posts, split):
     """The posts of a split, or all where the rows have none."""
     return [p for p in posts if p.split == split] or [p for p in posts if p.split is None]
+
+
+def tell_aside(aside, what):
+    """Prints the first of the rows that were set aside [(where, why)], and how many there are."""
+    for where, why in aside[:5]:
+        print(f"set aside  {where}: {why}")
+    if aside:
+        print(f"set aside  {len(aside)} {what}")
+
+
+def dev_posts(path, images, target):
+    """Posts that have the `target` ("label" or "score") to select or fit on: of split dev, or all
+    where no row has a split. Others are counted and told."""
+    aside = []
+    chosen = of_split(read_posts(path, images, aside), "dev")
+    aside += [(p.id, f"no {target}") for p in chosen if getattr(p, target) is None]
+    tell_aside(aside, "of the dev rows")
+    chosen = [p for p in chosen if getattr(p, target) is not None]
+    if not chosen:
+        raise InputError(f"{path} has no post of split dev with a {target} to select or fit on")
+    return chosen
 
 
 def _to_post(row, images):
@@ -539,9 +560,9 @@ def task_format(task):
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" | "score" for the trained models, "predict" |
-    "explain" for the teacher's two stages; only "explain" takes (and needs) the gold label. paper:
-    stage 1 / stage 2."""
+    """OpenAI-style messages. task: "reason" | "label" | "score" | "bin" for the trained models,
+    "predict" | "explain" for the teacher's two stages; only "explain" takes (and needs) the gold
+    label. paper: stage 1 / stage 2."""
     assert task in TASKS and (gold in LABELS) == (task == "explain"), (task, gold)
     files = [{"type": "image", "image": path} for path in post.pictures]
     files += [{"type": "audio", "audio": post.audio}] if post.audio else []
@@ -681,7 +702,7 @@ def two_stage_cot(post, max_tries=3, max_tokens=512, stage2=True):
     `problem`, `attempts`, tokens.
 
     paper: stage 1 asks without the label and is kept if right; stage 2 gets the label and explains
-    it; ARC repeats what is incomplete. choice: a retry raises the temperature (0, 0.4, 0.8 …), or
+    it; ARC repeats what is incomplete. choice: a retry raises the temperature (0, 0.4, 0.8 …), and
     doubles the token budget after a truncated answer; a stage-2 chain that contradicts its label
     is asked again too."""
     attempts, used = [], [0, 0]
@@ -895,19 +916,15 @@ class Processor:
         self.image_pad, self.merge = self.image_seats[1], image_processor.merge_size
         other = ["<|VIDEO|>"] if extractor else [VISION_PAD, VIDEO_PAD]
         self.never = self.image_seats + self.audio_seats + ids(other)  # what no answer may hold
-        self._files, self._room, self._template = OrderedDict(), cache_mb * 2**20, {}
+        fixed = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        self.head = fixed(f"{IM_START}system\n{SYSTEM}{IM_END}\n{IM_START}user\n")
+        self.ready = fixed(f"{IM_END}\n{IM_START}assistant\n")
+        self._files, self._room = OrderedDict(), cache_mb * 2**20
 
     def text_ids(self, text):
         """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a control
         token."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-    def template_ids(self, text):
-        """Ids of our own template text, control tokens included. Never give it user text. Kept:
-        the few pieces recur in every example."""
-        if text not in self._template:
-            self._template[text] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return self._template[text]
 
     def image(self, path):
         """Patches (n, 1176) and grid (3,) of an image file."""
@@ -973,13 +990,11 @@ def encode(post, branches, processor, prompt=None):
         audio = p.audio(post.audio)
         start, pad, end = p.audio_seats
         seats += [start] + [pad] * ((len(audio) + 1) // 2 // 2) + [end]  # as the tower pools
-    head = p.template_ids(f"{IM_START}system\n{SYSTEM}{IM_END}\n{IM_START}user\n")
-    prefix = head + seats + p.text_ids(prompt if prompt is not None else post_prompt(post))
-    ready = p.template_ids(f"{IM_END}\n{IM_START}assistant\n")
+    prefix = p.head + seats + p.text_ids(prompt if prompt is not None else post_prompt(post))
     tails = []
     for question, answer in branches:
         answer_ids = [] if answer is None else p.text_ids(answer) + [p.im_end]
-        tails.append((p.text_ids(question) + ready + answer_ids, len(answer_ids)))
+        tails.append((p.text_ids(question) + p.ready + answer_ids, len(answer_ids)))
     return Example(prefix, rope_positions(prefix, p.image_pad, grids, p.merge), tails,
                    torch.cat(pixels) if pixels else None, torch.stack(grids) if grids else None,
                    audio, post)
@@ -1393,8 +1408,11 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
             model, report = kind.from_pretrained(
                 base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
             missing = report["missing_keys"]
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
+    if model.config.model_type not in ("qwen2_5_vl", "qwen2_5_omni_thinker"):
+        raise InputError(f"model {base!r} is a {model.config.model_type}: only Qwen2.5-VL and "
+                         "Qwen2.5-Omni are laid out right here")
     if missing:  # trap: saved with LoRA wrappers it reloads with random layers
         raise InputError(f"model {base!r} lacks {len(missing)} weights, first {min(missing)}: was "
                          "it saved before merge_lora?")
@@ -1704,7 +1722,7 @@ def load_readout(folder, width):
 
 
 # ================================================================================================
-# §7 Losses [needs: math, torch, F]
+# §7 Losses [needs: math, Counter, torch, F, LABELS]
 # ================================================================================================
 
 
@@ -1864,6 +1882,18 @@ def _soft_kl_gradient(logits, soft, temperature):
     # within the rest the student's own shares count: gradient share · (q_rest - p_rest) / τ
     d = rest.sub_(tail_q[:, None]).exp_().mul_((tail_q.exp() - p_rest)[:, None])
     return kl, d.scatter_(1, ids, top.exp() - log_p.exp()).div_(temperature)
+
+
+def accuracy_f1(gold, said, classes=LABELS, weighted=False):
+    """(accuracy, macro or weighted F1) of labels; what is none of `classes` is wrong."""
+    right = Counter(g for g, s in zip(gold, said) if g == s)
+    golds, saids, f1 = Counter(gold), Counter(said), 0.0
+    for x in classes:
+        share = golds[x] / len(gold) if weighted else 1 / len(classes)
+        f1 += share * 2 * right[x] / max(1, golds[x] + saids[x])
+    return right.total() / len(gold), f1
+
+
 def regression_metrics(gold, predicted):
     """MMSA's metrics of scores in [-3, 3]: MAE and Pearson's r of unclipped numbers; Acc-7 and
     Acc-5, clipped to ±3 and ±2 and rounded half to even; Acc-2 and weighted F1 of the signs, `has0`
@@ -1887,13 +1917,8 @@ def regression_metrics(gold, predicted):
     for name, side, kept in (("has0", lambda x: x >= 0, lambda g: True),
                              ("non0", lambda x: x > 0, lambda g: g != 0)):
         sides = [(side(g), None if p is None else side(p)) for g, p in zip(gold, said) if kept(g)]
-        f1 = 0.0
-        for one in (False, True):
-            golds, told = sum(g == one for g, _ in sides), sum(p == one for _, p in sides)
-            both = sum(g == p == one for g, p in sides)
-            f1 += golds / max(1, len(sides)) * 2 * both / max(1, golds + told)
-        out[f"acc2_{name}"] = mean([g == p for g, p in sides])
-        out[f"f1_{name}"] = f1 if sides else None
+        out[f"acc2_{name}"], out[f"f1_{name}"] = accuracy_f1(
+            *zip(*sides), (False, True), weighted=True) if sides else (None, None)
     return out
 
 
@@ -2157,7 +2182,9 @@ def cascade_route(ubm, mllm, again, tau1, tau2):
         return "ask again", None, "the MLLM is unsure and contradicts the UBM"
     if isinstance(again, dict):
         return "again", again, "asked again with both answers in the prompt"
-    surer = min(("mllm", mllm), ("ubm", ubm), key=lambda it: it[1]["uncertainty"] or 0.0)
+    if mllm["uncertainty"] is None:  # choice: the larger one's
+        return "mllm", mllm, f"asking again failed: {again}"
+    surer = min(("mllm", mllm), ("ubm", ubm), key=lambda it: it[1]["uncertainty"])
     return *surer, f"the surer of two; asking again failed: {again}"
 
 
@@ -2229,8 +2256,8 @@ def fit_temperature(logits, targets):
 
 
 # ================================================================================================
-# §9 Files and command lines [needs: argparse, contextlib, errno, hashlib, json, os, pickle, random,
-#    sys, tempfile, array, timedelta, Path, torch, safe_open, load_file, save_file, InputError]
+# §9 Files and command lines [needs: argparse, contextlib, errno, hashlib, json, os, pickle, sys,
+#    tempfile, array, timedelta, Path, torch, safe_open, load_file, save_file, InputError]
 # ================================================================================================
 
 
@@ -2414,12 +2441,6 @@ def sum_gradients(parameters):
         p.grad.copy_(grad.view_as(p))
 
 
-def seed_everything(seed):
-    """Python's and torch's random numbers."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def digest(*parts):
     """A short hex name of strings, bytes, numbers, lists and tensors."""
     h = hashlib.sha256()
@@ -2431,17 +2452,14 @@ def digest(*parts):
     return h.hexdigest()[:24]
 
 
-def fingerprint(model, tokenizer):
-    """Names a model with its adapter and tokenizer: every tensor's name, shape and 256 values
-    spread over it, and the vocabulary. Seconds even for 7B; another training run gives another
-    name."""
-    h = hashlib.sha256()
+def fingerprint(model):
+    """Names a model with its adapter: every tensor's name, shape and 256 values spread over it.
+    Seconds even for 7B; another training run gives another name."""
+    parts = []
     for name, t in sorted(model.state_dict().items()):
         flat = t.reshape(-1)
-        step = max(1, flat.numel() // 256)
-        h.update(f"{name}{tuple(t.shape)}".encode())
-        h.update(flat[::step][:257].float().cpu().numpy().tobytes())
-    return h.hexdigest()[:24], tokenizer_hash(tokenizer)
+        parts += [name, tuple(t.shape), flat[:: max(1, flat.numel() // 256)][:257].float()]
+    return digest(*parts)
 
 
 def tokenizer_hash(tokenizer):
@@ -2546,19 +2564,11 @@ class SoftLabels:
         self.head = load_file(file)["weight"].to(device)
 
 
-def tell_aside(aside, what):
-    """Prints the first of the rows that were set aside [(where, why)], and how many there are."""
-    for where, why in aside[:5]:
-        print(f"set aside  {where}: {why}")
-    if aside:
-        print(f"set aside  {len(aside)} {what}")
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a flag's default to its help text where there is one worth telling."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, 0):
+        if not action.default:
             return action.help
         return super()._get_help_string(action)
 

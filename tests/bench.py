@@ -389,10 +389,9 @@ def generate(args):
     texts = {}
 
     def ours(size):
-        texts[size] = {}
-        for _, batch in script.fixed_batches(posts, size, set()):
-            rows = script.predict_batch(options, model, processor, batch)
-            texts[size] |= {p.id: (row["prediction"], row["raw"]) for p, row in zip(batch, rows)}
+        say = lambda batch, _: script.predict_batch(options, model, processor, batch)
+        texts[size] = {p.id: (row["prediction"], row["raw"])
+                       for p, row in script.fixed_batches(posts, size, set(), say)}
 
     def theirs():
         answers = []

@@ -216,6 +216,9 @@ def test_killed_and_rerun(toy, ubm, tmp_path):
     told = lambda rows: [(r["id"], r["prediction"], r["route"]) for r in rows]
     assert told(again) == told(rows)
     assert {r["key"] for r in asked} == {r["key"] for r in asked_again}
+    out.unlink()  # what was answered under other settings is not used
+    anew = run(toy, ubm, out, *model, "--max-pixels", "3136")[2]
+    assert len(anew) >= 2 * len(asked) - 1 and len({r["key"] for r in anew}) == len(anew)
 
 
 def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path):
@@ -246,7 +249,7 @@ def test_other_labels_are_refused(toy, ubm, tmp_path, capsys):
     assert run(toy, tmp_path / "scores", out, "--mllm", str(tmp_path / "best"))[0] == 2
     assert "trained for other answers" in capsys.readouterr().err
     assert run(toy, tmp_path / "scores", out, "--mllm", str(toy / "student"))[0] == 2
-    assert "has the score" in capsys.readouterr().err
+    assert "with a score" in capsys.readouterr().err
 
 
 def test_scores_run_through(toy, ubm, tmp_path):

@@ -354,7 +354,20 @@ def test_unlabelled_gold(tmp_path, capsys):
     """Gold posts without labels cannot judge anything."""
     gold = write(tmp_path / "gold.jsonl", [dict(id="p0", text="t")])
     assert evaluate(gold, said(tmp_path / "s.jsonl", ALL))[0] == 2
-    assert "no labelled post" in capsys.readouterr().err
+    assert "no post with label or score" in capsys.readouterr().err
+
+
+def test_scores_alone(tmp_path):
+    """Gold and rows of a readout hold scores and no labels: the score's side is the label."""
+    values = [1.5, -2.0, 0.0, 0.4]
+    gold = write(tmp_path / "gold.jsonl", [dict(id=f"p{i}", text="t", score=x)
+                                           for i, x in enumerate(values)])
+    rows = [dict(id=f"p{i}", score=x) for i, x in enumerate([1.0, 1.0, 0.0, None])]
+    code, metrics, _ = evaluate(gold, write(tmp_path / "s.jsonl", rows))
+    assert code == 0 and metrics["s"]["mae"] == pytest.approx(3.5 / 3)
+    assert metrics["s"]["accuracy"] == 0.5 and metrics["s"]["unparsed"] == 1
+    rows = [dict(id="p0", prediction="positive", predicted_score=2.0, score=9.0)]
+    assert evaluate(gold, write(tmp_path / "u.jsonl", rows))[1]["u"]["mae"] == pytest.approx(0.5)
 
 
 def test_usage_error():

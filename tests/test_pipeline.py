@@ -1,5 +1,6 @@
 """The stages as a user runs them: one small road, resume after a kill, bad input, clear exits."""
 
+import argparse
 import json
 import os
 import shutil
@@ -387,6 +388,15 @@ def test_rows_carry_nothing_that_another_model_said(road, tmp_path):
                           f"{road}/student/best", "--out", str(tmp_path / "said.jsonl")]) == 0
     row = mulcot.read_rows(tmp_path / "said.jsonl")[0]
     assert not {"raw", "stage", "tries", "tokens_in", "cot", "problem"} & row.keys()
+
+
+def test_gold_score_is_no_prediction():
+    """A gold score in a predicted row would be judged against itself: MAE 0."""
+    post = mulcot.Post("1", "t", label="neutral", score=2.0, extra={"seconds": 9, "mine": 1})
+    args = argparse.Namespace(model="m")
+    row = generate.new_row(post, args, "student", prediction="neutral")
+    assert not {"score", "seconds"} & set(row) and row["mine"] == 1
+    assert generate.new_row(post, args, "student", score=0.5)["score"] == 0.5
 
 
 def test_only_training_posts_are_trained_on(road, tmp_path, capsys):

@@ -278,8 +278,10 @@ def test_no_usable_row_is_one_line(toy, scored, tmp_path, capsys):
     assert "no row that the readout stage can train on" in capsys.readouterr().err
     assert train.main(args[:4] + [str(bare)] + args[5:]) == 2
     assert "no post of split dev with a score" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train.main([*args, "--how", "generate", "--target", "label"])
+    for flags in (["--how", "generate", "--target", "label"], ["--compare", "--seed", "1", "2"],
+                  ["--compare", "--without", "audio"]):
+        with pytest.raises(SystemExit):
+            train.main([*args, *flags])
 
 
 @pytest.mark.parametrize("damage, message", [

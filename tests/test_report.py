@@ -169,7 +169,7 @@ def evil_page(tmp_path_factory):
         inner = scores.report
         patch.setattr(scores, "report", lambda runs, rows, shown, *rest: inner(
             runs | {evil: TRUSTED for evil in EVIL[:8]}, rows + [[evil] * 3 for evil in EVIL],
-            shown, *rest[:4], diagnosis=EVIL))
+            shown, *rest[:4], EVIL, *rest[5:]))
         return report(folder, posts, rows, more)
 
 
@@ -185,7 +185,8 @@ def test_hostile_strings_do_nothing(browser, evil_page):
     names = browser.js("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())")
     assert not [name for name in names if name.startswith("on")]
     assert set(browser.js("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
-               ) <= {f"#{x}" for x in "summary diagnosis runs errors trust training posts".split()}
+               ) <= {f"#{x}" for x in "summary diagnosis runs errors trust cost training "
+                                            "posts".split()}
     shown = [evil.replace("\0", "") for evil in EVIL]
     texts = browser.js("[...document.querySelectorAll('.text')].map(e => e.textContent)")
     assert sorted(texts) == sorted([f"so {evil} !" for evil in shown] * 2)

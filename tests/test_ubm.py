@@ -187,7 +187,7 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ubm_run", on_train_alone)
     assert train.main(command(toy, tmp_path / "cut")) == 130
     assert train.main(command(toy, tmp_path / "cut")) == 0
-    assert len(calls) == 4 + 1  # the stopped epoch is run anew
+    assert len(calls) == 4 + 2  # the stopped member is run anew
     whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
     assert whole.temperature == cut.temperature
