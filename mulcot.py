@@ -70,6 +70,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
 
 import requests
@@ -89,8 +90,8 @@ class InputError(ValueError):
 
 
 # ================================================================================================
-# §1 Posts [needs: csv, hashlib, json, math, os, re, wave, dataclass, field, replace, Path, torch,
-#    F, Image, ImageOps, LABELS, InputError]
+# §1 Posts [needs: csv, hashlib, json, math, os, re, wave, dataclass, field, replace, islice, Path,
+#    torch, F, Image, ImageOps, LABELS, InputError]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -234,7 +235,9 @@ def iter_posts(path, images=None, rejects=None, may_be_empty=False):
         images = images or path.parent
         rows = _csv_rows(path, Path(images))
     elif path.suffix in (".jsonl", ".json", ".tsv"):
-        rows = {".jsonl": _jsonl_rows, ".json": _json_rows, ".tsv": _tsv_rows}[path.suffix](path)
+        readers = {".jsonl": lambda path: _rows(_lines(path), json.loads), ".json": _json_rows,
+                   ".tsv": _tsv_rows}
+        rows = readers[path.suffix](path)
         beside = path.parent / "images"
         images = images or (beside if beside.is_dir() else path.parent)
     else:
@@ -311,10 +314,9 @@ def _to_post(row, images):
         label = str(label).strip().lower()
         if label not in LABELS:
             raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
-    name = row.pop("image", None) or row.pop("image_path", None)
-    if name is None and row.get("image_id") is not None:  # the authors' rows may name it only so
-        name = f"{row['image_id']}.jpg"
-    row.pop("image_path", None), row.pop("image_id", None)
+    # the authors' rows may name it in one of three ways
+    name, path, number = (row.pop(k, None) for k in ("image", "image_path", "image_id"))
+    name = name or path or (None if number is None else f"{number}.jpg")
     audio = row.pop("audio", None)
     for kind, value in (("image", name), ("audio", audio)):
         if not isinstance(value, (str, type(None))):
@@ -367,16 +369,18 @@ def _lines(path):
                 yield f"{path}:{n}", InputError(why)
 
 
-def _jsonl_rows(path):
-    for where, line in _lines(path):
-        if isinstance(line, str):
-            if not line.strip():
-                continue
-            try:
-                line = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                line = InputError(f"not a JSON row ({e})")
-        yield where, line
+def _rows(lines, parse):
+    """(where, parse(line), or the InputError that says why it is no row) of lines with text."""
+    for where, line in lines:
+        try:
+            if isinstance(line, InputError):
+                raise line
+            if line.strip():
+                yield where, parse(line)
+        except InputError as e:
+            yield where, e
+        except (ValueError, RecursionError, csv.Error) as e:
+            yield where, InputError(f"not a row: {e}")
 
 
 def _json_rows(path):
@@ -394,46 +398,35 @@ def _tsv_rows(path):
     """TomBERT: header, then index, label (0 negative, 1 neutral, 2 positive), image, text with
     $T$, aspect."""
     split = path.stem if path.stem in ("train", "dev", "test") else None
-    for n, (where, line) in enumerate(_lines(path)):
-        if n == 0 or line == "":
-            continue
-        if isinstance(line, str):
-            cells = line.split("\t")  # trap: csv would join lines at a stray quote
-            if len(cells) != 5 or cells[1] not in ("0", "1", "2"):
-                line = InputError(f"expected index, label 0-2, image, text, aspect; got "
-                                  f"{len(cells)} cells "
-                                  f"and label {cells[1] if len(cells) > 1 else None!r}")
-            else:
-                line = dict(id=f"{path.stem}-{cells[0]}", label=LABELS[int(cells[1])],
-                            image=cells[2],
-                            text=cells[3], aspect=cells[4], split=split)
-        yield where, line
+
+    def parse(line):
+        cells = line.split("\t")  # trap: csv would join lines at a stray quote
+        if len(cells) != 5 or cells[1] not in ("0", "1", "2"):
+            raise InputError(f"expected index, label 0-2, image, text, aspect; got {len(cells)} "
+                             f"cells and label {cells[1] if len(cells) > 1 else None!r}")
+        return dict(id=f"{path.stem}-{cells[0]}", label=LABELS[int(cells[1])], image=cells[2],
+                    text=cells[3], aspect=cells[4], split=split)
+
+    return _rows(islice(_lines(path), 1, None), parse)
 
 
 def _csv_rows(path, folder):
     """MMSA's label.csv of MOSI or MOSEI: video_id, clip_id, text, label (a score), mode (train,
     valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
     they exist."""
-    header = None
-    for where, line in _lines(path):
-        try:
-            if isinstance(line, InputError):
-                raise line
-            cells = next(csv.reader([line]), [])
-            if header is None:
-                header = cells
-                lacking = {"video_id", "clip_id", "text", "label", "mode"} - set(header)
-                if lacking:
-                    break
-            elif cells:
-                if len(cells) != len(header):
-                    raise InputError(f"expected {len(header)} cells, got {len(cells)}")
-                yield where, _clip(dict(zip(header, cells)), folder)
-        except (ValueError, csv.Error) as e:  # InputError is a ValueError
-            yield where, e if isinstance(e, InputError) else InputError(f"not a row: {e}")
-    if header is None or lacking:
+    lines = _lines(path)
+    header = next(csv.reader([str(next(lines, ("", ""))[1])]), [])
+    if {"video_id", "clip_id", "text", "label", "mode"} - set(header):
         raise InputError(f"{path} must have the columns video_id, clip_id, text, label, mode, as "
                          "MMSA's label.csv")
+
+    def parse(line):
+        cells = next(csv.reader([line]))
+        if len(cells) != len(header):
+            raise InputError(f"expected {len(header)} cells, got {len(cells)}")
+        return _clip(dict(zip(header, cells)), folder)
+
+    return _rows(lines, parse)
 
 
 def _clip(cells, folder):
@@ -468,28 +461,23 @@ def _mvsa_rows(folder):
     if not table.exists():
         raise InputError(f"{folder} has no labelResultAll.txt: point at the MVSA folder as "
                          "downloaded")
-    rows = []
-    for where, line in list(_lines(table))[1:]:
-        if line == "":
-            continue
-        if isinstance(line, str):
-            cells = line.split("\t")
-            pairs = [tuple(c.strip().lower().split(",")) for c in cells[1:]]
-            if not pairs or any(len(p) != 2 or not set(p) <= set(LABELS) for p in pairs):
-                line = InputError("expected an id and pairs of text,image labels")
-            elif (label := mvsa_label(pairs)) is None:
-                line = InputError("annotators conflict or have no majority: dropped by the MVSA "
-                                  "rule")
-            else:
-                name = cells[0].strip()
-                line = dict(id=name, image=f"{name}.jpg", label=label)
-                try:
-                    line["text"] = (folder / "data" / f"{name}.txt").read_bytes().decode().strip()
-                except FileNotFoundError:
-                    line = InputError(f"data/{name}.txt is missing")
-                except UnicodeDecodeError:
-                    line = InputError(f"data/{name}.txt is not UTF-8: re-save it as UTF-8")
-        rows.append((where, line))
+
+    def parse(line):
+        cells = line.split("\t")
+        name, pairs = cells[0].strip(), [tuple(c.strip().lower().split(",")) for c in cells[1:]]
+        if not pairs or any(len(p) != 2 or not set(p) <= set(LABELS) for p in pairs):
+            raise InputError("expected an id and pairs of text,image labels")
+        if (label := mvsa_label(pairs)) is None:
+            raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
+        try:
+            text = (folder / "data" / f"{name}.txt").read_bytes().decode().strip()
+        except FileNotFoundError:
+            raise InputError(f"data/{name}.txt is missing") from None
+        except UnicodeDecodeError:
+            raise InputError(f"data/{name}.txt is not UTF-8: re-save it as UTF-8") from None
+        return dict(id=name, image=f"{name}.jpg", label=label, text=text)
+
+    rows = list(_rows(islice(_lines(table), 1, None), parse))
     good = [row for _, row in rows if isinstance(row, dict)]
     good.sort(key=lambda row: hashlib.sha256(f"mvsa:{row['id']}".encode()).digest())
     tenth = len(good) // 10
@@ -1304,7 +1292,6 @@ def save_adapter(model, folder):
     layers = _layers(model)
     assert layers, "save_adapter on a model without adapters"
     one, base = next(iter(layers.values())), model.config._name_or_path
-    os.makedirs(folder, exist_ok=True)
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=one.rank, lora_alpha=one.alpha,
                   lora_dropout=one.dropout.p, bias="none", target_modules=sorted(layers),
                   base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
@@ -1312,8 +1299,7 @@ def save_adapter(model, folder):
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(model).items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"),
                  lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomic(os.path.join(folder, "adapter_config.json"),
-                 lambda path: Path(path).write_text(json.dumps(config, indent=1)))
+    write_json(os.path.join(folder, "adapter_config.json"), config)
     write_json(os.path.join(folder, "mulcot.json"), {"nf4": _is_nf4(model)})
 
 

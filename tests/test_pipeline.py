@@ -332,7 +332,7 @@ def test_bad_rows_are_set_aside_and_the_rest_is_predicted(road, tmp_path):
     assert [r["id"] for r in mulcot.read_rows(out)] == [good["id"], "g"]
     aside = {r["where"].rpartition(":")[2]: r["problem"]
              for r in mulcot.read_rows(mulcot.beside(out, "rejects.jsonl"))}
-    reasons = {"2": "not UTF-8", "3": "not a JSON row", "4": "unknown label", "5": "leads outside",
+    reasons = {"2": "not UTF-8", "3": "not a row", "4": "unknown label", "5": "leads outside",
                "6": "is missing", "7": "duplicate id", "8": "empty text"}
     assert aside.keys() == reasons.keys()
     assert all(reasons[n] in aside[n] for n in reasons)

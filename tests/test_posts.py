@@ -211,8 +211,8 @@ WRONG = {
     "list for a split": (dict(split=["train"]), "split"),
     "object for a chain": (dict(cot={"Prediction": "neutral"}), "cot"),
     "list": ([1, 2], "expected an object"),
-    "not JSON": (b'{"id": "x", "text": ', "not a JSON row"),
-    "too deep": (b"[" * 200_000, "not a JSON row"),
+    "not JSON": (b'{"id": "x", "text": ', "not a row"),
+    "too deep": (b"[" * 200_000, "not a row"),
     "not UTF-8": (b'{"id": "x", "text": "caf\xe9"}', "re-save it as UTF-8"),
 }
 
