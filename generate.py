@@ -83,6 +83,7 @@ def parse_args(argv=None):
     flag = stage("toy", "write the synthetic set in the ordinary formats", model=False)
     for split, size in (("train", 600), ("dev", 100), ("test", 300), ("warmup", 1280)):
         flag(f"--{split}", type=int, default=size, help=f"number of {split} posts")
+    flag("--noise", type=float, default=0.0, help="share of posts with a wrong label")
     flag("--clips", action="store_true", help="posts with frames, a voice and a score")
 
     flag = stage("teacher", "two-stage chains: predict; keep if right, else explain the label")
@@ -264,10 +265,14 @@ def closing(out):
 def toy(args):
     """posts.jsonl, warmup.jsonl and images/ (with --clips also voices) of the synthetic world."""
     sizes, images = dict(train=args.train, dev=args.dev, test=args.test), f"{args.out}/images"
-    settings = dict(sizes, warmup=args.warmup, seed=args.seed, clips=args.clips)
+    settings = dict(sizes, warmup=args.warmup, seed=args.seed, noise=args.noise, clips=args.clips)
     check_settings(f"{args.out}/toy.json", settings, os.path.exists(f"{args.out}/posts.jsonl"))
-    make, warm = (toy_clips, toy_clip_warmup) if args.clips else (toy_posts, toy_warmup)
-    posts, warmup = make(images, sizes, args.seed), warm(images, args.warmup, args.seed + 1)
+    if args.clips:
+        posts = toy_clips(images, sizes, args.seed)
+    else:
+        posts = toy_posts(images, sizes, args.seed, args.noise)
+    warm = toy_clip_warmup if args.clips else toy_warmup
+    warmup = warm(images, args.warmup, args.seed + 1)
     for name, rows in (("posts", posts), ("warmup", warmup)):
         lines = "".join(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in rows)
         write_atomic(f"{args.out}/{name}.jsonl", lambda part: Path(part).write_text(lines, "utf-8"))

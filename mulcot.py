@@ -2623,11 +2623,12 @@ def toy_label(words, mood):
     return by_mood.get(mood) or by_words[words]
 
 
-def toy_posts(folder, sizes, seed=0):
+def toy_posts(folder, sizes, seed=0, noise=0.0):
     """Writes drawn 56 x 56 images into `folder` and returns posts; `sizes`: {"train": 700, "dev":
     60, …}. `extra["facts"]` keeps what was drawn, for the toy teacher. In the test split every
-    (word, aspect) pair and half the sentence templates are ones that no other split shows."""
-    rng, posts = random.Random(seed), []
+    (word, aspect) pair and half the sentence templates are ones that no other split shows. `noise`:
+    share of posts of every split whose label is one of the two wrong ones."""
+    rng, slips, posts = random.Random(seed), random.Random(f"{seed}|noise"), []
     os.makedirs(folder, exist_ok=True)
     held_out = {(w, a) for ws in TOY_WORDS.values() for i, w in enumerate(ws)
                 for j, a in enumerate(TOY_ASPECTS) if (i + j) % 4 == 0}
@@ -2646,8 +2647,11 @@ def toy_posts(folder, sizes, seed=0):
             name = f"{split}-{i:04d}.png"
             _draw(scene, rng).save(os.path.join(folder, name))
             facts = dict(words=words, word=word, mood=mood, scene=scene)
+            label = toy_label(words, mood)
+            if slips.random() < noise:
+                label = slips.choice([x for x in LABELS if x != label])
             posts.append(Post(f"{split}-{i:04d}", text, safe_path(name, folder), aspect,
-                              toy_label(words, mood), split=split, folder=str(folder),
+                              label, split=split, folder=str(folder),
                               extra={"facts": facts}))
     return posts
 

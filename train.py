@@ -965,7 +965,7 @@ def ablation_commands(out, seeds, quick):
     short = "--batch 16 --accumulate 1 --beta2 0.99"
     posts, files = f"{out}/posts.jsonl", {}
     lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20 {short}"
-    commands = [f"generate.py toy --train 150 --out {out}"]
+    commands = [f"generate.py toy --train 400 --noise 0.1 --out {out}"]
     commands += [f"train.py base --size {size} --data {out}/warmup.jsonl --epochs 3 --lr 0.002 "
                  f"--log-every 40 {short} --out {out}/base/{size}"
                  for size in ("assistant", "student")]
@@ -976,7 +976,7 @@ def ablation_commands(out, seeds, quick):
             commands += [
                 f"generate.py teacher --data {posts} --model toy {TEACHERS[teacher]} --seed {seed} "
                 f"--out {at}.chains.jsonl",
-                f"train.py assistant --data {at}.chains.jsonl {lora} --epochs 10 --dropout 0.05 "
+                f"train.py assistant --data {at}.chains.jsonl {lora} --epochs 6 --dropout 0.05 "
                 f"--seed {seed} --model {out}/base/assistant/last --out {at}.assistant",
                 f"generate.py augment --data {at}.chains.jsonl --model {at}.assistant/best "
                 f"--seed {seed} --out {at}.augmented.jsonl",
@@ -988,7 +988,7 @@ def ablation_commands(out, seeds, quick):
             soft = "" if "--no-soft" in flags else f"--soft {at}.soft "
             commands += [
                 f"train.py student --data {at}.chains.jsonl {at}.augmented.jsonl {soft}{lora} "
-                f"--epochs 8 --seed {seed} --model {out}/base/student/last --out {run} "
+                f"--epochs 7 --seed {seed} --model {out}/base/student/last --out {run} "
                 f"{flags}".rstrip(),
                 f"generate.py predict --data {posts} --split test --no-chain --model {run}/best "
                 f"--out {run}.jsonl"]

@@ -353,6 +353,9 @@ def test_toy_posts_follow_their_seed(tmp_path):
 def test_toy_test_split_is_unseen(tmp_path):
     """No word stands with the same aspect as in training, and half the sentences are new."""
     posts = toy_posts(tmp_path, dict(train=300, dev=50, test=100))
+    noisy = toy_posts(tmp_path, dict(train=300, dev=50, test=100), noise=0.2)
+    slips = sum(a.label != b.label for a, b in zip(posts, noisy))
+    assert [p.text for p in posts] == [p.text for p in noisy] and 60 < slips < 120
     pair = lambda p: (p.extra["facts"]["word"], p.aspect)
     seen = {pair(p) for p in posts if p.split != "test"}
     fresh = {s: [p for p in posts if p.split == s and _new_sentence(p)]
