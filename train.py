@@ -204,11 +204,13 @@ def ubm_flags(stages):
     flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
-    flag("--members", type=positive, default=5, help="runs whose probabilities are averaged")
+    flag("--members", type=positive, default=3, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
     flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
     flag("--head-lr", type=float, default=1e-3, help="of new layers, falling to 0")
+    flag("--push", type=float, default=1.0, help="length of the adversarial steps on the word "
+         "embeddings: twice the time, less overfitting; 0 for none and for random encoders")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
@@ -787,13 +789,21 @@ def ubm_score(args, logits, posts):
 
 
 def ubm_run(args, k, model, posts, targets, dev):
-    """Trains member k: two rates, linear decay. Returns {name: tensor} of the weights' running
-    average as of its best dev epoch."""
+    """Trains member k: two rates, linear decay, adversarial steps on the word embeddings (Miyato et
+    al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights' running average as of its
+    best dev epoch."""
     out, average, weights = Path(args.out), copy.deepcopy(model), list(model.parameters())
+    words = model.text.get_input_embeddings().weight
     new = ("head", "images") if args.image_encoder == "small" else ("head",)
     groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
               for own in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
+
+    def batch_loss(rows):
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+            logits = model([posts[i] for i in rows]).float()
+        return F.cross_entropy(logits, targets[rows].to(args.device))
+
     best, kept, step = -math.inf, None, 0
     per_epoch = math.ceil(len(posts) / args.batch)
     total, seed = args.epochs * per_epoch, args.seed * 1000 + k
@@ -806,12 +816,17 @@ def ubm_run(args, k, model, posts, targets, dev):
         for rows in tqdm(steps, f"member {k} epoch {epoch + 1}", leave=False):
             for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
                 group["lr"] = peak * (1 - step / total)
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-                logits = model([posts[i] for i in rows]).float()
-            loss = F.cross_entropy(logits, targets[rows].to(args.device))
+            loss = batch_loss(rows)
             if not math.isfinite(loss.item()):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
+            if args.push:  # the same posts once more, their words where the loss is higher
+                with torch.no_grad():
+                    push = args.push * words.grad / words.grad.norm().clamp(min=1e-12)
+                    words += push
+                batch_loss(rows).backward()
+                with torch.no_grad():
+                    words -= push
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()

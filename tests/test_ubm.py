@@ -205,7 +205,8 @@ def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
     posts, out = str(data / "posts.jsonl"), str(tmp_path / "ubm")
     assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", "tiny",
                        "--image-encoder", "small", "--members", "1", "--epochs", "12", "--lr",
-                       "0.003", "--head-lr", "0.003", "--batch", "16", "--out", out]) == 0
+                       "0.003", "--head-lr", "0.003", "--batch", "16", "--push", "0", "--out",
+                       out]) == 0
     said = str(tmp_path / "said.jsonl")
     assert generate.main(["predict", "--model", out, "--data", posts, "--split", "dev", "--out",
                           said]) == 0
