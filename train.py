@@ -187,7 +187,7 @@ def ablate_flags(stages):
     about = "the paper's ablations on toy posts: table.md with mean ± deviation and p against full"
     p = stages.add_parser("ablate", help=about, description=about, formatter_class=Help)
     p.add_argument("--out", default="runs/ablate", help="where everything lands")
-    p.add_argument("--seeds", type=positive, default=3, help="runs of each setting")
+    p.add_argument("--seeds", type=positive, help="runs of each setting (default: 3, --quick 2)")
     p.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
 
 
@@ -1014,7 +1014,8 @@ def ablate(args):
     """The paper's ablations on toy posts, every student judged on the same test posts."""
     refuse_ranks("ablate")
     out = shlex.quote(args.out)
-    commands, files = ablation_commands(out, range(1, args.seeds + 1), args.quick)
+    seeds = args.seeds or (2 if args.quick else 3)
+    commands, files = ablation_commands(out, range(1, seeds + 1), args.quick)
     runs = " ".join(f"{name}={file}" for name, each in files.items() for file in each)
     run_commands([*commands, f"eval.py {runs} --gold {out}/posts.jsonl --baseline full "
                              f"--out {out}"])
