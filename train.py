@@ -210,7 +210,7 @@ def ubm_flags(stages):
     flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
     flag("--head-lr", type=float, default=1e-3, help="of new layers, falling to 0")
     flag("--push", type=float, default=1.0, help="length of the adversarial steps on the word "
-         "embeddings: twice the time, less overfitting; 0 for none and for random encoders")
+         "embeddings (members 0, 2, …): less overfitting; 0 for none and for random encoders")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
@@ -789,9 +789,9 @@ def ubm_score(args, logits, posts):
 
 
 def ubm_run(args, k, model, posts, targets, dev):
-    """Trains member k: two rates, linear decay, adversarial steps on the word embeddings (Miyato et
-    al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights' running average as of its
-    best dev epoch."""
+    """Trains member k: two rates, linear decay; every second member with adversarial steps on the
+    word embeddings (Miyato et al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
+    running average as of its best dev epoch."""
     out, average, weights = Path(args.out), copy.deepcopy(model), list(model.parameters())
     words = model.text.get_input_embeddings().weight
     new = ("head", "images") if args.image_encoder == "small" else ("head",)
@@ -820,7 +820,7 @@ def ubm_run(args, k, model, posts, targets, dev):
             if not math.isfinite(loss.item()):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
-            if args.push:  # the same posts once more, their words where the loss is higher
+            if args.push and k % 2 == 0:  # the same posts again, their words where the loss is higher
                 with torch.no_grad():
                     push = args.push * words.grad / words.grad.norm().clamp(min=1e-12)
                     words += push
