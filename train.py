@@ -820,7 +820,7 @@ def ubm_run(args, k, model, posts, targets, dev):
             if not math.isfinite(loss.item()):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
-            if args.push and k % 2 == 0:  # the same posts again, their words where the loss is higher
+            if args.push and k % 2 == 0:  # once more, the words moved where the loss is higher
                 with torch.no_grad():
                     push = args.push * words.grad / words.grad.norm().clamp(min=1e-12)
                     words += push
