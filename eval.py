@@ -878,7 +878,8 @@ border:1px solid var(--line);padding:.7rem .9rem;margin:0}
 .tiles b,.tiles small{display:block;line-height:1.3}.tiles b{font-size:1.6rem}
 .diagnosis{border-left:.35rem solid var(--c1)}summary{margin:.5rem 0}
 .wide{overflow-x:auto;padding:.3rem .4rem .3rem 0;width:fit-content;max-width:100%}
-.wide+.plots{margin-top:.8rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide+.plots{margin-top:.8rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
 td,th{padding:.3rem .55rem;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child{text-align:left;padding-left:.9rem;position:sticky;left:0;background:var(--card)}
 tbody th{color:inherit}tbody tr:last-child>*{border-bottom:0}
