@@ -204,7 +204,7 @@ def ubm_flags(stages):
     flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
-    flag("--members", type=positive, default=3, help="runs whose probabilities are averaged")
+    flag("--members", type=positive, default=2, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
     flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
