@@ -86,18 +86,8 @@ def parse_args(argv=None):
     flag("--noise", type=float, default=0.0, help="share of posts with a wrong label")
     flag("--clips", action="store_true", help="posts with frames, a voice and a score")
 
-    flag = stage("teacher", "two-stage chains: predict; keep if right, else explain the label")
-    endpoint_flags(flag)
-    flag("--split", default="train", help="only posts of this split, where posts have one, or all")
-    flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
-    flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
-    flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
-    flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
-    flag("--max-tries", type=positive, default=3, help="answers asked for in each stage (ARC)")
-    flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
-    flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
-    flag("--skill", type=float, default=0.6, help="--model toy: share of posts right unaided")
-
+    teacher_flags(stage("teacher", "two-stage chains: predict; keep if right, else explain the "
+                                   "label"))
     flag = stage("augment", "one more chain per training post by the assistant, kept if right")
     flag("--split", default="train", help="only posts of this split, where posts have one, or all")
     flag("--temperature", type=float, default=0.7, help="of sampling")
@@ -111,7 +101,29 @@ def parse_args(argv=None):
          help="all: prompt and image positions too, near to what the authors' script does")
     flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
 
-    flag = stage("predict", "label by the label prompt, chain by the reason prompt")
+    predict_flags(stage("predict", "label by the label prompt, chain by the reason prompt"))
+    cascade_flags(stage("cascade", "a small model first, the MLLM only where that one is unsure"))
+    args = top.parse_args(argv)
+    check_args(top, args)
+    return args
+
+
+def teacher_flags(flag):
+    """Who writes the chains, how often it is asked, and what that may cost."""
+    endpoint_flags(flag)
+    flag("--split", default="train", help="only posts of this split, where posts have one, or all")
+    flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
+    flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
+    flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
+    flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
+    flag("--max-tries", type=positive, default=3, help="answers asked for in each stage (ARC)")
+    flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
+    flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
+    flag("--skill", type=float, default=0.6, help="--model toy: share of posts right unaided")
+
+
+def predict_flags(flag):
+    """What is said of a post, and the controls."""
     flag("--split", default="all", help="only posts of this split, where posts have one, or all")
     flag("--decode", choices=("score", "greedy"), default="score",
          help="label by scoring the three answers, or generated as the authors do")
@@ -121,11 +133,6 @@ def parse_args(argv=None):
     flag("--blank-text", action="store_true", help="control: take the words away")
     flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
     one_post_flags(flag)
-
-    cascade_flags(stage("cascade", "a small model first, the MLLM only where that one is unsure"))
-    args = top.parse_args(argv)
-    check_args(top, args)
-    return args
 
 
 def cascade_flags(flag):
@@ -144,7 +151,9 @@ def cascade_flags(flag):
 
 
 def check_args(top, args):
-    """What argparse cannot say of predict and cascade."""
+    """What argparse cannot say."""
+    if args.stage == "toy" and args.clips and args.noise:
+        top.error("--noise is of labels; --clips have scores")
     if args.stage in ("predict", "cascade"):
         if not (args.text or (args.data and args.out)):
             top.error(f"{args.stage} needs --data and --out, or one post in --text (and --image, "

@@ -2829,7 +2829,7 @@ class ToyTeacher:
 # The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant
 # has more output rows than the student, as 7B (152,064) has more than 3B (151,936).
 TINY = {"student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
-            "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
+        "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
 TINY_OMNI = {"omni": dict(hidden=96, layers=2, heads=3, extra_rows=0)}  # Qwen2.5-Omni's Thinker
 
 

@@ -792,7 +792,8 @@ def ubm_run(args, k, model, posts, targets, dev):
     """Trains member k: two rates, linear decay; every second member with adversarial steps on the
     word embeddings (Miyato et al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
     running average as of its best dev epoch."""
-    out, average, weights = Path(args.out), copy.deepcopy(model), list(model.parameters())
+    out, average, lengths = Path(args.out), copy.deepcopy(model), [len(p.text) for p in posts]
+    weights, averages = list(model.parameters()), list(average.parameters())
     words = model.text.get_input_embeddings().weight
     new = ("head", "images") if args.image_encoder == "small" else ("head",)
     groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
@@ -810,7 +811,7 @@ def ubm_run(args, k, model, posts, targets, dev):
     log = [row for row in read_rows(out / "log.jsonl") if row["member"] != k]
     torch.manual_seed(seed)  # order and dropout depend on nothing else
     for epoch in range(args.epochs):
-        steps = epoch_steps([len(p.text) for p in posts], args.batch, epoch, seed, window=16)
+        steps = epoch_steps(lengths, args.batch, epoch, seed, window=16)
         model.train()
         sum_loss, began = 0.0, time.time()
         for rows in tqdm(steps, f"member {k} epoch {epoch + 1}", leave=False):
@@ -834,7 +835,7 @@ def ubm_run(args, k, model, posts, targets, dev):
             sum_loss += loss.item()
             memory = min(args.decay, (1 + step) / (10 + step))  # short at first
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), weights, 1 - memory)
+                torch._foreach_lerp_(averages, weights, 1 - memory)
         terms, value = ubm_score(args, ubm_logits(average, dev), dev)
         log.append(dict(member=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
                         seconds=round(time.time() - began, 1)))
