@@ -197,6 +197,26 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
     assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
 
 
+def test_adversarial_steps(toy, tmp_path, monkeypatch):
+    """Members 0, 2, … see each batch twice: the second time with the words moved by --push along
+    the first gradient, and back."""
+    seen, forward = [], mulcot.UBMMember.forward
+
+    def watched(self, posts):
+        words = self.text.get_input_embeddings().weight
+        if self.training:
+            seen.append((words.detach().clone(), words.grad is not None and words.grad.clone()))
+        return forward(self, posts)
+
+    monkeypatch.setattr(mulcot.UBMMember, "forward", watched)
+    assert train.main(command(toy, tmp_path / "ubm", "--epochs", "1", "--lr", "0", "--head-lr", "0",
+                              "--push", "0.5")) == 0
+    assert len(seen) == 3 * 2 + 3  # twelve posts in fours, two members
+    for (plain, _), (moved, gradient) in zip(seen[0:6:2], seen[1:6:2]):
+        assert torch.allclose(plain, seen[0][0], atol=1e-6)
+        assert torch.allclose(moved - plain, 0.5 * gradient / gradient.norm(), atol=1e-5)
+
+
 def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
     """The drawn world's words and pictures are learnt; predict writes rows that eval.py reads."""
     data = tmp_path / "toy"
