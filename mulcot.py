@@ -2049,6 +2049,21 @@ def new_ubm(text, classes=LABELS, images=None, members=1, weights=True):
                 for model, look in zip(texts, looks)], classes)
 
 
+def reinit_layers(encoder, count):
+    """Draws the top `count` layers of a text encoder anew: they are made for the task that it was
+    trained on, and on few posts a random start learns better (Zhang et al. 2021,
+    arXiv 2006.05987)."""
+    layers = max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
+    if count > len(layers):
+        raise InputError(f"the text encoder has {len(layers)} layers, not {count} to draw anew")
+    for part in (m for layer in layers[len(layers) - count:] for m in layer.modules()):
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=encoder.config.initializer_range)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+
+
 def save_ubm(model, folder):
     """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
     hub."""

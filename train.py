@@ -44,9 +44,10 @@ from mulcot import (
     collate, dev_posts, digest, encode, fit_temperature, forward_branches, gather, iter_posts,
     join_ranks, label_example, load_model, load_processor, mark_aspect, multitask_loss, new_ubm,
     positive, ranks, read_out, read_posts, read_rows, readout_branches, readout_loss, refuse_ranks,
-    regression_metrics, render_label, render_score, run_stage, save_adapter, save_readout, save_ubm,
-    score_labels, show_tokens, sum_gradients, task_format, tell_aside, tiny_model, tiny_tokenizer,
-    tokenizer_hash, training_branches, wait_for_ranks, without, write_atomic, write_json)
+    regression_metrics, reinit_layers, render_label, render_score, run_stage, save_adapter,
+    save_readout, save_ubm, score_labels, show_tokens, sum_gradients, task_format, tell_aside,
+    tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks, without,
+    write_atomic, write_json)
 
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -204,6 +205,8 @@ def ubm_flags(stages):
     flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
+    flag("--reinit-layers", type=int, default=1, metavar="N",
+         help="top layers of the text encoder to draw anew")
     flag("--members", type=positive, default=2, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
@@ -689,10 +692,10 @@ def compare_commands(args):
         data, dev, model = [f"{out}/posts.jsonl"], f"{out}/posts.jsonl", f"{out}/base/last"
         runs[None, None] = [
             f"generate.py toy --clips --seed {seed} --out {quoted}",
-            f"train.py base --size omni --data {quoted}/warmup.jsonl --epochs 3 --lr 0.002 "
+            f"train.py base --size omni --data {quoted}/warmup.jsonl --epochs 6 --lr 0.002 "
             f"--batch 16 --accumulate 1 --beta2 0.99 --log-every 40 --seed {seed} "
             f"--out {quoted}/base"]
-        settings = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 6 --lr 0.003 --head-lr 0.002 "
+        settings = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
                     "--dropout 0.05")
     else:
         flags += "head_lr beta2 schedule warmup clip rank alpha dropout scope max_pixels".split()
@@ -808,13 +811,14 @@ def ubm_run(args, k, model, posts, targets, dev):
     best, kept, step = -math.inf, None, 0
     per_epoch = math.ceil(len(posts) / args.batch)
     total, seed = args.epochs * per_epoch, args.seed * 1000 + k
-    log = [row for row in read_rows(out / "log.jsonl") if row["member"] != k]
+    log = []
     torch.manual_seed(seed)  # order and dropout depend on nothing else
     for epoch in range(args.epochs):
         steps = epoch_steps(lengths, args.batch, epoch, seed, window=16)
         model.train()
         sum_loss, began = 0.0, time.time()
-        for rows in tqdm(steps, f"member {k} epoch {epoch + 1}", leave=False):
+        for rows in tqdm(steps, f"member {k} epoch {epoch + 1}", leave=False,
+                         disable=ranks()[0] > 0):
             for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
                 group["lr"] = peak * (1 - step / total)
             loss = batch_loss(rows)
@@ -842,36 +846,43 @@ def ubm_run(args, k, model, posts, targets, dev):
         if value > best:
             best, kept = value, {k: v.clone() for k, v in average.state_dict().items()}
         lines = "".join(json.dumps(row) + "\n" for row in log)
-        write_atomic(out / "log.jsonl", lambda part: Path(part).write_text(lines))
+        write_atomic(out / f"member-{k}.jsonl", lambda part: Path(part).write_text(lines))
         print("  ".join(f"{x} {v:.4g}" if isinstance(v, float) else f"{x} {v}"
                         for x, v in log[-1].items()))
     return kept
 
 
 def ubm(args):
-    """choice: an ensemble of `--members` short runs, its temperature fitted on dev."""
-    refuse_ranks("ubm")
-    out = Path(args.out)
+    """choice: an ensemble of `--members` short runs, its temperature fitted on dev. Under torchrun
+    each process trains its share of the members."""
+    args.device, (rank, world), out = join_ranks(args.device), ranks(), Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
         "rows": digest([(p.id, p.text, p.label, p.score) for p in posts]),
         "dev_rows": digest([p.id for p in dev])}
-    check_settings(out / "config.json", settings, (out / "config.json").exists())
+    if rank == 0:
+        check_settings(out / "config.json", settings, (out / "config.json").exists())
     text = tiny_encoder(args, posts) if args.text_encoder == "tiny" else args.text_encoder
     torch.manual_seed(args.seed)
     classes = SCORES if args.bins else LABELS
     model = new_ubm(text, classes, args.image_encoder, args.members).to(args.device)
-    for k, member in enumerate(model.members):
-        file = out / f"member-{k}.safetensors"
-        if not file.exists():
-            kept = ubm_run(args, k, member, posts, targets, dev)
-            write_atomic(file, lambda part: save_file(kept, part))
+    for member in model.members:
+        reinit_layers(member.text, args.reinit_layers)
+    files = [out / f"member-{k}.safetensors" for k in range(args.members)]
+    for k in range(args.members * rank // world, args.members * (rank + 1) // world):
+        if not files[k].exists():
+            kept = ubm_run(args, k, model.members[k], posts, targets, dev)
+            write_atomic(files[k], lambda part: save_file(kept, part))
+    wait_for_ranks()
+    if rank:
+        return
+    for member, file in zip(model.members, files):
         member.load_state_dict(load_file(file))
     logits = ubm_logits(model, dev)
     model.temperature = fit_temperature(logits, dev_targets)
     save_ubm(model, out)
-    print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/log.jsonl  config "
-          f"{out}/config.json")
+    print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/member-*.jsonl  "
+          f"config {out}/config.json")
     terms, _ = ubm_score(args, logits, dev)
     print(f"{args.members} members together: "
           + "  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
@@ -883,7 +894,7 @@ def tiny_encoder(args, posts):
     from transformers import BertConfig, BertModel, BertTokenizer
 
     init, part = Path(args.out, "init"), Path(args.out, "init.part")
-    if not init.exists():
+    if not init.exists() and ranks()[0] == 0:
         words = Counter(w for p in posts for w in mark_aspect(p)[0].lower().split())
         signs = sorted({sign for word in words for sign in word})
         # trap: the library's own training of word pieces differs from run to run
@@ -896,6 +907,7 @@ def tiny_encoder(args, posts):
         BertModel(config).save_pretrained(part)
         tokenizer.save_pretrained(part)
         os.replace(part, init)
+    wait_for_ranks()
     return str(init)
 
 

@@ -109,6 +109,21 @@ def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path, monkeypatch)
         assert torch.equal(s1.read(name)[0], s2.read(name)[0])
 
 
+def test_two_processes_share_the_members(toy, tmp_path):
+    """Each trains one of two; together they are what one process trains."""
+    data = str(toy / "posts.jsonl")
+    ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--epochs", "1",
+           "--batch", "4", "--device", "cpu", "--out"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun sets it
+    assert train.main([*ubm, str(tmp_path / "one")]) == 0
+    torch.set_num_threads(threads)
+    assert "2 members together" in finished(torchrun("train.py", [*ubm, str(tmp_path / "two")]))
+    one, two = (mulcot.load_ubm(tmp_path / name) for name in ("one", "two"))
+    assert one.temperature == two.temperature
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
 def test_what_needs_one_process_says_so(monkeypatch, tmp_path, capsys):
     """An endpoint has its workers; the toy set is written once."""
     monkeypatch.setenv("WORLD_SIZE", "2")

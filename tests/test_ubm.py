@@ -118,6 +118,24 @@ def test_saved_and_loaded(encoder, posts, images, tmp_path):
     assert torch.equal(again.probs(posts), model.probs(posts))
 
 
+def test_top_layers_drawn_anew(encoder):
+    """The top layer alone changes, to BERT's own way of drawing; more layers than there are, no."""
+    text = mulcot.new_ubm(encoder).members[0].text
+    for p in text.parameters():
+        torch.nn.init.constant_(p, 3.0)
+    mulcot.reinit_layers(text, 0)
+    assert all((p == 3).all() for p in text.parameters())
+    torch.manual_seed(0)
+    mulcot.reinit_layers(text, 1)
+    for name, p in text.named_parameters():
+        assert (p == 3).any() != name.startswith("encoder.layer.1."), name
+    top = text.encoder.layer[1]
+    assert top.intermediate.dense.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not top.intermediate.dense.bias.any() and (top.output.LayerNorm.weight == 1).all()
+    with pytest.raises(mulcot.InputError, match="has 2 layers, not 3"):
+        mulcot.reinit_layers(text, 3)
+
+
 def test_bad_folders(encoder, tmp_path):
     """Each tells what to do."""
     with pytest.raises(mulcot.InputError, match="no UBM folder"):
@@ -191,8 +209,8 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
     whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
     assert whole.temperature == cut.temperature
-    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in
-             mulcot.read_rows(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for m in (0, 1) for row in
+             mulcot.read_rows(tmp_path / name / f"member-{m}.jsonl")] for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 4
     assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
 
