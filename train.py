@@ -207,13 +207,13 @@ def ubm_flags(stages):
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
     flag("--reinit-layers", type=int, default=1, metavar="N",
          help="top layers of the text encoder to draw anew")
-    flag("--members", type=positive, default=2, help="runs whose probabilities are averaged")
+    flag("--members", type=positive, default=3, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
     flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
     flag("--head-lr", type=float, default=1e-3, help="of new layers, falling to 0")
     flag("--push", type=float, default=1.0, help="length of the adversarial steps on the word "
-         "embeddings (members 0, 2, …): less overfitting; 0 for none and for random encoders")
+         "embeddings (member 0 alone): less overfitting; 0 for none and for random encoders")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
@@ -792,8 +792,8 @@ def ubm_score(args, logits, posts):
 
 
 def ubm_run(args, k, model, posts, targets, dev):
-    """Trains member k: two rates, linear decay; every second member with adversarial steps on the
-    word embeddings (Miyato et al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
+    """Trains member k: two rates, linear decay; the first member with adversarial steps on the word
+    embeddings (Miyato et al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
     running average as of its best dev epoch."""
     out, average, lengths = Path(args.out), copy.deepcopy(model), [len(p.text) for p in posts]
     weights, averages = list(model.parameters()), list(average.parameters())
@@ -825,7 +825,7 @@ def ubm_run(args, k, model, posts, targets, dev):
             if not math.isfinite(loss.item()):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
-            if args.push and k % 2 == 0:  # once more, the words moved where the loss is higher
+            if args.push and k == 0:  # once more, the words moved where the loss is higher
                 with torch.no_grad():
                     push = args.push * words.grad / words.grad.norm().clamp(min=1e-12)
                     words += push

@@ -216,7 +216,7 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
 
 
 def test_adversarial_steps(toy, tmp_path, monkeypatch):
-    """Members 0, 2, … see each batch twice: the second time with the words moved by --push along
+    """Member 0 sees each batch twice: the second time with the words moved by --push along
     the first gradient, and back."""
     seen, forward = [], mulcot.UBMMember.forward
 
