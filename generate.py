@@ -632,8 +632,8 @@ def predict_one(args):
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:
         print(said["raw"] + "\n")
-    if "score" in said:
-        return print(f"score: {said['score']}")
+    if {"score", "predicted_score"} & said.keys():
+        return print(f"score: {said.get('score', said.get('predicted_score'))}")
     sure = f" ({max(said['probs']):.1%})" if "probs" in said else ""
     print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
 
@@ -678,7 +678,8 @@ def refuse_other_labels(args, classes):
     folder = Path(args.mllm)
     config = folder.parent / "config.json"  # of train.py, beside best/
     stage = json.loads(config.read_text()).get("stage") if config.exists() else None
-    other = stage == "readout" or (stage in ("assistant", "student") and classes != LABELS)
+    other = (folder / "head.json").exists() or (stage in ("assistant", "student")
+                                                and classes != LABELS)
     if other or (folder / "ubm.json").exists():
         raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
                          f"{', '.join(map(str, classes))}: choose another of the two")
@@ -830,7 +831,11 @@ def cascade_one(args, ubm):
     if not file.exists():
         raise InputError(f"{file} does not exist: run cascade with --data and --dev onto this "
                          "--out first, which fits the thresholds")
-    taus = json.loads(file.read_text())["taus"]
+    about = json.loads(file.read_text())
+    if (about["ubm"], about["mllm"]) != (args.ubm, args.model):
+        raise InputError(f"{file} holds thresholds for {about['ubm']} and {about['mllm']}: give "
+                         "these two, or fit others with --data and --dev")
+    taus = about["taus"]
     if args.image:
         load_image(args.image)
     asked = Asked(args, ubm)
@@ -843,7 +848,8 @@ def cascade_one(args, ubm):
         elif x:
             print(f"{name}: failed: {x}")
     route, answer, reason = cascade_route(*said, *taus)
-    print(f"route: {route} ({reason})\nlabel: {answer['prediction'] if answer else 'none'}")
+    said = answer.get("predicted_score", answer["prediction"]) if answer else "none"
+    print(f"route: {route} ({reason})\n{ubm.target}: {said}")
 
 
 def main(argv=None):

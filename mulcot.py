@@ -2043,7 +2043,8 @@ def new_ubm(text, classes=LABELS, images=None, members=1, weights=True):
     if tokenizer.pad_token is None or not tokenizer.is_fast:
         raise InputError(f"encoder {text!r}: its tokenizer must be a fast one with a pad token")
     for part in (*texts, *looks):
-        if getattr(part, "pooler", None) is not None:
+        pooler = getattr(part, "pooler", None)
+        if pooler is not None and list(pooler.parameters()):
             part.pooler = None  # unused here; without it no weight lacks a gradient
     return UBM([UBMMember(model, tokenizer, classes, look, processor)
                 for model, look in zip(texts, looks)], classes)
@@ -2053,13 +2054,18 @@ def reinit_layers(encoder, count):
     """Draws the top `count` layers of a text encoder anew: they are made for the task that it was
     trained on, and on few posts a random start learns better (Zhang et al. 2021,
     arXiv 2006.05987)."""
-    layers = max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-    if count > len(layers):
+    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
+    layers = max(stacks, key=len, default=())
+    if not 0 <= count <= len(layers):
         raise InputError(f"the text encoder has {len(layers)} layers, not {count} to draw anew")
+    if count and len(layers) != encoder.config.num_hidden_layers:  # ALBERT has one, used often
+        raise InputError("the text encoder shares its layers: none can be drawn anew alone; use "
+                         "--reinit-layers 0")
     for part in (m for layer in layers[len(layers) - count:] for m in layer.modules()):
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=encoder.config.initializer_range)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
 
@@ -2085,17 +2091,17 @@ def load_ubm(folder, device="cpu"):
     try:
         about = json.loads(Path(folder, "ubm.json").read_text())
         tensors = load_file(Path(folder, "ubm.safetensors"))
-        images = about["images"] and str(Path(folder, "image")) if about["images"] == "image" \
-            else about["images"]
+        images = about["images"]  # None, "small" or a folder of its own
+        images = str(Path(folder, "image")) if images == "image" else images
         model = new_ubm(str(Path(folder, "text")), about["classes"], images, about["members"],
                         weights=False)
         model.load_state_dict(tensors)
         model.temperature = float(about["temperature"])
     except FileNotFoundError:
         raise InputError(f"{folder} is no UBM folder: give the --out of train.py ubm") from None
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, InputError):
-            raise
         raise InputError(f"{folder} holds a damaged UBM: {e}") from None
     return model.to(device).eval()
 
@@ -2132,7 +2138,8 @@ def answer_verdict(answer, classes):
     uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
     parsed = parse_reasoning(answer.text)
     if tuple(classes) != LABELS:
-        said = re.findall(r"[-+]?\d+(?:\.\d+)?", parsed.fields.get("Prediction", answer.text))
+        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
+        said = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
         if len(said) != 1 or not classes[0] <= float(said[0]) <= classes[-1]:
             return f"no score in {answer.text[:80]!r}"
         return score_verdict(float(said[0]), None)

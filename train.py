@@ -13,8 +13,10 @@
 Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
 lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters, a readout's
-head with them; base: last/ is a whole model, from the random one in init/). Killed and run again
-with the same command it goes on and ends with the same result.
+head with them; base: last/ is a whole model, from the random one in init/). ubm writes config.json,
+member-K.jsonl (log) and member-K.safetensors (a killed member starts anew), then ubm.safetensors,
+ubm.json, text/ and image/; its last line begins `3 members together:`. Killed and run again with
+the same command each goes on and ends with the same result.
 """
 
 import argparse
@@ -61,14 +63,11 @@ def parse_args(argv=None):
                "`train.py STAGE --help` lists a stage's flags with the paper's values.")
     top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
     top.add_argument("--seed", type=int, default=42, help="without a stage: of all that is drawn")
-    stages = top.add_subparsers(dest="stage", metavar="{base,assistant,student,readout,"
-                                                      "ubm,ablate}")
+    stages = top.add_subparsers(dest="stage")
     abouts = {"base": "warm up a random tiny model (stands where pre-training would)",
               "assistant": "both tasks on the teacher's chains",
               "student": "both tasks on all chains, from hard and soft labels",
               "readout": "a score or label read off the last hidden state (arXiv 2606.05713)"}
-    ubm_flags(stages)
-    ablate_flags(stages)
     for stage, about in abouts.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         loop_flags(p.add_argument, stage)
@@ -83,6 +82,8 @@ def parse_args(argv=None):
             task_flags(p.add_argument)
         if stage == "student":
             student_flags(p.add_argument)
+    ubm_flags(stages)
+    ablate_flags(stages)
     args = top.parse_args(argv)
     if args.stage == "student" and not args.no_soft and not args.soft:
         top.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
@@ -155,7 +156,8 @@ def readout_flags(p):
     flag("--without", nargs="*", choices=("frames", "audio"), default=[],
          help="inputs to leave out, in training and ever after")
     flag("--compare", action="store_true", help="both readouts over all sets of inputs, in "
-         "one table; without --model on an embedded default of its own")
+         "one table; without --model on an embedded default, of which --seed, --out and "
+         "--device can be chosen")
     flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
     p.description += ("; (paper: ...) is MulCoT-RD's but for --head-lr; rank, dropout and rates "
                       "are this one's, which also has --nf4 and --scope all; the rest is ours")
@@ -210,8 +212,9 @@ def ubm_flags(stages):
     flag("--members", type=positive, default=3, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
-    flag("--lr", type=float, default=1e-4, help="of the pretrained encoders, falling to 0")
-    flag("--head-lr", type=float, default=1e-3, help="of new layers, falling to 0")
+    flag("--lr", type=float, default=1e-4, help="of the encoders, redrawn layers too, falling to 0")
+    flag("--head-lr", type=float, default=1e-3,
+         help="of the linear layer and of --image-encoder small, falling to 0")
     flag("--push", type=float, default=1.0, help="length of the adversarial steps on the word "
          "embeddings (member 0 alone): less overfitting; 0 for none and for random encoders")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
@@ -497,7 +500,12 @@ def learning_rate(args, step, total):
     return rise if step <= args.warmup * total else None
 
 
-FREE = ("out", "show", "device", "log_every", "images")  # settings that may change in a rerun
+FREE = ("out", "show", "device", "images")  # settings that may change in a rerun
+
+
+def seen_of(posts):
+    """What training or choosing reads of posts, for a digest."""
+    return [(p.id, p.text, p.aspect, p.label, p.score) for p in posts]
 
 
 def train(args):
@@ -513,12 +521,13 @@ def train(args):
     if args.stage != "base":
         dev = dev_posts(args.dev, args.images, getattr(args, "target", "label"))
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest([digest(p.id, b) for p, b in items]),
-        "dev_rows": digest([p.id for p in dev])}
+        "rows": digest([digest(*seen_of([p]), b) for p, b in items]),
+        "dev_rows": digest(seen_of(dev))}
     if rank == 0:
         check_settings(out / "config.json", settings, state_file.exists())
     print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
-    state = torch.load(state_file, weights_only=True) if state_file.exists() else None
+    state = (torch.load(state_file, weights_only=True, map_location="cpu")
+             if state_file.exists() else None)
     if state and state["finished"]:
         print(f"finished   {out} is complete; delete it to train anew\n{state['finished']}")
         return state["best"]
@@ -538,12 +547,12 @@ def train(args):
     step, best, sums = 0, [-math.inf, -math.inf, 0], {}
     if state:
         step, best, sums = state["step"], state["best"], state["sums"]
-        restore(state, trained, optimizer, plateau)
+        restore(state, trained, optimizer, plateau, args.device)
         print(f"resumed    at step {step}")
-    log = Log(out / "log.jsonl", step, sums)
+    log, on_gpu = Log(out / "log.jsonl", step, sums), str(args.device).startswith("cuda")
 
     def save(finished=None):
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        cuda = torch.cuda.get_rng_state(args.device) if on_gpu else None
         drawn = gather((torch.get_rng_state(), cuda))
         values = dict(step=step, best=best, sums=log.sums, finished=finished, drawn=drawn,
                       optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
@@ -554,7 +563,6 @@ def train(args):
     bar = tqdm(total=total, initial=step, desc=args.stage, unit="step", mininterval=1,
                disable=rank > 0)
     epoch, steps = None, []
-    on_gpu = str(args.device).startswith("cuda")
     while step < total:
         if (rate := learning_rate(args, step, total)) is not None:
             for group in optimizer.param_groups:
@@ -626,7 +634,7 @@ def save_trained(model, processor, folder):
         save_readout(model.readout, folder)
 
 
-def restore(state, trained, optimizer, plateau):
+def restore(state, trained, optimizer, plateau, device):
     """Weights, optimiser, schedule and random numbers as they were."""
     for name, p in trained.items():
         p.data.copy_(state["trained"][name])
@@ -635,8 +643,8 @@ def restore(state, trained, optimizer, plateau):
     drawn = state["drawn"]  # by each process; there may be more of them now
     rng, cuda = drawn[ranks()[0] % len(drawn)]
     torch.set_rng_state(rng)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    if cuda is not None and str(device).startswith("cuda"):
+        torch.cuda.set_rng_state(cuda, device)
 
 
 def show_examples(items, processor, count):
@@ -687,7 +695,7 @@ def compare_commands(args):
     """{(readout, inputs): [the commands that train and ask it]}, all with the same backbone, data,
     LoRA and budget; under (None, None) what the embedded default needs first."""
     out, seed, runs, quoted = args.out, args.seed[0], {}, shlex.quote(args.out)
-    data, dev, model, flags = args.data, args.dev, args.model, "batch accumulate epochs lr".split()
+    data, dev, model = args.data, args.dev, args.model
     if not model:
         data, dev, model = [f"{out}/posts.jsonl"], f"{out}/posts.jsonl", f"{out}/base/last"
         runs[None, None] = [
@@ -698,7 +706,8 @@ def compare_commands(args):
         settings = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
                     "--dropout 0.05")
     else:
-        flags += "head_lr beta2 schedule warmup clip rank alpha dropout scope max_pixels".split()
+        flags = ("batch accumulate epochs lr head_lr beta2 schedule warmup clip rank alpha dropout "
+                 "scope max_pixels").split()
         settings = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in flags)
         settings += " --nf4" * args.nf4 + " --gradient-checkpointing" * args.gradient_checkpointing
     images = f" --images {shlex.quote(args.images)}" if args.images else ""
@@ -718,14 +727,19 @@ def compare(args):
     """paper: the discriminative against the generative readout, and what each input adds; judged on
     the test split of --dev."""
     refuse_ranks("--compare")
-    table, numbers = [], {inputs: n for n, inputs in enumerate(INPUTS)}
+    if args.dev and not any(p.split == "test" and p.score is not None
+                            for p in iter_posts(args.dev, args.images, [])):
+        raise InputError(f"{args.dev} has no post of split test with a score to judge on")
+    table = []
     for (how, inputs), commands in compare_commands(args).items():
         peaks = run_commands(commands)
         if how is None:
             continue
-        rows = read_rows(f"{args.out}/{how}-{numbers[inputs]}.jsonl")
         posts = iter_posts(args.dev or f"{args.out}/posts.jsonl", args.images, [])
-        gold, said = {p.id: p.score for p in posts}, [r["score"] for r in rows]
+        gold = {p.id: p.score for p in posts if p.score is not None}
+        rows = read_rows(f"{args.out}/{how}-{list(INPUTS).index(inputs)}.jsonl")
+        rows = [r for r in rows if r["id"] in gold]
+        said = [r["score"] for r in rows]
         metrics = regression_metrics([gold[r["id"]] for r in rows], said)
         shares = {k: metrics[k] / len(said) for k in ("unparsed", "out_of_range")}
         table.append(dict(readout=how, inputs=inputs) | metrics | shares | dict(
@@ -839,7 +853,10 @@ def ubm_run(args, k, model, posts, targets, dev):
             sum_loss += loss.item()
             memory = min(args.decay, (1 + step) / (10 + step))  # short at first
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - memory)
+                for mean, now in zip(averages, weights):
+                    mean.lerp_(now, 1 - memory)
+                for old, now in zip(average.buffers(), model.buffers()):
+                    old.copy_(now)  # a convolutional encoder's running statistics
         terms, value = ubm_score(args, ubm_logits(average, dev), dev)
         log.append(dict(member=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
                         seconds=round(time.time() - began, 1)))
@@ -858,10 +875,10 @@ def ubm(args):
     args.device, (rank, world), out = join_ranks(args.device), ranks(), Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest([(p.id, p.text, p.label, p.score) for p in posts]),
-        "dev_rows": digest([p.id for p in dev])}
+        "rows": digest(seen_of(posts)), "dev_rows": digest(seen_of(dev))}
     if rank == 0:
         check_settings(out / "config.json", settings, (out / "config.json").exists())
+    wait_for_ranks()  # none begins where the first refuses
     text = tiny_encoder(args, posts) if args.text_encoder == "tiny" else args.text_encoder
     torch.manual_seed(args.seed)
     classes = SCORES if args.bins else LABELS

@@ -137,6 +137,8 @@ def test_endpoint_answers():
     assert "no label" in mulcot.answer_verdict(answer("I cannot say"), mulcot.LABELS)
     score = mulcot.answer_verdict(answer('"Prediction": "-2"'), mulcot.SCORES)
     assert score["predicted_score"] == -2 and score["prediction"] == "negative"
+    minus = mulcot.answer_verdict(answer('"Prediction": "\u22122"'), mulcot.SCORES)
+    assert minus == score
     for text in ("-7", "2 or 3", "much"):
         assert "no score" in mulcot.answer_verdict(answer(text), mulcot.SCORES)
 
@@ -203,6 +205,8 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
                           "such a day", "--aspect", "Rex"]) == 0
     printed = capsys.readouterr().out
     assert "small model: " in printed and "route: " in printed and "label: " in printed
+    assert generate.main(["cascade", "--ubm", str(ubm), "--mllm", str(toy / "assistant"), "--out",
+                          str(out), "--text", "such a day"]) == 2  # thresholds of another model
 
 
 def test_killed_and_rerun(toy, ubm, tmp_path):

@@ -110,7 +110,8 @@ def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path, monkeypatch)
 
 
 def test_two_processes_share_the_members(toy, tmp_path):
-    """Each trains one of two; together they are what one process trains."""
+    """The first trains member 0, the second members 1 and 2; together they are what one process
+    trains."""
     data = str(toy / "posts.jsonl")
     ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--epochs", "1",
            "--batch", "4", "--device", "cpu", "--out"]
@@ -118,7 +119,7 @@ def test_two_processes_share_the_members(toy, tmp_path):
     torch.set_num_threads(1)  # as torchrun sets it
     assert train.main([*ubm, str(tmp_path / "one")]) == 0
     torch.set_num_threads(threads)
-    assert "2 members together" in finished(torchrun("train.py", [*ubm, str(tmp_path / "two")]))
+    assert "3 members together" in finished(torchrun("train.py", [*ubm, str(tmp_path / "two")]))
     one, two = (mulcot.load_ubm(tmp_path / name) for name in ("one", "two"))
     assert one.temperature == two.temperature
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))

@@ -18,7 +18,7 @@ def commands():
     docs = [module.__doc__ for module in SCRIPTS.values()]
     text = re.sub(r"\\\n\s*", " ", "\n".join(blocks + docs))
     for line in text.splitlines():
-        found = re.search(r"python (train|generate|eval)\.py(?=\s|$)(.*)", line)
+        found = re.search(r"(?:python|\bnode \d) (train|generate|eval)\.py(?=\s|$)(.*)", line)
         if found:
             yield f"{found[1]}.py", re.split(r"\s{6,}", found[2])[0]
 

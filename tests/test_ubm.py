@@ -6,6 +6,10 @@ import math
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    AlbertConfig, AlbertModel, ModernBertConfig, ModernBertModel, ResNetConfig, ResNetModel,
+    ViTConfig, ViTModel)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import eval as judge
 import generate
@@ -99,17 +103,23 @@ def test_members_answer_together(encoder, posts):
 # ---- files
 
 
-@pytest.mark.parametrize("images", [None, "small", "vit"])
-def test_saved_and_loaded(encoder, posts, images, tmp_path):
-    """The folder holds all it needs; the loaded model says the same."""
-    if images == "vit":
-        from transformers import ViTConfig, ViTModel
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+@pytest.fixture
+def looks(tmp_path):
+    """Folders of a tiny ViT and a tiny ResNet with their image processor."""
+    models = dict(vit=ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32,
+                                         num_attention_heads=2, image_size=32)),
+                  resnet=ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16],
+                                                  depths=[1, 1], layer_type="basic")))
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in models}
 
-        ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                           intermediate_size=32, image_size=32)).save_pretrained(tmp_path / "vit")
-        ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(tmp_path / "vit")
-        images = str(tmp_path / "vit")
+
+@pytest.mark.parametrize("images", [None, "small", "vit", "resnet"])
+def test_saved_and_loaded(encoder, posts, images, looks, tmp_path):
+    """The folder holds all it needs; the loaded model says the same."""
+    images = looks.get(images, images)
     model = mulcot.new_ubm(encoder, mulcot.SCORES, images, members=2)
     model.temperature = 1.7
     mulcot.save_ubm(model, tmp_path / "ubm")
@@ -132,8 +142,18 @@ def test_top_layers_drawn_anew(encoder):
     top = text.encoder.layer[1]
     assert top.intermediate.dense.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not top.intermediate.dense.bias.any() and (top.output.LayerNorm.weight == 1).all()
-    with pytest.raises(mulcot.InputError, match="has 2 layers, not 3"):
-        mulcot.reinit_layers(text, 3)
+    for count in (3, -1):
+        with pytest.raises(mulcot.InputError, match=f"has 2 layers, not {count} to draw"):
+            mulcot.reinit_layers(text, count)
+    shared = AlbertModel(AlbertConfig(vocab_size=20, hidden_size=8, num_attention_heads=1,
+                                      intermediate_size=8, num_hidden_layers=3))
+    with pytest.raises(mulcot.InputError, match="shares its layers"):
+        mulcot.reinit_layers(shared, 1)
+    bare = ModernBertModel(ModernBertConfig(vocab_size=20, hidden_size=8, num_attention_heads=1,
+                                            intermediate_size=8, num_hidden_layers=2,
+                                            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                            cls_token_id=1, sep_token_id=2))
+    mulcot.reinit_layers(bare, 1)  # its linears have no biases
 
 
 def test_bad_folders(encoder, tmp_path):
@@ -235,6 +255,13 @@ def test_adversarial_steps(toy, tmp_path, monkeypatch):
         assert torch.allclose(moved - plain, 0.5 * gradient / gradient.norm(), atol=1e-5)
 
 
+def test_running_statistics_are_kept(toy, looks, tmp_path):
+    """BatchNorm's means are no parameters: the kept average has those that training left."""
+    assert train.main(command(toy, tmp_path / "ubm", "--image-encoder", looks["resnet"])) == 0
+    kept = mulcot.load_ubm(tmp_path / "ubm").members[0].images.embedder.embedder.normalization
+    assert kept.num_batches_tracked > 0 and kept.running_mean.any()
+
+
 def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
     """The drawn world's words and pictures are learnt; predict writes rows that eval.py reads."""
     data = tmp_path / "toy"
@@ -272,3 +299,8 @@ def test_bins_learn_scores(toy, tmp_path, capsys):
     assert train.main(argv) == 0
     assert mulcot.load_ubm(tmp_path / "bins").classes == mulcot.SCORES
     assert "dev_mae" in capsys.readouterr().out
+    assert generate.main(["predict", "--model", str(tmp_path / "bins"), "--text", "so dull"]) == 0
+    assert -3 <= float(capsys.readouterr().out.split("score: ")[1]) <= 3
+    rows[0]["score"] = -rows[0]["score"]  # a corrected label is other data
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert train.main(argv) == 2
