@@ -42,7 +42,8 @@ def parse_args(argv=None):
     flag("predictions", nargs="+", metavar="[NAME=]FILE",
          help="rows of generate.py predict; the report shows the first; NAME may be GROUP/NAME; "
               "files of one NAME are its seeds, shown as mean ± deviation")
-    flag("--gold", required=True, help="labelled posts: .jsonl, .json, .tsv or an MVSA folder")
+    flag("--gold", required=True, help="labelled posts: .jsonl, .json, .tsv, .csv or an MVSA "
+                                      "folder")
     flag("--images", help="images folder (default: images/ beside the posts, else their folder)")
     flag("--references", nargs="*", default=[], metavar="ROWS",
          help="rows with cot to compare chains with, beside the cot of the gold posts")
@@ -152,13 +153,15 @@ def p_value(ours, theirs):
 
 def group_seeds(runs):
     """[(metrics, resamples), …] of one setting's runs -> one such pair. Numbers become means,
-    `deviation` holds their sample deviations, `seeds` the runs' own metrics, the rest is the first
-    run's. A resample draws posts, and which of the runs counts."""
+    `deviation` holds their sample deviations, `seeds` the runs' own metrics; a number that a run
+    lacks is left out, the rest is the first run's. A resample draws posts, and as many runs, with
+    replacement."""
     (first, drawn), everyone = runs[0], [metrics for metrics, _ in runs]
     if len(runs) == 1:
         return runs[0]
     numbers = {k: [m.get(k) for m in everyone] for k in first}
     numbers = {k: v for k, v in numbers.items() if all(isinstance(x, (int, float)) for x in v)}
+    first = {k: v for k, v in first.items() if k in numbers or not isinstance(v, (int, float))}
     pick = np.random.default_rng(0).integers(len(runs), size=(len(runs), RESAMPLES))
     drawn = {k: np.array([d[k] for _, d in runs])[pick, np.arange(RESAMPLES)].mean(0)
              for k in drawn if all(k in d for _, d in runs)}
@@ -575,10 +578,14 @@ def prediction_rows(path):
     for n, row in enumerate(read_rows(path), 1):
         if not isinstance(row, dict) or "id" not in row or not row.keys() & {"prediction", "score"}:
             raise InputError(f"{path}:{n}: a prediction row needs id and prediction (or score)")
+        if str(row["id"]) in rows:
+            raise InputError(f"{path}:{n}: duplicate id {row['id']!r}: one row a post")
         row["score"] = row.get("predicted_score", row.get("score"))
         if not (row["score"] is None or number(row["score"])):
             raise InputError(f"{path}:{n}: score {row['score']!r} is no number")
-        if "prediction" not in row:
+        if "prediction" not in row:  # of a readout, whose raw text is a number and no chain
+            row.pop("raw", None)
+        if "prediction" not in row or "predicted_score" in row:  # a score's side, as for gold
             row["prediction"] = None if row["score"] is None else side(row["score"])
         if row["prediction"] not in (*LABELS, None):
             raise InputError(f"{path}:{n}: prediction {row['prediction']!r} is none of "
@@ -617,6 +624,10 @@ def run_metrics(path, gold, references, stages={}, wordnet=None, embed=None):
         metrics |= {name: sum(each.values()) / len(each) for name, each in values.items()}
     sure = [p for p in wanted if own[p.id].get("probs")]
     if sure:
+        metrics["with_probs"] = len(sure)
+        if len(sure) < len(wanted):
+            print(f"warning: {path}: {len(sure)} of {len(wanted)} posts have probs: ECE and AURC "
+                  "are of these alone")
         metrics |= calibration_metrics([p.label for p in sure], [own[p.id]["probs"] for p in sure])
     scored = [p for p in wanted if p.score is not None]
     if any(own[p.id].get("score") is not None for p in scored):
@@ -718,7 +729,8 @@ def compare(runs, drawn):
         if len(order) > 1:
             best, after = order[:2]
             out[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
-                            p=p_value(drawn[best][key], drawn[after][key]))
+                            p=max(p_value(drawn[best][key], drawn[after][key]),
+                                  0.5 ** (runs[best]["n"] - 1)))  # what so few posts can show
     return out
 
 
@@ -797,7 +809,8 @@ def evaluate(args):
         raise InputError(f"--baseline {args.baseline!r} must be one of the runs, "
                          f"{', '.join(runs)}, and all must cover the same posts")
     for name in runs.keys() - {args.baseline} if args.baseline else ():
-        runs[name]["p"] = p_value(drawn[name]["accuracy"], drawn[args.baseline]["accuracy"])
+        p = p_value(drawn[name]["accuracy"], drawn[args.baseline]["accuracy"])
+        runs[name]["p"] = max(p, 0.5 ** (runs[name]["n"] - 1))
     runs = {"majority": majority_metrics([p.label for p in shown[2]])} | runs
     teacher = teacher_metrics(args.chains) if args.chains else None
     used = {k: v for k, v in signatures(args.wordnet, args.embedder).items()
@@ -1036,15 +1049,18 @@ def training_logs(specs):
     """{run: rows} of [NAME=]FILE specs, checked. A row that names its `run` belongs to that one."""
     logs = {}
     for spec in specs:
-        name, path = name_and_path(spec)
+        (name, path), earlier = name_and_path(spec), set(logs)
         if not os.path.exists(path):
             raise InputError(f"{path} does not exist: give log.jsonl files of train.py")
         for n, row in enumerate(read_rows(path), 1):
             step = row.get("step") if isinstance(row, dict) else None
             if not isinstance(step, int) or step < 0:
                 raise InputError(f"{path}:{n}: a log row needs a step, 0 or above")
-            run = row.get("run", name or Path(path).absolute().parent.name)
-            logs.setdefault(str(run), []).append(row)
+            run = str(row.get("run", name or Path(path).absolute().parent.name))
+            if run in earlier:
+                raise InputError(f"{path}: run {run!r} has a log already: name the files apart, "
+                                 "NAME=FILE")
+            logs.setdefault(run, []).append(row)
     return logs
 
 
@@ -1063,7 +1079,7 @@ def training_plots(logs):
 def trust_plots(runs):
     """Reliability and risk by coverage of the first eight runs that hold probabilities."""
     bins, curves = {}, {}
-    for name, m in [item for item in runs.items() if item[1].get("reliability")][:8]:
+    for name, m in [item for item in runs.items() if item[1].get("ece") is not None][:8]:
         total, curve = sum(n for *_, n in m["reliability"]), m["risk_coverage"]
         bins[f"{name} (ECE {m['ece']:.3f})"] = [(c, a, n / total) for c, a, n in m["reliability"]]
         thin = curve[:: len(curve) // 50 + 1] + curve[-1:]

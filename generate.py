@@ -9,8 +9,8 @@
         --dev dev.tsv --images img --out cascade.jsonl
 
 Last line: `wrote 300 rows to said.jsonl (0 set aside)`. Reads posts (.jsonl, the authors' .json,
-TomBERT .tsv, MVSA folder). Appends rows to --out, bad ones to NAME.rejects.jsonl. Killed and
-run again with the same command it skips what is done and ends with the same rows.
+TomBERT .tsv, MMSA's .csv, MVSA folder). Appends rows to --out, bad ones to NAME.rejects.jsonl.
+Killed and run again with the same command it skips what is done and ends with the same rows.
 """
 
 import argparse
@@ -29,16 +29,17 @@ import torch
 from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, Help, InputError, Post, Refused, Request, RowWriter, Shelf,
+    LABELS, Answer, Endpoint, Help, InputError, NF4Linear, Post, Refused, Request, RowWriter, Shelf,
     SoftLabels, ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds,
     build_messages, cascade_route, check_answer, check_settings, collate, dev_posts, digest, encode,
     fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
     label_example, label_row, load_image, load_model, load_ubm, mark_aspect, new_cache,
-    parse_reasoning, positive, post_prompt, ranks, read_out, read_posts, read_rows,
-    reference_prompt, refuse_ranks, regression_metrics, render_reasoning, run_stage, score_labels,
-    shared_rows, stages_asked, task_format, tell_aside, threshold_grid, tokenizer_hash, top_k_soft,
-    toy_clip_warmup, toy_clips, toy_posts, toy_warmup, training_branches, two_stage_cot, verdict,
-    wait_for_ranks, write_atomic, write_branch, write_json)
+    not_negative, of_split, parse_reasoning, positive, post_prompt, ranks, read_out, read_posts,
+    read_rows, reference_prompt, refuse_ranks, regression_metrics, render_reasoning, run_stage,
+    score_labels, shared_rows, shares_of, stages_asked, task_format, tell_aside, threshold_grid,
+    tokenizer_hash, top_k_soft, toy_clip_warmup, toy_clips, toy_posts, toy_warmup,
+    training_branches, two_stage_cot, verdict, wait_for_ranks, write_atomic, write_branch,
+    write_json)
 
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -66,7 +67,7 @@ def parse_args(argv=None):
         flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
         if model:
             flag("--data", nargs="+", metavar="POSTS", required=not single,
-                 help="posts: .jsonl, .json, .tsv or an MVSA folder")
+                 help="posts: .jsonl, .json, .tsv, .csv or an MVSA folder")
             flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
             flag("--model", required=name != "cascade",
                  help="the MLLM's name at --endpoint" if name == "cascade" else "hub name, model "
@@ -76,7 +77,7 @@ def parse_args(argv=None):
             flag("--nf4", action=YES_NO,
                  help="quantise the base to 4 bits (default: as its adapter was trained)")
             flag("--batch", type=positive, default=64, help="posts at once (authors: 24)")
-            flag("--max-pixels", type=int, default=0,
+            flag("--max-pixels", type=not_negative, default=0,
                  help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
         return flag
 
@@ -95,8 +96,8 @@ def parse_args(argv=None):
 
     flag = stage("soft", "the assistant's distributions at the supervised positions")
     flag("--temperature", type=above_zero, default=2.0, help="τ (paper: 2)")
-    flag("--top-k", type=int, default=0, help="keep only so many likeliest tokens and one bin for "
-         "the rest; 0: exact, by hidden states and output matrix")
+    flag("--top-k", type=not_negative, default=0, help="keep only so many likeliest tokens and one "
+         "bin for the rest; 0: exact, by hidden states and output matrix")
     flag("--kl-positions", choices=("response", "all"), default="response",
          help="all: prompt and image positions too, near to what the authors' script does")
     flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
@@ -113,8 +114,10 @@ def teacher_flags(flag):
     endpoint_flags(flag)
     flag("--split", default="train", help="only posts of this split, where posts have one, or all")
     flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
-    flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after so many, 0: never")
-    flag("--max-posts", type=int, default=0, help="--endpoint: stop after so many posts, 0: never")
+    flag("--budget-tokens", type=not_negative, default=0,
+         help="--endpoint: stop after so many, 0: never")
+    flag("--max-posts", type=not_negative, default=0,
+         help="--endpoint: stop after so many posts, 0: never")
     flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
     flag("--max-tries", type=positive, default=3, help="answers asked for in each stage (ARC)")
     flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
@@ -154,6 +157,8 @@ def check_args(top, args):
     """What argparse cannot say."""
     if args.stage == "toy" and args.clips and args.noise:
         top.error("--noise is of labels; --clips have scores")
+    if args.stage == "augment" and not args.temperature >= 0:
+        top.error("--temperature must be at least 0")
     if args.stage in ("predict", "cascade"):
         if not (args.text or (args.data and args.out)):
             top.error(f"{args.stage} needs --data and --out, or one post in --text (and --image, "
@@ -190,21 +195,24 @@ def one_post_flags(flag):
 
 def posts_of(args, keep=lambda post: True):
     """Posts of --data and --split; unreadable rows go to NAME.rejects.jsonl, once."""
-    rejects, posts = [], []
+    rejects, everyone, posts, split = [], [], [], args.split
     for path in args.data:
         if os.path.realpath(path) == os.path.realpath(args.out):
             raise InputError(f"--out {args.out} is one of the --data files: choose another")
-        posts += read_posts(path, args.images, rejects)
-    twice = [i for i, n in Counter(p.id for p in posts).items() if n > 1]
+        found = read_posts(path, args.images, rejects)
+        everyone += found
+        posts += found if split == "all" else of_split(found, split)
+    twice = [i for i, n in Counter(p.id for p in everyone).items() if n > 1]
     if twice:
         raise InputError(f"id {twice[0]!r} occurs in two --data files: ids name posts later on")
-    split, splits = args.split, {p.split for p in posts if p.split}
-    if split != "all" and splits:
-        posts = [p for p in posts if p.split == split]
+    splits = {p.split for p in everyone if p.split}
     if ranks()[0] == 0:
-        check_settings(beside(args.out, "settings.json"), settings_of(args),
-                       os.path.exists(args.out))
-        with RowWriter(beside(args.out, "rejects.jsonl"), "where") as aside:
+        begun, refused = os.path.exists(args.out), beside(args.out, "rejects.jsonl")
+        check_settings(beside(args.out, "settings.json"), settings_of(args), begun)
+        if not begun:  # --out was deleted: nothing that an earlier run left counts as done
+            for left in (refused, *shares_of(refused), *shares_of(args.out)):
+                Path(left).unlink(missing_ok=True)
+        with RowWriter(refused, "where") as aside:
             for where, why in rejects:
                 if where not in aside.done:
                     aside.write(dict(where=where, problem=why))
@@ -214,6 +222,12 @@ def posts_of(args, keep=lambda post: True):
         raise InputError(f"{', '.join(args.data)}: no post of split {split!r} that the "
                          f"{args.stage} stage can use (splits there: {sorted(splits) or 'none'})")
     return posts
+
+
+def files_of(post):
+    """Names the content of a post's pictures and sound."""
+    sound = [post.audio] if post.audio else []
+    return digest(*(Path(file).read_bytes() for file in post.pictures + sound))
 
 
 # settings that a rerun onto an --out must share
@@ -381,7 +395,7 @@ class PaidCalls:
 
     def __call__(self, request):
         text = request.messages[-1]["content"][-1]["text"]
-        call = digest(self.endpoint.model, request.post.id, text, request.post.image,
+        call = digest(self.endpoint.model, request.post.id, text, files_of(request.post),
                       request.temperature, request.max_tokens, request.logprobs)
         if call in self.known:
             return self.known.pop(call)
@@ -527,10 +541,11 @@ def soft(args):
         batch, entries = collate(examples, processor.pad).to(args.device), {}
         hidden = forward_branches(model, batch)
         at = (batch.branch >= 0) if everywhere else (batch.targets != -100)
-        parts = (hidden[at],)
-        if args.top_k:
-            logits = model.lm_head(hidden[at])[:, :vocab]  # (N, V)
-            parts = top_k_soft(logits, args.top_k, args.temperature)
+        parts = [hidden[at]]
+        if args.top_k:  # in chunks: all logits (N, V) at once would be gigabytes
+            each = [top_k_soft(model.lm_head(h)[:, :vocab], args.top_k, args.temperature)
+                    for h in hidden[at].split(512)]
+            parts = map(torch.cat, zip(*each))
         parts = [x.cpu() for x in parts]
         row, branch = at.nonzero()[:, 0].cpu(), batch.branch[at].cpu()
         for b, each in enumerate(names):
@@ -578,10 +593,10 @@ def load_either(args):
 def controlled(posts, args):
     """Two controls that each break one modality: images dealt out anew, words taken away."""
     if args.shuffle_images:
-        images = [p.image for p in posts]
-        random.Random(args.seed).shuffle(images)
-        for post, image in zip(posts, images):
-            post.image = image
+        pictures = [(p.image, p.frames) for p in posts]
+        random.Random(args.seed).shuffle(pictures)
+        for post, (image, frames) in zip(posts, pictures):
+            post.image, post.frames = image, frames
     if args.blank_text:
         for post in posts:
             post.text = ""
@@ -704,13 +719,16 @@ class Asked:
             for i, (post, x) in enumerate(zip(posts, said)):
                 if cascade_route(*x, tau1, tau2)[0] == wanted:
                     prompt = post_prompt(post) if stage == 1 else reference_prompt(post, *x[:2])
-                    key = digest(self.about, post.id, post.image, prompt)
+                    key = digest(self.about, post.id, files_of(post), prompt)
                     todo[i] = key, post, prompt
             new = [it for it in todo.values() if it[0] not in self.known]
             answers = self.by_endpoint(new) if self.args.endpoint else self.by_model(new)
             for key, answer in tqdm(answers, ("mllm", "mllm again")[stage - 1], len(new)):
                 self.known[key] = answer
                 self.file.write(dict(key=key, said=answer))
+            lost = sum(key not in self.known for key, _, _ in todo.values())
+            if lost:
+                print(f"unanswered {lost} of {len(todo)} posts: run again before you use this")
             for i, (key, _, _) in todo.items():
                 said[i][stage] = self.known.get(key, "the server did not answer")
         return said
@@ -768,7 +786,8 @@ class Asked:
 
 def spent(model, tokens, seconds):
     """What a pass cost; FLOPs: 2 x parameters x tokens."""
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters()) + sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(2e-9 * size * tokens, 4))
 
 

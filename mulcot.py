@@ -52,6 +52,7 @@ import base64
 import contextlib
 import csv
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -99,6 +100,7 @@ SCORE_RANGE = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
 MAX_FRAMES = 16  # paper: arXiv 2606.05713
 AUDIO_RATE, MAX_SECONDS = 16_000, 300  # what Qwen2.5-Omni's feature extractor takes
 MAX_IMAGE_PIXELS = 50_000_000  # choice: a decompression bomb is an error, not an out-of-memory kill
+MAX_TEXT = 10_000  # choice: characters; the mask of a batch grows with the square of its longest
 
 
 @dataclass
@@ -167,7 +169,11 @@ def load_image(path, check=False):
                                  "processors refuse shapes beyond 200 : 1, crop it")
             if check:
                 image.draft("RGB", (image.width // 8 + 1, image.height // 8 + 1))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # on white, as the model's own processor has it
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing: check --images") from None
     except InputError:
@@ -186,7 +192,7 @@ def load_audio(path, check=False):
             data = file.readframes(count)
     except FileNotFoundError:
         raise InputError(f"audio {path} is missing: check --images") from None
-    except (wave.Error, EOFError) as e:
+    except (wave.Error, EOFError, OSError, RuntimeError) as e:  # a chunk that points nowhere
         raise InputError(f"audio {path} is no PCM WAV ({str(e) or 'cut off'}): {fix}") from None
     if width != 2 or rate < 4000 or rate % 25:
         raise InputError(f"audio {path} has {8 * width} bits at {rate} Hz: {fix}")
@@ -223,8 +229,9 @@ def read_posts(path, images=None, rejects=None, may_be_empty=False):
 def iter_posts(path, images=None, rejects=None, may_be_empty=False):
     """Posts, one by one, from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`,
     MMSA's `label.csv`, or an MVSA folder as downloaded. `images`: the folder of images, frames and
-    audio (default: `images/` beside the file, else the file's own folder). Bad rows are appended
-    to `rejects` as (where, reason); with rejects=None the first raises InputError."""
+    audio (default: of a .csv its own folder, of MVSA its `data/`, else `images/` beside the file or
+    the file's own folder). Bad rows are appended to `rejects` as (where, reason); with rejects=None
+    the first raises InputError."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a .jsonl, .json, .tsv or .csv file or an "
@@ -270,7 +277,7 @@ def iter_posts(path, images=None, rejects=None, may_be_empty=False):
 
 def of_split(posts, split):
     """The posts of a split, or all where the rows have none."""
-    return [p for p in posts if p.split == split] or [p for p in posts if p.split is None]
+    return [p for p in posts if p.split == split] if any(p.split for p in posts) else posts
 
 
 def tell_aside(aside, what):
@@ -309,6 +316,8 @@ def _to_post(row, images):
     text, aspect, label = row.pop("text", None), row.pop("aspect", None), row.pop("label", None)
     if not isinstance(text, str) or not text.strip():
         raise InputError("empty text: every post needs words")
+    if len(text) + len(aspect or "") > MAX_TEXT:
+        raise InputError(f"text of {len(text):,} characters, the cap is {MAX_TEXT:,}: shorten it")
     aspect = aspect.strip() or None if aspect else None
     if label is not None:
         label = str(label).strip().lower()
@@ -346,7 +355,9 @@ def _frames(value, images):
         folder = safe_path(value, images)
         if not os.path.isdir(folder):
             raise InputError(f"frames {value!r} is no folder in {images}")
-        names = [f"{value}/{name}" for name in sorted(os.listdir(folder))
+        order = lambda name: [(int(x), "") if x.isdecimal() else (-1, x)
+                              for x in re.split(r"(\d+)", name)]  # 2.jpg before 10.jpg
+        names = [f"{value}/{name}" for name in sorted(os.listdir(folder), key=order)
                  if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"))]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"frames must be a folder or a list of image names, got {value!r}")
@@ -470,7 +481,7 @@ def _mvsa_rows(folder):
         if (label := mvsa_label(pairs)) is None:
             raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
         try:
-            text = (folder / "data" / f"{name}.txt").read_bytes().decode().strip()
+            text = (folder / "data" / f"{name}.txt").read_bytes().decode("utf-8-sig").strip()
         except FileNotFoundError:
             raise InputError(f"data/{name}.txt is missing") from None
         except UnicodeDecodeError:
@@ -585,6 +596,7 @@ def parse_reasoning(text):
     """Any text a model wrote -> Reasoning. Reads quoted paragraphs, Markdown headings, (fenced)
     JSON and plain `Field: …`. The last Prediction wins; one that names several labels names none.
     Never raises."""
+    text = text.replace("\r\n", "\n")
     opens = list(_HEADING.finditer(text))
     ends = [m.start() for m in opens[1:]] + [len(text)]
     fields = {}
@@ -656,7 +668,7 @@ def parse_score(text):
 
 # ================================================================================================
 # §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
-#    parsedate_to_datetime, Path, requests, Image, InputError, §1, §2]
+#    parsedate_to_datetime, Path, requests, InputError, §1, §2]
 # ================================================================================================
 
 
@@ -771,7 +783,7 @@ class Endpoint:
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
         jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
-        401, 403, 404 InputError, the rest Refused; after the last retry Unreachable."""
+        401, 402, 404 InputError, the rest Refused; after the last retry Unreachable."""
         messages = [dict(m, content=[_wire(p) for p in m["content"]]) for m in request.messages]
         body = dict(model=self.model, messages=messages, temperature=request.temperature,
                     max_tokens=request.max_tokens)
@@ -812,7 +824,7 @@ class Endpoint:
                 raise InputError(f"{self.url} asks to wait {after:.0f} s: run again later")
             self._open_at = max(self._open_at, time.monotonic() + after)
             raise Unreachable(problem)
-        final = reply.status_code in (401, 403, 404) or reply.status_code < 400
+        final = reply.status_code in (401, 402, 404) or reply.status_code < 400
         raise (InputError if final else Refused)(f"{self.url} refused: {problem}")
 
     def pause(self, seconds):
@@ -846,8 +858,9 @@ def _read_reply(reply):
     told = (choice.get("logprobs") or {}).get("content")
     told = told and [(t["token"], {x["token"]: float(x["logprob"]) for x in t["top_logprobs"]})
                      for t in told if t.get("top_logprobs")]
-    return Answer(content, choice.get("finish_reason") or "stop", usage.get("prompt_tokens") or 0,
-                  usage.get("completion_tokens") or 0, told)
+    return Answer(content, choice.get("finish_reason") or "stop",
+                  int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0),
+                  told)
 
 
 def _wire(part):
@@ -861,19 +874,13 @@ def _wire(part):
 
 
 def data_url(path, max_side=1120):
-    """The image as a data URL: upright, its longer side at most max_side, without metadata (GPS!).
-    A JPEG or PNG that is all that already goes as it is, anything else is written anew as JPEG."""
-    image, harmless = load_image(path), {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi"}
-    with Image.open(path) as file:
-        kind, clean = file.format, set(file.info) <= harmless and not file.getexif()
-    if kind in ("JPEG", "PNG") and clean and max(image.size) <= max_side:
-        data = Path(path).read_bytes()
-    else:
-        image.thumbnail((max_side, max_side))
-        buffer, kind = io.BytesIO(), "JPEG"
-        image.save(buffer, kind, quality=92)
-        data = buffer.getvalue()
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    """The image as a data URL, written anew as JPEG: upright, its longer side at most max_side,
+    without metadata (GPS!), wherever the file hid it."""
+    image, buffer = load_image(path), io.BytesIO()
+    image.info = {}  # trap: Pillow writes a comment found there
+    image.thumbnail((max_side, max_side))
+    image.save(buffer, "JPEG", quality=92)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ================================================================================================
@@ -910,7 +917,7 @@ class Processor:
         self._files, self._room = OrderedDict(), cache_mb * 2**20
 
     def text_ids(self, text):
-        """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a control
+        """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a special
         token."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
@@ -1378,8 +1385,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this torch sees no GPU; use cpu")
+    check_device(device)
     base, processor = base_of(name), load_processor(name, max_pixels)
     dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     try:
@@ -2264,8 +2270,9 @@ def fit_temperature(logits, targets):
 
 
 # ================================================================================================
-# §9 Files and command lines [needs: argparse, contextlib, errno, hashlib, json, os, pickle, sys,
-#    tempfile, array, timedelta, Path, torch, safe_open, load_file, save_file, InputError]
+# §9 Files and command lines [needs: argparse, contextlib, errno, glob, hashlib, json, os, pickle,
+#    re, sys, tempfile, array, timedelta, Path, torch, SafetensorError, safe_open, load_file,
+#    save_file, InputError]
 # ================================================================================================
 
 
@@ -2275,7 +2282,12 @@ def write_atomic(path, write):
     path = str(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
-    write(part)
+    try:
+        write(part)
+    except (RuntimeError, SafetensorError) as e:  # how torch and safetensors say "disk full"
+        if not re.search("No space left|File too large|PytorchStreamWriter|unexpected pos", str(e)):
+            raise
+        raise OSError(errno.ENOSPC, str(e).splitlines()[0]) from None
     with open(part, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
@@ -2373,7 +2385,7 @@ def shared_rows(path, key="id"):
     done = {row.get(key) for row in read_rows(path)} if ranks()[0] else set()
     wait_for_ranks()
     rank = ranks()[0]
-    with RowWriter(beside(path, f"rank{rank}.jsonl") if rank else path, key) as writer:
+    with RowWriter(beside(path, f"of-process-{rank}.jsonl") if rank else path, key) as writer:
         writer.done |= done
         yield writer
     wait_for_ranks()
@@ -2384,12 +2396,17 @@ def shared_rows(path, key="id"):
 
 def _gather_rows(path, key):
     with RowWriter(path, key) as rows:
-        for part in sorted(Path(path).parent.glob(Path(beside(path, "rank*.jsonl")).name)):
+        for part in shares_of(path):
             RowWriter(part, key).file.close()  # cuts off a torn last line
             for row in read_rows(part):
                 if row.get(key) not in rows.done:
                     rows.write(row)
-            part.unlink()
+            os.unlink(part)
+
+
+def shares_of(path):
+    """The files that torchrun's other processes left beside a row file."""
+    return sorted(glob.glob(glob.escape(beside(path, "of-process-")) + "[0-9]*.jsonl"))
 
 
 def ranks():
@@ -2480,12 +2497,16 @@ def check_settings(file, settings, begun):
     """Writes what a stage was started with; a rerun onto what others began is refused, since rows
     and weights of two settings would mix. `begun`: whether there is something to go on with."""
     settings = json.loads(json.dumps(settings))
-    if begun and os.path.exists(file):
-        was = json.loads(Path(file).read_text())
+    if begun and not os.path.exists(file):
+        raise InputError(f"{file} is missing, so that nobody knows what this --out was begun with, "
+                         "or whether it is ours: choose another --out")
+    if begun:
+        was = json.loads(Path(file).read_text(encoding="utf-8"))
         for k in settings:
             if was.get(k) != settings[k]:
-                raise InputError(f"{file}: this --out was begun with {k} = {was.get(k)!r}, not "
-                                 f"{settings[k]!r}: delete it or choose another --out")
+                raise InputError(f"this --out was begun with {k} = {was.get(k)!r}, not "
+                                 f"{settings[k]!r} ({file}): delete the --out itself or choose "
+                                 "another")
     write_json(file, settings)
 
 
@@ -2588,10 +2609,28 @@ def positive(text):
     return int(text)
 
 
+def not_negative(text):
+    """An argparse type: a whole number of at least 0."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def check_device(device):
+    """Raises InputError where this torch cannot use the device."""
+    if str(device).startswith("cuda") and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # the one that join_ranks will choose
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {device}: {str(e).splitlines()[0]}; use cpu") from None
+
+
 def run_stage(stage, args):
     """Runs stage(args) and returns the exit code: a user's mistake or a full disk is one line and
     2, Ctrl-C says how to go on and is 130."""
     try:
+        check_device(getattr(args, "device", "cpu"))
         stage(args)
         return 0
     except InputError as e:

@@ -45,11 +45,11 @@ from mulcot import (
     SoftLabels, accuracy_f1, add_lora, build_messages, check_settings, chunked_ce_kl, class_targets,
     collate, dev_posts, digest, encode, fit_temperature, forward_branches, gather, iter_posts,
     join_ranks, label_example, load_model, load_processor, mark_aspect, multitask_loss, new_ubm,
-    positive, ranks, read_out, read_posts, read_rows, readout_branches, readout_loss, refuse_ranks,
-    regression_metrics, reinit_layers, render_label, render_score, run_stage, save_adapter,
-    save_readout, save_ubm, score_labels, show_tokens, sum_gradients, task_format, tell_aside,
-    tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks, without,
-    write_atomic, write_json)
+    not_negative, positive, ranks, read_out, read_posts, read_rows, readout_branches, readout_loss,
+    refuse_ranks, regression_metrics, reinit_layers, render_label, render_score, run_stage,
+    save_adapter, save_readout, save_ubm, score_labels, show_tokens, sum_gradients, task_format,
+    tell_aside, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks,
+    without, write_atomic, write_json)
 
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -141,7 +141,7 @@ def lora_flags(flag, stage):
          help="on LoRA's inputs (paper: 0.2 assistant, 0.05 student)")
     flag("--scope", choices=("language", "all"), default="language",
          help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
-    flag("--max-pixels", type=int, default=0,
+    flag("--max-pixels", type=not_negative, default=0,
          help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
     flag("--ties", choices=("macro", "weighted"), default="macro",
          help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import sacrebleu
 import sklearn.metrics as sk
@@ -318,6 +319,8 @@ BAD = {
     "a list": (b"[1]", "s.jsonl:1"), "not JSON": (b'{"id": "p0", ', "s.jsonl:1"),
     "not UTF-8": (b'{"id": "p0", "prediction": null, "raw": "\xff"}', "s.jsonl"),
     "empty": (b"", "s.jsonl"),
+    "one id twice": (b'{"id": "p0", "prediction": null}\n{"id": "p0", "prediction": null}',
+                     "s.jsonl:2: duplicate id 'p0'"),
     "probs as words": (b'{"id": "p0", "prediction": null, "probs": ["a", "b", "c"]}', "s.jsonl:1"),
     "probs as number": (b'{"id": "p0", "prediction": null, "probs": 7}', "s.jsonl:1"),
 }
@@ -368,6 +371,36 @@ def test_scores_alone(tmp_path):
     assert metrics["s"]["accuracy"] == 0.5 and metrics["s"]["unparsed"] == 1
     rows = [dict(id="p0", prediction="positive", predicted_score=2.0, score=9.0)]
     assert evaluate(gold, write(tmp_path / "u.jsonl", rows))[1]["u"]["mae"] == pytest.approx(0.5)
+
+
+def test_a_readouts_number_is_no_chain(tmp_path):
+    """Rows of a generative readout: their raw text is not parsed; a UBM's side is gold's rule."""
+    gold = write(tmp_path / "gold.jsonl", [dict(id="p0", text="t", score=0.4)])
+    rows = [dict(id="p0", score=0.4, raw="0.4")]
+    metrics = evaluate(gold, write(tmp_path / "s.jsonl", rows))[1]["s"]
+    assert metrics["accuracy"] == 1 and "parse_rate" not in metrics
+    rows = [dict(id="p0", predicted_score=0.4, prediction="neutral")]
+    assert evaluate(gold, write(tmp_path / "u.jsonl", rows))[1]["u"]["accuracy"] == 1
+
+
+def test_few_posts_are_never_significant(tmp_path):
+    """Four posts, all right against all wrong: a sign test's 1/8, not the bootstrap's 1/1001."""
+    gold = write(tmp_path / "gold.jsonl", [dict(id=f"p{i}", text="t", label="positive")
+                                           for i in range(4)])
+    right, wrong = said(tmp_path / "a.jsonl", ["positive"] * 4), said(tmp_path / "b.jsonl",
+                                                                      ["negative"] * 4)
+    metrics = evaluate(gold, right, wrong, more=["--baseline", "a"])[1]
+    assert metrics["b"]["p"] == metrics["comparisons"]["accuracy"]["p"] == 1 / 8
+
+
+def test_a_number_that_one_seed_lacks_is_no_ones():
+    """A mean needs all runs; the first one's number must not stand for it."""
+    drawn = {"accuracy": np.ones(scores.RESAMPLES)}
+    runs = [(dict(accuracy=0.5, corr=0.9, source="student"), drawn),
+            (dict(accuracy=0.7, corr=None, source="student"), drawn)]
+    metrics, _ = scores.group_seeds(runs)
+    assert metrics["accuracy"] == pytest.approx(0.6) and "corr" not in metrics
+    assert metrics["source"] == "student"
 
 
 def test_usage_error():

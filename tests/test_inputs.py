@@ -298,13 +298,15 @@ def bad_audio(folder):
     (folder / "none.wav").write_bytes(b"")
     (folder / "text.wav").write_text("hello")
     header = bytearray((folder / "blink.wav").read_bytes())
+    (folder / "astray.wav").write_bytes(header[:16] + b"\xff\xff\xff\x7f" + header[20:])
     header[20] = 3  # IEEE float
     (folder / "float.wav").write_bytes(header)
     return {"eight.wav": "8 bits at 16000 Hz: .ffmpeg", "empty.wav": "lasts 0.00 s",
             "blink.wav": "lasts 0.02 s", "odd.wav": "16001 Hz", "long.wav": "lasts 301.00 s",
             "none.wav": "no PCM WAV .cut off.: .ffmpeg", "text.wav": "no PCM WAV",
             "float.wav": "no PCM WAV .unknown format", "gone.wav": "is missing",
-            "../up.wav": "leads outside"}
+            "../up.wav": "leads outside", "astray.wav": "no PCM WAV", ".": "no PCM WAV",
+            "a" * 300 + ".wav": "no PCM WAV"}
 
 
 def test_bad_audio_is_set_aside_with_its_reason(tmp_path):
@@ -344,6 +346,14 @@ def test_a_thousand_frames_become_sixteen(framed):
     gaps = np.diff(numbers)
     assert len(numbers) == 16 and set(gaps) <= {62, 63}
     assert abs(numbers[0] - (999 - numbers[-1])) <= 1
+
+
+def test_frames_are_in_the_order_of_their_numbers(framed, tmp_path):
+    """ffmpeg's %d.jpg: 2 stands before 10."""
+    framed(1)
+    for i in (10, 2, 1):
+        Image.new("RGB", (28, 28)).save(tmp_path / "clip" / f"f{i}.png")
+    assert [Path(f).stem for f in framed(0).frames] == ["0000", "f1", "f2", "f10"]
 
 
 def test_frames_survive_the_row(framed, tmp_path):

@@ -45,6 +45,7 @@ FORMS = {
     "fenced json": f"```json\n{json.dumps(CHAIN, indent=1)}\n```",
     "fenced one line": f"```\n{json.dumps(CHAIN)}\n```\n",
     "windows lines": form('"{k}": "{v}"', "\r\n"),
+    "windows headings": form("### {k}\r\n{v}", "\r\n\r\n"),
 }
 
 

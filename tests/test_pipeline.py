@@ -183,6 +183,7 @@ def test_predict_resumes_with_the_same_rows(road, tmp_path):
     whole = (road / "predictions.jsonl").read_bytes()
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(whole[: len(whole) * 2 // 3])
+    shutil.copy(road / "predictions.settings.json", tmp_path / "cut.settings.json")
     assert generate.main(["predict", "--data", f"{road}/posts.jsonl", "--split", "test", "--model",
                           f"{road}/student/best", "--batch", "5", "--max-new-tokens", "24",
                           "--out", str(cut)]) == 0
@@ -195,7 +196,8 @@ def test_augment_samples_the_same_chains_after_a_cut(road, tmp_path):
     args = ["augment", "--data", f"{road}/chains.jsonl", "--model", f"{road}/assistant/best",
             "--max-new-tokens", "24", "--batch", "7", "--out"]
     assert generate.main([*args, str(tmp_path / "a.jsonl")]) == 0
-    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for end in ("jsonl", "settings.json"):
+        shutil.copy(tmp_path / f"a.{end}", tmp_path / f"b.{end}")
     rejects = (tmp_path / "a.rejects.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.rejects.jsonl").write_bytes(b"".join(rejects[:9]) + rejects[9][:20])
     assert generate.main([*args, str(tmp_path / "b.jsonl")]) == 0
@@ -289,7 +291,7 @@ def test_one_line_and_exit_code_2(road, tmp_path, capsys):
                                       strip_facts(posts, tmp_path), "--images",
                                       road / "images", "--model", "toy", "--out",
                                       tmp_path / "chains.jsonl")
-    assert "Is a directory" in fails(capsys, generate, *predict[:2], tmp_path, "--data", posts,
+    assert "is missing, so" in fails(capsys, generate, *predict[:2], tmp_path, "--data", posts,
                                      "--no-chain", "--model", road / "student/best")
 
 

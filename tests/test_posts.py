@@ -183,6 +183,7 @@ def test_mvsa_split(tmp_path):
 # ---- bad rows
 
 WRONG = {
+    "endless text": (dict(text="a" * 10_001), "the cap is 10,000"),
     "missing image": (dict(image="none.png"), "missing: check --images"),
     "garbage image": (dict(image="garbage.jpg"), "replace it or drop its row"),
     "truncated image": (dict(image="cut.jpg"), "replace it or drop its row"),
@@ -328,6 +329,21 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (8, 6)).save(name)
     assert (load_image(name).mode, load_image(name).size) == ("RGB", (8, 6))
+
+
+def test_transparent_is_white(tmp_path):
+    """As the model's own processor has it, whatever colour hides below; half is half."""
+    image = Image.new("RGBA", (8, 6), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 128))
+    image.save(tmp_path / "x.png")
+    read = load_image(tmp_path / "x.png")
+    assert read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((1, 1)) == (127, 127, 127)
+
+
+def test_unsplit_rows_beside_split_ones_are_no_dev_set():
+    """Rows without a split are taken where no row has one."""
+    some, none = Post("a", "t", split="train"), Post("b", "t")
+    assert mulcot.of_split([some, none], "dev") == [] and mulcot.of_split([none], "dev") == [none]
 
 
 # ---- rows and toy posts

@@ -92,9 +92,13 @@ def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path, monkeypatch)
     assert generate.main([*predict, str(tmp_path / "one.jsonl")]) == 0
     one = {row["id"]: row for row in mulcot.read_rows(tmp_path / "one.jsonl")}
     left = next(iter(one.values())) | dict(raw="kept from before")
-    (tmp_path / "two.rank1.jsonl").write_text(json.dumps(left) + '\n{"id": "torn')
+    (tmp_path / "two.rank16.jsonl").write_text('{"id": "of another run"}\n')
+    (tmp_path / "two.jsonl").touch()
+    (tmp_path / "two.settings.json").write_bytes((tmp_path / "one.settings.json").read_bytes())
+    (tmp_path / "two.of-process-1.jsonl").write_text(json.dumps(left) + '\n{"id": "torn')
     said = finished(torchrun("generate.py", [*predict, str(tmp_path / "two.jsonl")]))
-    assert "wrote 24 rows" in said and not (tmp_path / "two.rank1.jsonl").exists()
+    assert "wrote 24 rows" in said and not (tmp_path / "two.of-process-1.jsonl").exists()
+    assert (tmp_path / "two.rank16.jsonl").exists()
     two = mulcot.read_rows(tmp_path / "two.jsonl")
     assert len(two) == 24 and two[0]["raw"] == "kept from before"
     drop = lambda row: {k: v for k, v in row.items() if k != "seconds"}

@@ -312,7 +312,7 @@ def test_endpoint_reads_odd_replies(serve, sent, text, finish):
     assert (answer.text, answer.finish, answer.tokens_in) == (text, finish, 0)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 302])
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 302])
 def test_endpoint_refusals_are_final(serve, status):
     """A refusal ends the run with the server's words and without the key."""
     words = f"no model big-model for key {KEY}"
