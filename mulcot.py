@@ -1402,9 +1402,6 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
             missing = report["missing_keys"]
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
-    if model.config.model_type not in ("qwen2_5_vl", "qwen2_5_omni_thinker"):
-        raise InputError(f"model {base!r} is a {model.config.model_type}: only Qwen2.5-VL and "
-                         "Qwen2.5-Omni are laid out right here")
     if missing:  # trap: saved with LoRA wrappers it reloads with random layers
         raise InputError(f"model {base!r} lacks {len(missing)} weights, first {min(missing)}: was "
                          "it saved before merge_lora?")
@@ -1462,15 +1459,22 @@ def _load_nf4(auto, base, device, dtype):
 
 def load_processor(name, max_pixels=None):
     """Tokenizer and image processor of a hub name, model folder or adapter folder."""
-    from transformers import AutoImageProcessor, AutoTokenizer, WhisperFeatureExtractor
+    from transformers import (
+        AutoConfig, AutoImageProcessor, AutoTokenizer, WhisperFeatureExtractor)
 
     base = base_of(name)
     try:
+        kind = AutoConfig.from_pretrained(base).model_type
+        if kind not in ("qwen2_5_vl", "qwen2_5_omni", "qwen2_5_omni_thinker"):
+            raise InputError(f"model {base!r} is a {kind}: only Qwen2.5-VL and Qwen2.5-Omni are "
+                             "laid out right here")
         tokenizer = AutoTokenizer.from_pretrained(base)
         trained = Path(name, "preprocessor_config.json").exists()  # the image size of training
         images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")
         hears = OMNI_AUDIO_SEATS[1] in tokenizer.get_vocab()
         extractor = WhisperFeatureExtractor.from_pretrained(base) if hears else None
+    except InputError:
+        raise
     except (OSError, ValueError) as e:
         raise InputError(f"model {base!r} cannot be loaded: {str(e).splitlines()[0]}") from None
     if max_pixels:
