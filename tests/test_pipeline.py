@@ -272,6 +272,21 @@ def fails(capsys, module, *argv):
     return err[-1]
 
 
+def test_an_empty_out_is_a_new_one(road, tmp_path):
+    """mktemp's file and mkdir's folder are taken; a file of the user's is not, and stays as it
+    is."""
+    (tmp_path / "soft").mkdir()
+    (tmp_path / "said.jsonl").touch()
+    shutil.copy(road / "posts.jsonl", tmp_path / "mine.jsonl")
+    data = ["--data", f"{road}/chains.jsonl", "--out"]
+    assert generate.main(["soft", "--model", f"{road}/assistant/best", *data,
+                          str(tmp_path / "soft")]) == 0
+    predict = ["predict", "--model", f"{road}/student/best", "--no-chain", *data]
+    assert generate.main([*predict, str(tmp_path / "said.jsonl")]) == 0
+    assert generate.main([*predict, str(tmp_path / "mine.jsonl")]) == 2
+    assert (tmp_path / "mine.jsonl").read_bytes() == (road / "posts.jsonl").read_bytes()
+
+
 def test_one_line_and_exit_code_2(road, tmp_path, capsys):
     """Users' mistakes: what, where, how to fix; never a traceback."""
     posts, out = road / "posts.jsonl", tmp_path / "out"
