@@ -143,12 +143,14 @@ def intervals(drawn):
     return {name: np.nanpercentile(values, [2.5, 97.5]).tolist() for name, values in drawn.items()}
 
 
-def p_value(ours, theirs):
+def p_value(ours, theirs, posts=math.inf):
     """Two-sided p of the paired bootstrap (Berg-Kirkpatrick et al. 2012) from one metric's
-    resamples: how often the difference strays from its mean by as much as that is from 0."""
+    resamples: how often the difference strays from its mean by as much as that is from 0; never
+    below a sign test's least p over so many `posts`."""
     difference = (ours - theirs)[~np.isnan(ours - theirs)]
     mean = difference.mean()
-    return float((1 + (abs(difference - mean) >= abs(mean)).sum()) / (1 + len(difference)))
+    p = (1 + (abs(difference - mean) >= abs(mean)).sum()) / (1 + len(difference))
+    return max(float(p), 0.5 ** (posts - 1))
 
 
 def group_seeds(runs):
@@ -624,7 +626,6 @@ def run_metrics(path, gold, references, stages={}, wordnet=None, embed=None):
         metrics |= {name: sum(each.values()) / len(each) for name, each in values.items()}
     sure = [p for p in wanted if own[p.id].get("probs")]
     if sure:
-        metrics["with_probs"] = len(sure)
         if len(sure) < len(wanted):
             print(f"warning: {path}: {len(sure)} of {len(wanted)} posts have probs: ECE and AURC "
                   "are of these alone")
@@ -729,8 +730,7 @@ def compare(runs, drawn):
         if len(order) > 1:
             best, after = order[:2]
             out[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
-                            p=max(p_value(drawn[best][key], drawn[after][key]),
-                                  0.5 ** (runs[best]["n"] - 1)))  # what so few posts can show
+                            p=p_value(drawn[best][key], drawn[after][key], runs[best]["n"]))
     return out
 
 
@@ -809,8 +809,8 @@ def evaluate(args):
         raise InputError(f"--baseline {args.baseline!r} must be one of the runs, "
                          f"{', '.join(runs)}, and all must cover the same posts")
     for name in runs.keys() - {args.baseline} if args.baseline else ():
-        p = p_value(drawn[name]["accuracy"], drawn[args.baseline]["accuracy"])
-        runs[name]["p"] = max(p, 0.5 ** (runs[name]["n"] - 1))
+        runs[name]["p"] = p_value(drawn[name]["accuracy"], drawn[args.baseline]["accuracy"],
+                                  runs[name]["n"])
     runs = {"majority": majority_metrics([p.label for p in shown[2]])} | runs
     teacher = teacher_metrics(args.chains) if args.chains else None
     used = {k: v for k, v in signatures(args.wordnet, args.embedder).items()

@@ -655,8 +655,9 @@ def predict_one(args):
     said = predict_batch(args, model, processor, [post])[0]
     if "raw" in said:
         print(said["raw"] + "\n")
-    if {"score", "predicted_score"} & said.keys():
-        return print(f"score: {said.get('score', said.get('predicted_score'))}")
+    for score in ("score", "predicted_score"):  # a readout's, a UBM's
+        if score in said:
+            return print(f"score: {said[score]}")
     sure = f" ({max(said['probs']):.1%})" if "probs" in said else ""
     print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
 
@@ -875,8 +876,8 @@ def cascade_one(args, ubm):
         elif x:
             print(f"{name}: failed: {x}")
     route, answer, reason = cascade_route(*said, *taus)
-    said = answer.get("predicted_score", answer["prediction"]) if answer else "none"
-    print(f"route: {route} ({reason})\n{ubm.target}: {said}")
+    last = answer.get("predicted_score", answer["prediction"]) if answer else "none"
+    print(f"route: {route} ({reason})\n{ubm.target}: {last}")
 
 
 def main(argv=None):

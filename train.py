@@ -503,9 +503,9 @@ def learning_rate(args, step, total):
 FREE = ("out", "show", "device", "images")  # settings that may change in a rerun
 
 
-def seen_of(posts):
-    """What training or choosing reads of posts, for a digest."""
-    return [(p.id, p.text, p.aspect, p.label, p.score) for p in posts]
+def seen_of(post):
+    """What training or choosing reads of a post, for a digest."""
+    return post.id, post.text, post.aspect, post.label, post.score
 
 
 def train(args):
@@ -521,8 +521,8 @@ def train(args):
     if args.stage != "base":
         dev = dev_posts(args.dev, args.images, getattr(args, "target", "label"))
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest([digest(*seen_of([p]), b) for p, b in items]),
-        "dev_rows": digest(seen_of(dev))}
+        "rows": digest([digest(seen_of(p), b) for p, b in items]),
+        "dev_rows": digest([*map(seen_of, dev)])}
     if rank == 0:
         check_settings(out / "config.json", settings, state_file.exists())
     print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
@@ -727,16 +727,15 @@ def compare(args):
     """paper: the discriminative against the generative readout, and what each input adds; judged on
     the test split of --dev."""
     refuse_ranks("--compare")
-    if args.dev and not any(p.split == "test" and p.score is not None
-                            for p in iter_posts(args.dev, args.images, [])):
+    runs, table = compare_commands(args), []
+    if not args.model:  # the embedded default is made first
+        run_commands(runs.pop((None, None)))
+    posts = iter_posts(args.dev or f"{args.out}/posts.jsonl", args.images, [])
+    gold = {p.id: p.score for p in posts if p.split == "test" and p.score is not None}
+    if not gold:
         raise InputError(f"{args.dev} has no post of split test with a score to judge on")
-    table = []
-    for (how, inputs), commands in compare_commands(args).items():
+    for (how, inputs), commands in runs.items():
         peaks = run_commands(commands)
-        if how is None:
-            continue
-        posts = iter_posts(args.dev or f"{args.out}/posts.jsonl", args.images, [])
-        gold = {p.id: p.score for p in posts if p.score is not None}
         rows = read_rows(f"{args.out}/{how}-{list(INPUTS).index(inputs)}.jsonl")
         rows = [r for r in rows if r["id"] in gold]
         said = [r["score"] for r in rows]
@@ -855,8 +854,8 @@ def ubm_run(args, k, model, posts, targets, dev):
             with torch.no_grad():
                 for mean, now in zip(averages, weights):
                     mean.lerp_(now, 1 - memory)
-                for old, now in zip(average.buffers(), model.buffers()):
-                    old.copy_(now)  # a convolutional encoder's running statistics
+        for old, now in zip(average.buffers(), model.buffers()):
+            old.copy_(now)  # a convolutional encoder's running statistics
         terms, value = ubm_score(args, ubm_logits(average, dev), dev)
         log.append(dict(member=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
                         seconds=round(time.time() - began, 1)))
@@ -875,7 +874,7 @@ def ubm(args):
     args.device, (rank, world), out = join_ranks(args.device), ranks(), Path(args.out)
     posts, dev, targets, dev_targets = ubm_posts(args)
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest(seen_of(posts)), "dev_rows": digest(seen_of(dev))}
+        "rows": digest([*map(seen_of, posts)]), "dev_rows": digest([*map(seen_of, dev)])}
     if rank == 0:
         check_settings(out / "config.json", settings, (out / "config.json").exists())
     wait_for_ranks()  # none begins where the first refuses
