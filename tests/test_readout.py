@@ -396,6 +396,17 @@ def test_compare_table(toy, scored, tmp_path, monkeypatch, capsys):
     assert "text + frames + audio" in capsys.readouterr().out
 
 
+def test_compare_needs_test_posts_to_judge_on(toy, scored, tmp_path, monkeypatch, capsys):
+    """Posts that chose the epoch must not judge it; that is said before anything is trained."""
+    rows = [row | dict(split="dev") for row in mulcot.read_rows(scored)]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(train, "run_commands", None)
+    assert train.main(["readout", "--compare", "--data", str(scored), "--dev",
+                       str(tmp_path / "dev.jsonl"), "--images", f"{toy}/images", "--model",
+                       f"{toy}/student", "--out", str(tmp_path)]) == 2
+    assert "no post of split test with a score" in capsys.readouterr().err
+
+
 def test_peak_memory_is_of_the_run():
     """A big tensor shows, and is forgotten after the reset."""
     before = train.peak_mib(reset=True)

@@ -9,7 +9,7 @@ from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import generate
 import mulcot
@@ -501,3 +501,15 @@ def test_stage_over_the_wire(serve, tmp_path):
     assert (row["stage"], row["tries"], row["tokens_in"], row["tokens_out"]) == (2, 2, 9, 4)
     assert [b"Given sentiment" in body for _, _, body in server.seen] == [False, True, True]
     assert KEY not in (tmp_path / "c").read_text()
+
+
+def test_no_comment_travels_with_an_image(tmp_path):
+    """A JPEG's comment, a PNG's chunk behind the pixels."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", comment=b"at home")
+    text = PngImagePlugin.PngInfo()
+    text.add(b"teXt", b"Comment\0at home", after_idat=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png", pnginfo=text)
+    for name in ("a.jpg", "b.png"):
+        assert b"at home" in (tmp_path / name).read_bytes()
+        sent = mulcot.data_url(tmp_path / name).partition("base64,")[2]
+        assert b"at home" not in base64.b64decode(sent)
