@@ -15,7 +15,7 @@ with `cot` and `label` as generate.py writes them. Writes into --out: config.jso
 lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters, a readout's
 head with them; base: last/ is a whole model, from the random one in init/). ubm writes config.json,
 member-K.jsonl (log) and member-K.safetensors (a killed member starts anew), then ubm.safetensors,
-ubm.json, text/ and image/; its last line begins `3 members together:`. Killed and run again with
+ubm.json, text/ and image/; its last line begins `2 members together:`. Killed and run again with
 the same command each goes on and ends with the same result.
 """
 
@@ -209,14 +209,14 @@ def ubm_flags(stages):
     flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
     flag("--reinit-layers", type=int, default=1, metavar="N",
          help="top layers of the text encoder to draw anew")
-    flag("--members", type=positive, default=3, help="runs whose probabilities are averaged")
+    flag("--members", type=positive, default=2, help="runs whose probabilities are averaged")
     flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
     flag("--batch", type=positive, default=32, help="posts per step")
     flag("--lr", type=float, default=1e-4, help="of the encoders, redrawn layers too, falling to 0")
     flag("--head-lr", type=float, default=1e-3,
          help="of the linear layer and of --image-encoder small, falling to 0")
-    flag("--push", type=float, default=1.0, help="length of the adversarial steps on the word "
-         "embeddings (member 0 alone): less overfitting; 0 for none and for random encoders")
+    flag("--push", type=float, default=0.5, help="length of the adversarial steps on the word "
+         "embeddings: less overfitting; 0 for none (half the time) and for random encoders")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
@@ -262,7 +262,9 @@ def usable(args, post, processor):
         return None, f"split {post.split} is not for training"
     if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
         return None, None
-    return training_branches(post, processor, args.max_answer, args.reasoning)
+    soft = args.stage == "student" and args.soft  # generate.py soft takes rows with a chain alone
+    branches, problem = training_branches(post, processor, args.max_answer, args.reasoning or soft)
+    return branches and branches[0 if args.reasoning else -1 :], problem
 
 
 def epoch_steps(lengths, size, epoch, seed, window=4):
@@ -702,7 +704,7 @@ def compare_commands(args):
             f"generate.py toy --clips --seed {seed} --out {quoted}",
             f"train.py base --size omni --data {quoted}/warmup.jsonl --epochs 6 --lr 0.002 "
             f"--batch 16 --accumulate 1 --beta2 0.99 --log-every 40 --seed {seed} "
-            f"--out {quoted}/base"]
+            f"--device {args.device} --out {quoted}/base"]
         settings = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
                     "--dropout 0.05")
     else:
@@ -805,8 +807,8 @@ def ubm_score(args, logits, posts):
 
 
 def ubm_run(args, k, model, posts, targets, dev):
-    """Trains member k: two rates, linear decay; the first member with adversarial steps on the word
-    embeddings (Miyato et al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
+    """Trains member k: two rates, linear decay, adversarial steps on the word embeddings (Miyato et
+    al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
     running average as of its best dev epoch."""
     out, average, lengths = Path(args.out), copy.deepcopy(model), [len(p.text) for p in posts]
     weights, averages = list(model.parameters()), list(average.parameters())
@@ -838,7 +840,7 @@ def ubm_run(args, k, model, posts, targets, dev):
             if not math.isfinite(loss.item()):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
-            if args.push and k == 0:  # once more, the words moved where the loss is higher
+            if args.push:  # once more, the words moved where the loss is higher
                 with torch.no_grad():
                     push = args.push * words.grad / words.grad.norm().clamp(min=1e-12)
                     words += push

@@ -118,7 +118,7 @@ def test_two_processes_share_the_members(toy, tmp_path):
     trains."""
     data = str(toy / "posts.jsonl")
     ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--epochs", "1",
-           "--batch", "4", "--device", "cpu", "--out"]
+           "--members", "3", "--batch", "4", "--device", "cpu", "--out"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it
     assert train.main([*ubm, str(tmp_path / "one")]) == 0
