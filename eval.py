@@ -14,7 +14,6 @@ only network that may run is Sim's sentence embedder.
 import argparse
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from mulcot import (
-    FIELDS, LABELS, Help, InputError, beside, load_image, parse_reasoning, read_posts, read_rows,
+    FIELDS, LABELS, Help, InputError, beside, data_url, parse_reasoning, read_posts, read_rows,
     regression_metrics, run_stage, tell_aside, write_atomic, write_json)
 
 
@@ -1124,7 +1123,7 @@ def report(runs, rows, shown, references, most, signatures, logs, diagnosis=(), 
             most = most * 19 // 20
     for case in cases[:most]:
         path = case[1].image
-        number = images.setdefault(thumbnail(path), len(images)) if path else None
+        number = images.setdefault(data_url(path, 160, 75), len(images)) if path else None
         cards.append(card(*case, number))
     tiles, notes = "", "".join(f"<li>{escape(v)}" for v in signatures.values())
     for key, (title, form, hint) in TILES.items():
@@ -1255,15 +1254,6 @@ def chain_list(chain, told):
             lines += [f"<dd class=told>{escape(b)}</dd>"] if b and a != b else []
     kind = "" if ours and theirs else " class=only"
     return f"<dl{kind}>{''.join(lines)}</dl>" if lines else ""
-
-
-@lru_cache(maxsize=None)
-def thumbnail(path, side=160):
-    """A small JPEG data URL."""
-    image, buffer = load_image(path), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(buffer, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def main(argv=None):

@@ -316,9 +316,10 @@ def _to_post(row, images):
     text, aspect, label = row.pop("text", None), row.pop("aspect", None), row.pop("label", None)
     if not isinstance(text, str) or not text.strip():
         raise InputError("empty text: every post needs words")
+    aspect = aspect.strip() or None if aspect else None
+    text = text.replace("$T$", aspect or "$T$")
     if len(text) + len(aspect or "") > MAX_TEXT:
         raise InputError(f"text of {len(text):,} characters, the cap is {MAX_TEXT:,}: shorten it")
-    aspect = aspect.strip() or None if aspect else None
     if label is not None:
         label = str(label).strip().lower()
         if label not in LABELS:
@@ -337,8 +338,7 @@ def _to_post(row, images):
         raise InputError(f"score must be a number, got {score!r}")
     if score is not None and not abs(score) <= SCORE_RANGE:  # catches NaN, too
         raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
-    return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect,
-                label=label,
+    return Post(id=str(row.pop("id")), text=text, aspect=aspect, label=label,
                 image=safe_path(name, images) if name else None, score=score,
                 frames=_frames(row.pop("frames", None), images),
                 audio=safe_path(audio, images) if audio else None,
@@ -435,21 +435,17 @@ def _csv_rows(path, folder):
         cells = next(csv.reader([line]))
         if len(cells) != len(header):
             raise InputError(f"expected {len(header)} cells, got {len(cells)}")
-        return _clip(dict(zip(header, cells)), folder)
+        clip = dict(zip(header, cells))
+        name, split = f"{clip['video_id']}/{clip['clip_id']}", clip["mode"]
+        row = dict(id=name.replace("/", "$_$"), text=clip["text"], score=float(clip["label"]),
+                   split="dev" if split == "valid" else split)
+        if (folder / "frames" / name).is_dir():
+            row["frames"] = f"frames/{name}"
+        if (folder / "audio" / f"{name}.wav").exists():
+            row["audio"] = f"audio/{name}.wav"
+        return row
 
     return _rows(lines, parse)
-
-
-def _clip(cells, folder):
-    """A line of label.csv as a row."""
-    name = f"{cells['video_id']}/{cells['clip_id']}"
-    row = dict(id=name.replace("/", "$_$"), text=cells["text"], score=float(cells["label"]),
-               split={"valid": "dev"}.get(cells["mode"], cells["mode"]))
-    if (folder / "frames" / name).is_dir():
-        row["frames"] = f"frames/{name}"
-    if (folder / "audio" / f"{name}.wav").exists():
-        row["audio"] = f"audio/{name}.wav"
-    return row
 
 
 def mvsa_label(pairs):
@@ -764,7 +760,10 @@ class Endpoint:
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False):
-        host = requests.utils.urlparse(url).hostname or ""
+        try:
+            host = requests.utils.urlparse(url).hostname
+        except ValueError as e:
+            raise InputError(f"--endpoint {url!r} is no address: {e}") from None
         if not url.startswith(("http://", "https://")):
             raise InputError(f"--endpoint {url!r} must start with https:// (or http:// on this "
                              "machine)")
@@ -873,13 +872,13 @@ def _wire(part):
     return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
 
 
-def data_url(path, max_side=1120):
+def data_url(path, max_side=1120, quality=92):
     """The image as a data URL, written anew as JPEG: upright, its longer side at most max_side,
     without metadata (GPS!), wherever the file hid it."""
     image, buffer = load_image(path), io.BytesIO()
     image.info = {}  # trap: Pillow writes a comment found there
     image.thumbnail((max_side, max_side))
-    image.save(buffer, "JPEG", quality=92)
+    image.save(buffer, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -1139,7 +1138,8 @@ def nf4_quantize(weight, block=64):
     (ceil(n / block),) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32 inside, a
     weight midway between two levels takes the lower one, a block of zeros has absmax 0."""
     middles, codes, absmax = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device), [], []
-    for part in weight.detach().flatten().split(SLICES.get(weight.device.type, 2**24)):
+    size = SLICES.get(weight.device.type, 2**24) // block * block
+    for part in weight.detach().flatten().split(size):
         rest = len(part) % block
         blocks = F.pad(part.float(), (0, -len(part) % block)).view(-1, block)
         top = blocks.abs().amax(1)
@@ -2499,13 +2499,15 @@ def tokenizer_hash(tokenizer):
 
 def check_settings(file, settings, begun):
     """Writes what a stage was started with; a rerun onto what others began is refused, since rows
-    and weights of two settings would mix. `begun`: whether there is something to go on with."""
+    and weights of two settings would mix. `begun`: whether there is something to go on with. A file
+    of that name that no stage wrote is never written over."""
     settings = json.loads(json.dumps(settings))
-    if begun and not os.path.exists(file):
+    exists = os.path.exists(file)
+    if begun and not exists:
         raise InputError(f"{file} is missing, so that nobody knows what this --out was begun with, "
                          "or whether it is ours: choose another --out")
-    if begun:
-        was = json.loads(Path(file).read_text(encoding="utf-8"))
+    was = json.loads(Path(file).read_text(encoding="utf-8")) if exists else {}
+    if begun or exists and not was.keys() >= settings.keys():  # trap: a model's own config.json
         for k in settings:
             if was.get(k) != settings[k]:
                 raise InputError(f"this --out was begun with {k} = {was.get(k)!r}, not "
@@ -2528,6 +2530,8 @@ class SoftLabels:
         header = Path(folder, "soft.json")
         if about is not None:
             if not header.exists():
+                if any(Path(folder).glob("*.safetensors")):
+                    raise InputError(f"{folder} holds other weights: choose another --out")
                 write_json(header, about)
             was = json.loads(header.read_text())
             if was != about:

@@ -215,8 +215,8 @@ def ubm_flags(stages):
     flag("--lr", type=float, default=1e-4, help="of the encoders, redrawn layers too, falling to 0")
     flag("--head-lr", type=float, default=1e-3,
          help="of the linear layer and of --image-encoder small, falling to 0")
-    flag("--push", type=float, default=0.5, help="length of the adversarial steps on the word "
-         "embeddings: less overfitting; 0 for none (half the time) and for random encoders")
+    flag("--push", type=float, default=0.1, help="length of the adversarial step on each "
+         "post's word embeddings: less overfitting; 0 for none (half the time)")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
@@ -807,22 +807,30 @@ def ubm_score(args, logits, posts):
 
 
 def ubm_run(args, k, model, posts, targets, dev):
-    """Trains member k: two rates, linear decay, adversarial steps on the word embeddings (Miyato et
-    al. 2017, arXiv 1605.07725). Returns {name: tensor} of the weights'
-    running average as of its best dev epoch."""
+    """Trains member k: two rates, linear decay, each batch once more with the posts' word
+    embeddings moved to where the loss is higher (Miyato et al. 2017, arXiv 1605.07725).
+    Returns {name: tensor} of the weights' running average as of its best dev epoch."""
     out, average, lengths = Path(args.out), copy.deepcopy(model), [len(p.text) for p in posts]
     weights, averages = list(model.parameters()), list(average.parameters())
-    words = model.text.get_input_embeddings().weight
     new = ("head", "images") if args.image_encoder == "small" else ("head",)
     groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
               for own in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
 
-    def batch_loss(rows):
+    seen = {}  # the batch's word embeddings (B, T, D), moved by "push"
+
+    def move(module, ids, words):
+        seen["words"] = words + seen["push"]
+        seen["words"].retain_grad()
+        return seen["words"]
+
+    def batch_loss(rows, push=0.0):
+        seen["push"] = push
         with torch.autocast(args.device.split(":")[0], torch.bfloat16):
             logits = model([posts[i] for i in rows]).float()
         return F.cross_entropy(logits, targets[rows].to(args.device))
 
+    hook = model.text.get_input_embeddings().register_forward_hook(move)
     best, kept, step = -math.inf, None, 0
     per_epoch = math.ceil(len(posts) / args.batch)
     total, seed = args.epochs * per_epoch, args.seed * 1000 + k
@@ -840,13 +848,9 @@ def ubm_run(args, k, model, posts, targets, dev):
             if not math.isfinite(loss.item()):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
-            if args.push:  # once more, the words moved where the loss is higher
-                with torch.no_grad():
-                    push = args.push * words.grad / words.grad.norm().clamp(min=1e-12)
-                    words += push
-                batch_loss(rows).backward()
-                with torch.no_grad():
-                    words -= push
+            if args.push:
+                uphill = F.normalize(seen["words"].grad.flatten(1)).view_as(seen["words"])
+                batch_loss(rows, args.push * uphill).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -867,6 +871,7 @@ def ubm_run(args, k, model, posts, targets, dev):
         write_atomic(out / f"member-{k}.jsonl", lambda part: Path(part).write_text(lines))
         print("  ".join(f"{x} {v:.4g}" if isinstance(v, float) else f"{x} {v}"
                         for x, v in log[-1].items()))
+    hook.remove()
     return kept
 
 

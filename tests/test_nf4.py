@@ -86,6 +86,14 @@ def test_error_is_at_most_half_a_gap():
     assert torch.allclose((weight - back).abs(), nearest, atol=1e-6) and nearest.max() > 0.1
 
 
+def test_slices_hold_whole_blocks():
+    """Also where the block's size is no power of two."""
+    weight = torch.randn(2**18 + 960)
+    codes, absmax = nf4_quantize(weight, 96)
+    assert torch.equal(absmax, F.pad(weight, (0, -len(weight) % 96)).view(-1, 96).abs().amax(1))
+    assert len(codes) == len(weight) // 2
+
+
 def test_rounded_absmax_is_noticed():
     """model.half() would go on with worse scales."""
     codes, absmax = nf4_quantize(torch.randn(4, 64))

@@ -431,6 +431,33 @@ def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
     assert sum("split test is not for training" in why for _, why in aside) == 12
 
 
+def test_without_reasoning_rows_as_soft_has_them(road, tmp_path, capsys):
+    """generate.py soft takes rows with a usable chain alone: so does who learns from it."""
+    lines = mulcot.read_rows(road / "chains.jsonl")
+    lines[0]["cot"] = None
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    args = train_args(road, tmp_path / "t", "--no-reasoning", "--images", f"{road}/images")
+    args[2] = str(data)
+    assert train.main(args) == 0
+    assert f"{len(lines) - 1} rows" in capsys.readouterr().out
+    assert train.main([*args[:-1], f"{road}/images", "--no-soft", "--out",
+                       str(tmp_path / "all")]) == 0
+    assert f"{len(lines)} rows" in capsys.readouterr().out
+
+
+def test_no_model_is_written_over(road, tmp_path, capsys):
+    """A folder with a config.json, or with weights, that no stage of ours made."""
+    model = tmp_path / "model"
+    shutil.copytree(road / "base/student/last", model)
+    before = files(model)
+    args = train_args(road, model)
+    assert "begun with" in fails(capsys, train, *args)
+    assert "other weights" in fails(capsys, generate, "soft", "--data", road / "chains.jsonl",
+                                    "--model", road / "assistant/best", "--out", model)
+    assert files(model) == before
+
+
 def test_changed_rows_are_refused_on_resume(road, tmp_path, capsys):
     """The settings hold a digest of the training rows, not their file's name."""
     data = tmp_path / "rows.jsonl"
