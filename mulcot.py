@@ -317,9 +317,9 @@ def _to_post(row, images):
     if not isinstance(text, str) or not text.strip():
         raise InputError("empty text: every post needs words")
     aspect = aspect.strip() or None if aspect else None
-    text = text.replace("$T$", aspect or "$T$")
-    if len(text) + len(aspect or "") > MAX_TEXT:
-        raise InputError(f"text of {len(text):,} characters, the cap is {MAX_TEXT:,}: shorten it")
+    length = len(text) + len(aspect or "") * (1 + text.count("$T$"))
+    if length > MAX_TEXT:
+        raise InputError(f"text with its aspect has {length:,} characters, the cap is {MAX_TEXT:,}")
     if label is not None:
         label = str(label).strip().lower()
         if label not in LABELS:
@@ -338,7 +338,8 @@ def _to_post(row, images):
         raise InputError(f"score must be a number, got {score!r}")
     if score is not None and not abs(score) <= SCORE_RANGE:  # catches NaN, too
         raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
-    return Post(id=str(row.pop("id")), text=text, aspect=aspect, label=label,
+    return Post(id=str(row.pop("id")), text=text.replace("$T$", aspect or "$T$"), aspect=aspect,
+                label=label,
                 image=safe_path(name, images) if name else None, score=score,
                 frames=_frames(row.pop("frames", None), images),
                 audio=safe_path(audio, images) if audio else None,
@@ -760,8 +761,9 @@ class Endpoint:
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False):
-        try:
-            host = requests.utils.urlparse(url).hostname
+        try:  # trap: urlparse and requests read http://a\\@b differently
+            sent = requests.Request("POST", url).prepare().url
+            host = requests.utils.urlparse(sent).hostname
         except ValueError as e:
             raise InputError(f"--endpoint {url!r} is no address: {e}") from None
         if not url.startswith(("http://", "https://")):
@@ -1159,7 +1161,8 @@ def nf4_dequantize(codes, absmax, shape, dtype, block=64):
     assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
     blocks = torch.empty(len(absmax), block, dtype=dtype, device=codes.device)
     codes = F.pad(codes, (0, blocks.numel() // 2 - len(codes)))  # of a short last block
-    size, pairs = SLICES.get(codes.device.type, 2**24), NF4_PAIRS.to(codes.device)
+    size = SLICES.get(codes.device.type, 2**24) // block * block
+    pairs = NF4_PAIRS.to(codes.device)
     slices = codes.split(size // 2), absmax.split(size // block), blocks.split(size // block)
     for code, top, out in zip(*slices):
         levels = pairs.index_select(0, code.int()).view(torch.float32)
@@ -2502,12 +2505,15 @@ def check_settings(file, settings, begun):
     and weights of two settings would mix. `begun`: whether there is something to go on with. A file
     of that name that no stage wrote is never written over."""
     settings = json.loads(json.dumps(settings))
-    exists = os.path.exists(file)
+    exists, was = os.path.exists(file), {}
     if begun and not exists:
         raise InputError(f"{file} is missing, so that nobody knows what this --out was begun with, "
                          "or whether it is ours: choose another --out")
-    was = json.loads(Path(file).read_text(encoding="utf-8")) if exists else {}
-    if begun or exists and not was.keys() >= settings.keys():  # trap: a model's own config.json
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+        was = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    if exists and "stage" not in was and not was.keys() >= settings.keys():
+        raise InputError(f"{file} is not of this program (a model's?): choose another --out")
+    if begun:
         for k in settings:
             if was.get(k) != settings[k]:
                 raise InputError(f"this --out was begun with {k} = {was.get(k)!r}, not "
@@ -2531,7 +2537,8 @@ class SoftLabels:
         if about is not None:
             if not header.exists():
                 if any(Path(folder).glob("*.safetensors")):
-                    raise InputError(f"{folder} holds other weights: choose another --out")
+                    raise InputError(f"{folder} holds weights and no soft.json: choose another "
+                                     "--out")
                 write_json(header, about)
             was = json.loads(header.read_text())
             if was != about:

@@ -215,8 +215,9 @@ def ubm_flags(stages):
     flag("--lr", type=float, default=1e-4, help="of the encoders, redrawn layers too, falling to 0")
     flag("--head-lr", type=float, default=1e-3,
          help="of the linear layer and of --image-encoder small, falling to 0")
-    flag("--push", type=float, default=0.1, help="length of the adversarial step on each "
-         "post's word embeddings: less overfitting; 0 for none (half the time)")
+    flag("--push", type=float, default=0.1, help="length of the adversarial step of "
+         "each post, all its word embeddings together: less overfitting; 0: none, half the time, "
+         "for random encoders")
     flag("--decay", type=float, default=0.98, help="of the running average of the weights")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda or cuda:1")
@@ -262,9 +263,14 @@ def usable(args, post, processor):
         return None, f"split {post.split} is not for training"
     if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
         return None, None
-    soft = args.stage == "student" and args.soft  # generate.py soft takes rows with a chain alone
-    branches, problem = training_branches(post, processor, args.max_answer, args.reasoning or soft)
+    chain = args.reasoning or needs_soft(args)  # generate.py soft passes over rows without one
+    branches, problem = training_branches(post, processor, args.max_answer, chain)
     return branches and branches[0 if args.reasoning else -1 :], problem
+
+
+def needs_soft(args):
+    """Whether the stage learns from soft labels."""
+    return args.stage == "student" and not args.no_soft and args.lam > 0
 
 
 def epoch_steps(lengths, size, epoch, seed, window=4):
@@ -442,7 +448,7 @@ def random_init(args):
 
 def open_soft(args, processor, model):
     """The soft labels to train with, or None; those of another tokenizer are refused."""
-    if args.stage != "student" or args.no_soft or args.lam == 0:
+    if not needs_soft(args):
         return None
     soft = SoftLabels(args.soft)
     if soft.about["tokenizer"] != tokenizer_hash(processor.tokenizer):
@@ -817,7 +823,7 @@ def ubm_run(args, k, model, posts, targets, dev):
               for own in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
 
-    seen = {}  # the batch's word embeddings (B, T, D), moved by "push"
+    seen = {}  # the batch's word embeddings (B, T, D) after "push" was added
 
     def move(module, ids, words):
         seen["words"] = words + seen["push"]

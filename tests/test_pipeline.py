@@ -441,7 +441,7 @@ def test_without_reasoning_rows_as_soft_has_them(road, tmp_path, capsys):
     args[2] = str(data)
     assert train.main(args) == 0
     assert f"{len(lines) - 1} rows" in capsys.readouterr().out
-    assert train.main([*args[:-1], f"{road}/images", "--no-soft", "--out",
+    assert train.main([*args, "--no-soft", "--out",
                        str(tmp_path / "all")]) == 0
     assert f"{len(lines)} rows" in capsys.readouterr().out
 
@@ -452,8 +452,11 @@ def test_no_model_is_written_over(road, tmp_path, capsys):
     shutil.copytree(road / "base/student/last", model)
     before = files(model)
     args = train_args(road, model)
-    assert "begun with" in fails(capsys, train, *args)
-    assert "other weights" in fails(capsys, generate, "soft", "--data", road / "chains.jsonl",
+    assert "not of this program" in fails(capsys, train, *args)
+    (model / "config.json").write_text("[1")
+    assert "not of this program" in fails(capsys, train, *args)
+    (model / "config.json").write_bytes(before["config.json"])
+    assert "no soft.json" in fails(capsys, generate, "soft", "--data", road / "chains.jsonl",
                                     "--model", road / "assistant/best", "--out", model)
     assert files(model) == before
 

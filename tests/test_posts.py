@@ -184,7 +184,7 @@ def test_mvsa_split(tmp_path):
 
 WRONG = {
     "endless text": (dict(text="a" * 10_001), "the cap is 10,000"),
-    "text that grows": (dict(text="$T$" * 3000, aspect="a" * 900), "the cap is 10,000"),
+    "text that grows": (dict(text="$T$" * 3000, aspect="a" * 900), "has 2,709,900 characters"),
     "missing image": (dict(image="none.png"), "missing: check --images"),
     "garbage image": (dict(image="garbage.jpg"), "replace it or drop its row"),
     "truncated image": (dict(image="cut.jpg"), "replace it or drop its row"),

@@ -382,7 +382,8 @@ def test_images_travel_upright_and_bare(serve, tmp_path):
 @pytest.mark.parametrize("url", ["http://10.0.0.1/v1", "http://host.example/v1", "ftp://host/v1",
                                  "http://localhost.evil.example/v1", "host/v1", "",
                                  "http://127.0.0.1@evil.example/v1", "file:///etc/hostname",
-                                 "https://[half"])
+                                 "https://[half", "https://", "http://localhost:port/v1",
+                                 "http://evil.example\\@127.0.0.1/v1"])
 def test_plain_http_to_others_is_refused(url):
     """Posts and key go in the clear only to this machine, or when asked for."""
     with pytest.raises(InputError, match="--endpoint"):
