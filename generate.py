@@ -208,8 +208,8 @@ def posts_of(args, keep=lambda post: True):
     splits = {p.split for p in everyone if p.split}
     if ranks()[0] == 0:
         settings, refused = beside(args.out, "settings.json"), beside(args.out, "rejects.jsonl")
-        begun = holds_something(args.out) or (os.path.exists(args.out)
-                                              and os.path.exists(settings))
+        begun = os.path.exists(args.out) and (os.path.getsize(args.out) > 0  # not mktemp's file
+                                              or os.path.exists(settings))
         check_settings(settings, settings_of(args), begun)
         if not begun:  # --out was deleted: nothing that an earlier run left counts as done
             for left in (refused, *shares_of(refused), *shares_of(args.out)):
@@ -224,12 +224,6 @@ def posts_of(args, keep=lambda post: True):
         raise InputError(f"{', '.join(args.data)}: no post of split {split!r} that the "
                          f"{args.stage} stage can use (splits there: {sorted(splits) or 'none'})")
     return posts
-
-
-def holds_something(path):
-    """Whether a file or folder is there and not empty, as mktemp and mkdir make them."""
-    path = Path(path)
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def files_of(post):

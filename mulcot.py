@@ -1962,15 +1962,19 @@ class UBM(nn.Module):
         self.target = "label" if self.classes == LABELS else "score"
         self.tokenizer, self.temperature = members[0].tokenizer, 1.0
 
-    def forward(self, posts):
-        """Posts (B of them) -> log of the mean probabilities (B, C), without the temperature."""
-        each = torch.stack([member(posts).log_softmax(-1) for member in self.members])  # (M, B, C)
+    def inputs(self, posts):
+        """What all members read of B posts."""
+        return self.members[0].inputs(posts)
+
+    def forward(self, inputs):
+        """`inputs` of B posts -> log of the mean probabilities (B, C), without the temperature."""
+        each = torch.stack([member(inputs).log_softmax(-1) for member in self.members])  # (M, B, C)
         return each.logsumexp(0) - math.log(len(each))
 
     @torch.no_grad()
     def probs(self, posts):
         """Calibrated probabilities (B, C) on the CPU; in eval mode."""
-        return (self.eval()(posts) / self.temperature).softmax(-1).cpu()
+        return (self.eval()(self.inputs(posts)) / self.temperature).softmax(-1).cpu()
 
 
 class UBMMember(nn.Module):
@@ -1995,8 +1999,9 @@ class UBMMember(nn.Module):
         width = 2 * text.config.hidden_size + self.seen
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, len(classes)))
 
-    def forward(self, posts):
-        """Posts (B of them) -> logits (B, C)."""
+    def inputs(self, posts):
+        """What every member reads of B posts: token tensors, where the aspect's pieces are
+        (B, T, 1), which posts have an image, and the pixels of those."""
         device, (texts, aspects, places) = self.head[1].weight.device, zip(*map(mark_aspect, posts))
         ids = self.tokenizer(list(texts), list(aspects), padding=True, truncation=True,
                              max_length=256, split_special_tokens=True, return_tensors="pt",
@@ -2005,15 +2010,20 @@ class UBMMember(nn.Module):
         first = torch.tensor([[s == 0 for s in ids.sequence_ids(b)] for b in range(len(posts))])
         place = torch.tensor(places)[..., None]  # (B, 2, 1)
         spot = (first & (start < place[:, 1]) & (end > place[:, 0]))[..., None].to(device)
-        hidden = self.text(**ids.to(device)).last_hidden_state.float()  # (B, T, D)
+        there = [b for b, p in enumerate(posts) if p.image and self.images is not None]
+        pixels = self._pixels([load_image(posts[b].image) for b in there]) if there else None
+        return ids.to(device), spot, there, pixels if pixels is None else pixels.to(device)
+
+    def forward(self, inputs):
+        """`inputs` of B posts -> logits (B, C)."""
+        ids, spot, there, pixels = inputs
+        hidden = self.text(**ids).last_hidden_state.float()  # (B, T, D)
         mean = (hidden * spot).sum(1) / spot.sum(1).clamp(min=1)
         parts = [hidden[:, 0], mean]
         if self.images is not None:
-            view = hidden.new_zeros(len(posts), self.seen)  # stays zero for a post without image
-            there = [b for b, p in enumerate(posts) if p.image]
+            view = hidden.new_zeros(len(hidden), self.seen)  # stays zero for a post without image
             if there:
-                pixels = self._pixels([load_image(posts[b].image) for b in there])
-                view[there] = self._mean(pixels.to(device)).float()
+                view[there] = self._mean(pixels).float()
             parts.append(view)
         return self.head(torch.cat(parts, 1))
 

@@ -797,7 +797,8 @@ def ubm_logits(model, posts):
     """Logits (N, C) on the CPU, in the posts' order."""
     model.eval()
     order = sorted(range(len(posts)), key=lambda i: len(posts[i].text))
-    parts = [model([posts[i] for i in order[a : a + 64]]).cpu() for a in range(0, len(order), 64)]
+    batches = ([posts[i] for i in order[a : a + 64]] for a in range(0, len(order), 64))
+    parts = [model(model.inputs(batch)).cpu() for batch in batches]
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
@@ -830,11 +831,11 @@ def ubm_run(args, k, model, posts, targets, dev):
         seen["words"].retain_grad()
         return seen["words"]
 
-    def batch_loss(rows, push=0.0):
+    def batch_loss(inputs, wanted, push=0.0):
         seen["push"] = push
         with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-            logits = model([posts[i] for i in rows]).float()
-        return F.cross_entropy(logits, targets[rows].to(args.device))
+            logits = model(inputs).float()
+        return F.cross_entropy(logits, wanted)
 
     hook = model.text.get_input_embeddings().register_forward_hook(move)
     best, kept, step = -math.inf, None, 0
@@ -850,18 +851,19 @@ def ubm_run(args, k, model, posts, targets, dev):
                          disable=ranks()[0] > 0):
             for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
                 group["lr"] = peak * (1 - step / total)
-            loss = batch_loss(rows)
-            if not math.isfinite(loss.item()):
+            batch = model.inputs([posts[i] for i in rows]), targets[rows].to(args.device)
+            loss = batch_loss(*batch)
+            sum_loss += loss.item()
+            if not math.isfinite(sum_loss):
                 raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
             loss.backward()
             if args.push:
                 uphill = F.normalize(seen["words"].grad.flatten(1)).view_as(seen["words"])
-                batch_loss(rows, args.push * uphill).backward()
+                batch_loss(*batch, args.push * uphill).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            sum_loss += loss.item()
             memory = min(args.decay, (1 + step) / (10 + step))  # short at first
             with torch.no_grad():
                 for mean, now in zip(averages, weights):

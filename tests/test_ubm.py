@@ -68,7 +68,7 @@ def test_the_head_reads_the_aspect(encoder, posts):
     member = model.members[0]
     member.head.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     with torch.no_grad():
-        model(posts)
+        model(model.inputs(posts))
         ids = model.tokenizer("* Rex * is dull but Mia shines", "Rex", return_tensors="pt")
         hidden = member.text(**ids).last_hidden_state[0]
     pieces = model.tokenizer.convert_ids_to_tokens(ids.input_ids[0])
@@ -92,7 +92,7 @@ def test_members_answer_together(encoder, posts):
     """The mean of the members' probabilities, then the temperature."""
     model = mulcot.new_ubm(encoder, members=3).eval()
     with torch.no_grad():
-        each = torch.stack([member(posts).softmax(-1) for member in model.members])
+        each = torch.stack([m(m.inputs(posts)).softmax(-1) for m in model.members])
     assert (each[0] - each[1]).abs().max() > 1e-3
     assert torch.allclose(model.probs(posts), each.mean(0), atol=1e-6)
     model.temperature = 2.0
@@ -240,15 +240,15 @@ def test_adversarial_steps(toy, tmp_path, monkeypatch):
     along the gradient of the first."""
     seen, forward = [], mulcot.UBMMember.forward
 
-    def watched(self, posts):
+    def watched(self, inputs):
         def keep(module, ids, words):
             seen.append(dict(words=words.detach().clone()))
             words.register_hook(lambda g, at=seen[-1]: at.update(gradient=g.clone()))
 
         if not self.training:
-            return forward(self, posts)
+            return forward(self, inputs)
         hook = self.text.get_input_embeddings().register_forward_hook(keep)
-        logits = forward(self, posts)
+        logits = forward(self, inputs)
         hook.remove()
         return logits
 
