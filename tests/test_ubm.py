@@ -195,6 +195,17 @@ def test_score_targets_have_the_score_as_expectation():
     assert torch.allclose(mean, torch.tensor([1.4, -3, 0, 2.75, 3.0]))
 
 
+def test_logits_are_in_the_posts_order(encoder):
+    """They are computed by length."""
+    posts = [mulcot.Post(str(n), "so good " * n + "but bad") for n in (3, 1, 2)]
+    model = mulcot.new_ubm(encoder)
+    said = train.ubm_logits(model, posts)
+    with torch.no_grad():
+        alone = torch.cat([model(model.inputs([post])) for post in posts])
+    assert torch.allclose(said, alone, atol=1e-5)
+    assert not torch.allclose(said, alone[[1, 2, 0]], atol=1e-4)
+
+
 # ---- training
 
 
