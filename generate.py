@@ -1,16 +1,17 @@
-"""Write what models say: toy posts, chains, soft labels, predictions, a cascade's answers.
+"""Write what models say: a teacher's chains, soft labels, predictions, a cascade's answers.
 
     python generate.py teacher --data train.tsv --images img --model gpt-4o-mini \\
         --endpoint https://api.openai.com/v1 --out chains.jsonl
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
-        --out said.jsonl
+        --out predictions.jsonl
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
     python generate.py cascade --ubm runs/ubm --mllm runs/student/best --data test.tsv \\
         --dev dev.tsv --images img --out cascade.jsonl
 
-Last line: `wrote 300 rows to said.jsonl (0 set aside)`. Reads posts (.jsonl, the authors' .json,
-TomBERT .tsv, MMSA's .csv, MVSA folder). Appends rows to --out, bad ones to NAME.rejects.jsonl.
-Killed and run again with the same command it skips what is done and ends with the same rows.
+Last line: `wrote 300 rows to predictions.jsonl (0 set aside)`. Reads posts (.jsonl, the authors'
+.json, TomBERT .tsv, MMSA's .csv, MVSA folder). Appends rows to --out, bad ones to
+NAME.rejects.jsonl. Killed and run again with the same command it skips what is done and ends with
+the same rows.
 """
 
 import argparse
@@ -22,34 +23,35 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mulcot import (
-    LABELS, Answer, Endpoint, Help, InputError, NF4Linear, Post, Refused, Request, RowWriter, Shelf,
-    SoftLabels, ToyTeacher, Unreachable, answer_all, answer_verdict, beside, best_thresholds,
-    build_messages, cascade_route, check_answer, check_settings, collate, dev_posts, digest, encode,
-    fingerprint, forward_branches, generate_text, iter_posts, join_ranks, label_branches,
-    label_example, label_row, load_image, load_model, load_ubm, mark_aspect, new_cache,
-    not_negative, of_split, parse_reasoning, positive, post_prompt, ranks, read_out, read_posts,
-    read_rows, reference_prompt, refuse_ranks, regression_metrics, render_reasoning, run_stage,
-    score_labels, shared_rows, shares_of, stages_asked, task_format, tell_aside, threshold_grid,
-    tokenizer_hash, top_k_soft, toy_clip_warmup, toy_clips, toy_posts, toy_warmup,
-    training_branches, two_stage_cot, verdict, wait_for_ranks, write_atomic, write_branch,
-    write_json)
-
+    FORMATS, LABELS, REASON_FORMAT, Answer, Endpoint, Help, InputError, Post, Refused, Request,
+    RowWriter, SoftLabels, Unreachable, answer_verdict, barrier, best_thresholds, build_messages,
+    cascade_route, check_answer, check_at_least, check_settings, class_branches, collate,
+    count_parameters, digest, encode, encode_batch, fingerprint, forward_branches, gather,
+    generate_text, get_rank, get_world_size, init_distributed, load_image, load_trained, load_ubm,
+    mark_aspect, post_prompt, predict, progress, read_dev_posts, read_out, read_posts, read_rows,
+    refuse_ranks, render_reasoning, report_rejects, run_info, run_stage,
+    score_labels, second_pass_prompt, select_split, sibling, stages_asked, threshold_grid,
+    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
-def above_zero(text):
-    """An argparse type: a number above 0."""
-    if not float(text) > 0:
-        raise ValueError
-    return float(text)
+# ---- the command line --------------------------------------------------------------------------
+
+STAGES = {
+    "teacher": "two-stage chains: predict; keep if right, else explain the label",
+    "augment": "one more chain per training post by the assistant, kept if right",
+    "soft": "the assistant's hidden states at the supervised positions",
+    "predict": "label by the label prompt, chain by the reason prompt",
+    "cascade": "a small model first, the MLLM only where that one is unsure"}
 
 
 def parse_args(argv=None):
@@ -57,325 +59,256 @@ def parse_args(argv=None):
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                   epilog="`generate.py STAGE --help` lists a stage's flags.")
     stages = top.add_subparsers(dest="stage", required=True)
-
-    def stage(name, about, model=True):
-        """A stage's parser with the flags that stages share; returns its add_argument."""
-        p = stages.add_parser(name, help=about, description=about, formatter_class=Help)
-        flag, single = p.add_argument, name in ("predict", "cascade")
-        flag("--out", required=not single,
-             help="a folder" if name in ("toy", "soft") else "where the rows go (.jsonl)")
-        flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
-        if model:
-            flag("--data", nargs="+", metavar="POSTS", required=not single,
-                 help="posts: .jsonl, .json, .tsv, .csv or an MVSA folder")
-            flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
-            flag("--model", required=name != "cascade",
-                 help="the MLLM's name at --endpoint" if name == "cascade" else "hub name, model "
-                      "or adapter folder (teacher: also toy, or the name at --endpoint)")
-            flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                 help="cpu, cuda or cuda:1")
-            flag("--nf4", action=YES_NO,
-                 help="quantise the base to 4 bits (default: as its adapter was trained)")
-            flag("--batch", type=positive, default=64, help="posts at once (authors: 24)")
-            flag("--max-pixels", type=not_negative, default=0,
-                 help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
-        return flag
-
-    flag = stage("toy", "write the synthetic set in the ordinary formats", model=False)
-    for split, size in (("train", 600), ("dev", 100), ("test", 300), ("warmup", 1280)):
-        flag(f"--{split}", type=int, default=size, help=f"number of {split} posts")
-    flag("--noise", type=float, default=0.0, help="share of posts with a wrong label")
-    flag("--clips", action="store_true", help="posts with frames, a voice and a score")
-
-    teacher_flags(stage("teacher", "two-stage chains: predict; keep if right, else explain the "
-                                   "label"))
-    flag = stage("augment", "one more chain per training post by the assistant, kept if right")
-    flag("--split", default="train", help="only posts of this split, where posts have one, or all")
-    flag("--temperature", type=float, default=0.7, help="of sampling")
-    flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
-
-    flag = stage("soft", "the assistant's distributions at the supervised positions")
-    flag("--temperature", type=above_zero, default=2.0, help="τ (paper: 2)")
-    flag("--top-k", type=not_negative, default=0, help="keep only so many likeliest tokens and one "
-         "bin for the rest; 0: exact, by hidden states and output matrix")
-    flag("--kl-positions", choices=("response", "all"), default="response",
-         help="all: prompt and image positions too, near to what the authors' script does")
-    flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
-
-    predict_flags(stage("predict", "label by the label prompt, chain by the reason prompt"))
-    cascade_flags(stage("cascade", "a small model first, the MLLM only where that one is unsure"))
-    args = top.parse_args(argv)
-    check_args(top, args)
+    for stage, about in STAGES.items():
+        p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
+        shared_flags(p.add_argument, stage)
+        if stage in ("teacher", "cascade"):
+            endpoint_flags(p.add_argument)
+        own_flags(p.add_argument, stage)
+    args, unknown = top.parse_known_args(argv)
+    p = stages.choices[args.stage]
+    if unknown:  # with the stage's own usage
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check_at_least(p, args, 1, "batch", "workers", "max_tries")
+    check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
+    if args.stage == "soft" and args.temperature == 0:
+        p.error("argument --temperature: must be above 0")
+    if args.stage == "cascade":
+        args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
+        if bool(args.mllm) == bool(args.endpoint) or not args.model:
+            p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
+    if not (args.data and args.out) and not getattr(args, "text", None):
+        p.error("needs --data and --out (predict also takes one post: --text, --image, --aspect)")
+    args.run = run_info("generate.py", argv)
     return args
 
 
-def teacher_flags(flag):
-    """Who writes the chains, how often it is asked, and what that may cost."""
-    endpoint_flags(flag)
-    flag("--split", default="train", help="only posts of this split, where posts have one, or all")
-    flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
-    flag("--budget-tokens", type=not_negative, default=0,
-         help="--endpoint: stop after so many, 0: never")
-    flag("--max-posts", type=not_negative, default=0,
-         help="--endpoint: stop after so many posts, 0: never")
-    flag("--dry-run", action="store_true", help="print the prompts and an estimate, send nothing")
-    flag("--max-tries", type=positive, default=3, help="answers asked for in each stage (ARC)")
-    flag("--max-new-tokens", type=int, default=512, help="of an answer; doubled if cut")
-    flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
-    flag("--skill", type=float, default=0.6, help="--model toy: share of posts right unaided")
-
-
-def predict_flags(flag):
-    """What is said of a post, and the controls."""
-    flag("--split", default="all", help="only posts of this split, where posts have one, or all")
-    flag("--decode", choices=("score", "greedy"), default="score",
-         help="label by scoring the three answers, or generated as the authors do")
-    flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
-    flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
-    flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
-    flag("--blank-text", action="store_true", help="control: take the words away")
-    flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
-    one_post_flags(flag)
-
-
-def cascade_flags(flag):
-    """Who is asked, and how much of it."""
-    flag("--ubm", required=True, help="folder of train.py ubm")
-    flag("--mllm", help="the MLLM: hub name, model or adapter folder; or give --endpoint, --model")
-    endpoint_flags(flag)
-    flag("--logprobs", action=YES_NO, default=True,
-         help="--endpoint: --no-logprobs for a server that refuses to give them")
-    flag("--dev", help="posts to fit the thresholds on (split dev, where posts have one)")
-    flag("--split", default="all", help="only posts of this split, where posts have one, or all")
-    flag("--budget", type=float, default=0.4, help="MLLM passes per post, at most, on dev")
-    flag("--compare", action="store_true",
-         help="ask the MLLM about every post, for the accuracy-cost curve")
-    one_post_flags(flag)
-
-
-def check_args(top, args):
-    """What argparse cannot say."""
-    if args.stage == "toy" and args.clips and args.noise:
-        top.error("--noise is of labels; --clips have scores")
-    if args.stage == "augment" and not args.temperature >= 0:
-        top.error("--temperature must be at least 0")
-    if args.stage in ("predict", "cascade"):
-        if not (args.text or (args.data and args.out)):
-            top.error(f"{args.stage} needs --data and --out, or one post in --text (and --image, "
-                      "--aspect)")
-        if args.text and args.data:
-            top.error("--text (one post) and --data (many) exclude each other")
-    if args.stage == "cascade":
-        if bool(args.mllm) == bool(args.endpoint) or bool(args.endpoint) != bool(args.model):
-            top.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
-        if not (args.dev if args.data else args.out):
-            top.error("cascade fits its thresholds on --dev; one post in --text needs the --out of "
-                      "such a run")
-        args.model, args.max_posts, args.budget_tokens = args.mllm or args.model, 0, 0
+def shared_flags(flag, stage):
+    """Of every stage."""
+    flag("--data", nargs="+", metavar="POSTS", help=".jsonl, .json, .tsv, .csv or an MVSA folder")
+    flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
+    flag("--out", help="where the rows go (.jsonl); of soft a folder")
+    flag("--model", required=stage != "cascade",
+         help="hub name, model or adapter folder; with --endpoint the model's name there")
+    flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
+    flag("--nf4", action=YES_NO, help="4-bit base (default: as its adapter was trained)")
+    flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
+    flag("--max-pixels", type=int, default=0,
+         help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+    split = "all" if stage in ("predict", "cascade") else "train"
+    flag("--split", default=split, help="only posts of this split, where posts have one, or all")
 
 
 def endpoint_flags(flag):
     """How to reach an endpoint."""
-    flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; --model is its name there, "
-                            "the key is read from OPENAI_API_KEY")
+    flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
-    flag("--workers", type=positive, default=8, help="--endpoint: calls at once")
+    flag("--workers", type=int, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
 
 
-def one_post_flags(flag):
-    """One post from the shell."""
-    flag("--text", help="one post instead of --data: its text")
-    flag("--image", help="one post: its image")
-    flag("--aspect", help="one post: its target aspect")
+def own_flags(flag, stage):
+    """Of one stage."""
+    if stage in ("teacher", "augment", "predict"):
+        flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
+    if stage == "teacher":
+        flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after, 0: never")
+        flag("--max-posts", type=int, default=0, help="--endpoint: stop after, 0: never")
+        flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
+        flag("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
+        flag("--max-tries", type=int, default=3, help="answers asked for in each stage (ARC)")
+        flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
+    elif stage == "augment":
+        flag("--temperature", type=float, default=0.7, help="of sampling")
+    elif stage == "soft":
+        flag("--temperature", type=float, default=2.0, help="τ (paper: 2)")
+        flag("--kl-positions", choices=("response", "all"), default="response",
+             help="all: prompt and image positions too, near to what the authors' script does")
+        flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
+    elif stage == "predict":
+        flag("--decode", choices=("score", "greedy"), default="score",
+             help="label by scoring the three answers, or generated as the authors do")
+        flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
+        flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
+        flag("--blank-text", action="store_true", help="control: take the words away")
+        flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
+        flag("--text", help="one post instead of --data: its text")
+        flag("--image", help="one post: its image")
+        flag("--aspect", help="one post: its target aspect")
+    elif stage == "cascade":
+        flag("--ubm", required=True, help="folder of train.py ubm")
+        flag("--mllm", help="the MLLM: model or adapter folder; or --endpoint and --model")
+        flag("--logprobs", action=YES_NO, default=True, help="--endpoint: ask for them")
+        flag("--dev", required=True, help="posts to fit the thresholds on (split dev, if given)")
+        flag("--budget", type=float, default=0.4, help="MLLM passes per post, at most, on dev")
 
 
 # ---- shared by the stages ----------------------------------------------------------------------
 
 
-def posts_of(args, keep=lambda post: True):
-    """Posts of --data and --split; unreadable rows go to NAME.rejects.jsonl, once."""
-    rejects, everyone, posts, split = [], [], [], args.split
+def select_posts(args, labelled=False):
+    """(posts of --data and --split, unreadable rows); says how many of other splits are left
+    out."""
+    rejects, everyone = [], []
     for path in args.data:
         if os.path.realpath(path) == os.path.realpath(args.out):
             raise InputError(f"--out {args.out} is one of the --data files: choose another")
-        found = read_posts(path, args.images, rejects)
-        everyone += found
-        posts += found if split == "all" else of_split(found, split)
-    twice = [i for i, n in Counter(p.id for p in everyone).items() if n > 1]
-    if twice:
-        raise InputError(f"id {twice[0]!r} occurs in two --data files: ids name posts later on")
-    splits = {p.split for p in everyone if p.split}
-    if ranks()[0] == 0:
-        settings, refused = beside(args.out, "settings.json"), beside(args.out, "rejects.jsonl")
-        begun = os.path.exists(args.out) and (os.path.getsize(args.out) > 0  # not mktemp's file
-                                              or os.path.exists(settings))
-        check_settings(settings, settings_of(args), begun)
-        if not begun:  # --out was deleted: nothing that an earlier run left counts as done
-            for left in (refused, *shares_of(refused), *shares_of(args.out)):
-                Path(left).unlink(missing_ok=True)
-        with RowWriter(refused, "where") as aside:
-            for where, why in rejects:
-                if where not in aside.done:
-                    aside.write(dict(where=where, problem=why))
-    tell_aside(rejects, "unreadable rows")
-    posts = [p for p in posts if keep(p)]
+        everyone += read_posts(path, args.images, rejects)
+    report_rejects(rejects, "unreadable rows")
+    posts = select_split(everyone, args.split)
+    id, n = Counter(post.id for post in everyone).most_common(1)[0]
+    if n > 1:
+        raise InputError(f"id {id!r} occurs in two --data files: ids name posts later on")
+    if len(posts) < len(everyone):
+        splits = Counter(post.split for post in everyone)
+        del splits[args.split]
+        print("left out   " + ", ".join(f"{n} of split {split}" for split, n in splits.items()))
+    if labelled:
+        posts = [post for post in posts if post.label]
     if not posts:
-        raise InputError(f"{', '.join(args.data)}: no post of split {split!r} that the "
-                         f"{args.stage} stage can use (splits there: {sorted(splits) or 'none'})")
-    return posts
-
-
-def files_of(post):
-    """Names the content of a post's pictures and sound."""
-    sound = [post.audio] if post.audio else []
-    return digest(*(Path(file).read_bytes() for file in post.pictures + sound))
+        raise InputError(f"{', '.join(args.data)}: no post of split {args.split!r} that the "
+                         f"{args.stage} stage can use")
+    return posts, rejects
 
 
 # settings that a rerun onto an --out must share
 KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
-        "max_pixels", "max_new_tokens", "max_tries", "nf4", "stage2", "skill", "logprobs")
+        "max_pixels", "max_new_tokens", "max_tries", "nf4", "stage2", "logprobs")
 
 
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
-    files = [Path(args.model, f"{x}.safetensors") for x in ("adapter_model", "head", "ubm")]
+    files = [Path(args.model, f"{name}.safetensors") for name in ("adapter_model", "head", "ubm")]
     weights = [file.read_bytes() for file in files if file.exists()]
-    return {k: v for k, v in vars(args).items() if k in KEPT} | {
-        "adapter": digest(*weights) if weights else None}
+    settings = {key: value for key, value in vars(args).items() if key in KEPT}
+    return settings | dict(adapter=digest(*weights) if weights else None)
 
 
-def fixed_batches(posts, size, done, say):
-    """(post, what say(batch, its number) has for it and its seconds) of all posts not done, like
-    lengths together; under torchrun of this process's share. The batches' make-up depends on all
-    posts, not on what is left, so that a resumed or divided run pads, samples and rounds as an
-    unbroken one."""
-    rank, world = ranks()
-    order = sorted(posts, key=lambda p: len(p.cot or p.text))
-    for n, a in enumerate(range(0, len(order), size)):
-        batch, began = order[a : a + size], time.time()
-        if n % world == rank and any(p.id not in done for p in batch):
-            for post, said in zip(batch, say(batch, n)):
+class Output:
+    """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. `done`: ids to skip.
+    Only the first process writes."""
+
+    def __init__(self, args, rejects):
+        self.path, self.rejected, done = args.out, sibling(args.out, "rejects.jsonl"), set()
+        if get_rank() == 0:
+            settings = sibling(args.out, "settings.json")
+            files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
+            begun = self.path in files and any(map(os.path.getsize, files))  # not mktemp's file
+            check_settings(settings, settings_of(args), begun, run=args.run)
+            if not begun:  # --out was deleted: what an earlier run set aside is not done
+                Path(self.rejected).unlink(missing_ok=True)
+            self.kept, self.aside = RowWriter(self.path), RowWriter(self.rejected)
+            done = self.kept.done | self.aside.done
+            known = {row.get("where") for row in read_rows(self.rejected)}
+            for where, problem in rejects:
+                if where not in known:
+                    self.aside.write(dict(where=where, problem=problem))
+        self.done = gather(done)[0]
+
+    def write(self, row, keep=True):
+        if get_rank() == 0:
+            (self.kept if keep else self.aside).write(row)
+
+    def close(self):
+        """The last line: rows written and set aside, counted in the files."""
+        rows, aside = len(read_rows(self.path)), len(read_rows(self.rejected))
+        print(f"wrote {rows} rows to {self.path} ({aside} set aside)")
+
+
+def in_batches(args, posts, done, respond):
+    """(post, what respond(batch, its number) has for it and its seconds) of all posts not done,
+    like lengths together; under torchrun each process answers some of the batches. The batches'
+    make-up depends on all posts, not on what is left, so that a resumed or divided run pads,
+    samples and rounds as an unbroken one."""
+    order = sorted(posts, key=lambda post: len(post.cot or post.text))
+    batches = [order[a : a + args.batch] for a in range(0, len(order), args.batch)]
+    bar = progress(len(posts), args.stage, "post")
+    for first in range(0, len(batches), get_world_size()):
+        n = first + get_rank()
+        batch = batches[n] if n < len(batches) else []
+        answered, began = [], time.time()
+        if not {post.id for post in batch} <= done:
+            answered = list(zip(batch, respond(batch, n), strict=True))
+        seconds = dict(seconds=round((time.time() - began) / max(1, len(batch)), 4))
+        for part in gather(answered):
+            for post, result in part:
                 if post.id not in done:
-                    yield post, said | dict(seconds=share(began, batch))
+                    yield post, result | seconds
+        bar.update(len(batch))
+    bar.close()
 
 
 # what a model says of a post; a readout says the score
-SAID = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage", "tries",
-        "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "label_conditioned", "prompt",
-        "score", "uncertainty", "predicted_score", "bin_probs", "route", "reason", "stages"}
+PREDICTED = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage",
+             "tries", "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "prompt", "score",
+             "label_conditioned", "temperature", "max_tokens", "uncertainty", "predicted_score",
+             "bin_probs", "route", "reason", "stages"}
 
 
-def new_row(post, args, source, **more):
+def new_row(post, args, source, predicted):
     """The post's row with what a model said about it, and nothing that another model said."""
-    row = {k: v for k, v in post.row().items() if k not in SAID}
-    row |= dict(source=source, model=str(args.model)) | more
-    return row if row.get("cot") else {k: v for k, v in row.items() if k != "cot"}
-
-
-def share(began, batch):
-    """Seconds since `began` for each of the batch."""
-    return round((time.time() - began) / len(batch), 4)
-
-
-def closing(out):
-    """The last line: rows written and set aside, counted in the files."""
-    written, aside = (sum(1 for _ in open(f, "rb")) for f in (out, beside(out, "rejects.jsonl")))
-    print(f"wrote {written} rows to {out} ({aside} set aside)")
-
-
-# ---- toy ---------------------------------------------------------------------------------------
-
-
-def toy(args):
-    """posts.jsonl, warmup.jsonl and images/ (with --clips also voices) of the synthetic world."""
-    sizes, images = dict(train=args.train, dev=args.dev, test=args.test), f"{args.out}/images"
-    settings = dict(sizes, warmup=args.warmup, seed=args.seed, noise=args.noise, clips=args.clips)
-    check_settings(f"{args.out}/toy.json", settings, os.path.exists(f"{args.out}/posts.jsonl"))
-    if args.clips:
-        posts = toy_clips(images, sizes, args.seed)
-    else:
-        posts = toy_posts(images, sizes, args.seed, args.noise)
-    warm = toy_clip_warmup if args.clips else toy_warmup
-    warmup = warm(images, args.warmup, args.seed + 1)
-    for name, rows in (("posts", posts), ("warmup", warmup)):
-        lines = "".join(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in rows)
-        write_atomic(f"{args.out}/{name}.jsonl", lambda part: Path(part).write_text(lines, "utf-8"))
-    if not args.clips:
-        print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
-    print(f"wrote {len(posts)} posts and {len(warmup)} warm-up rows to {args.out}")
+    row = {key: value for key, value in post.row().items() if key not in PREDICTED}
+    row |= dict(source=source, model=str(args.model)) | predicted
+    if not row.get("cot"):
+        row.pop("cot", None)
+    return row
 
 
 # ---- teacher -----------------------------------------------------------------------------------
 
 
-def teacher(args):
+def teacher(args, ask=None):
     """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations."""
-    posts = posts_of(args, lambda p: p.label)
-    if args.endpoint and not args.allow_test and any(p.split == "test" for p in posts):
+    posts, rejects = select_posts(args, labelled=True)
+    if args.endpoint and not args.allow_test and any(post.split == "test" for post in posts):
         raise InputError("these are posts of split test, and stage 2 would send their labels: "
                          "choose another --split, or say --allow-test")
     if args.dry_run:
         return dry_run(args, posts)
-    counts, began = Counter(), time.time()
-    bar = tqdm(desc="teacher", unit="post", smoothing=0.02, disable=ranks()[0] > 0)
-    rejects = beside(args.out, "rejects.jsonl")
-    with bar, shared_rows(args.out) as kept, shared_rows(rejects) as aside:
-        done = kept.done | aside.done
-        bar.reset(len(posts))
-        bar.update(sum(p.id in done for p in posts))
-        ask = lambda p: two_stage_cot(p, args.max_tries, args.max_new_tokens, args.stage2)
-        results = from_endpoint if args.endpoint else from_batches
-        for post, result in results(args, posts, done, counts, ask):
-            counts.update(f"answers: {a['problem'].split()[0]}"
-                          for a in result.get("attempts", ()) if a["problem"])
-            row = new_row(post, args, "teacher", **result)
-            if "cot" in row:
-                del row["attempts"]
-                kept.write(row)
-            else:
-                aside.write(row)
-            counts[f"stage {row['stage']}" if "cot" in row else "set aside"] += 1
-            counts["asked again"] += max(0, row["tries"] - row["stage"])
-            counts.update({f"{k} tokens": row[f"tokens_{k}"] for k in ("in", "out")})
-            bar.update()
-            bar.set_postfix({k: counts[k] for k in ("stage 1", "stage 2", "set aside")})
+    output, counts, began = Output(args, rejects), Counter(), time.time()
+
+    def chains(posts, ask):
+        return two_stage_cot(posts, ask, args.max_tries, args.max_new_tokens, args.stage2)
+
+    if args.endpoint:
+        results = from_endpoint(args, posts, output.done, counts,
+                                lambda post, ask: chains([post], ask)[0])
+    else:
+        ask = ask or local_teacher(args)
+        results = in_batches(args, posts, output.done, lambda batch, _: chains(batch, ask))
+    for post, result in results:
+        problems = [attempt["problem"] for attempt in result.get("attempts", ())]
+        counts.update(f"answers: {problem.split()[0]}" for problem in problems if problem)
+        row = new_row(post, args, "teacher", result)
+        kept = "cot" in row
+        if kept:
+            del row["attempts"]
+        output.write(row, keep=kept)
+        counts[f"chains of stage {row['stage']}" if kept else "set aside"] += 1
+        counts.update({"answers": row["tries"], "asked again": max(0, row["tries"] - row["stage"]),
+                       "tokens in": row["tokens_in"], "tokens out": row["tokens_out"]})
     counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
     print("this run   " + "  ".join(f"{k} {v}" for k, v in sorted(counts.items())))
-    closing(args.out)
-
-
-def from_batches(args, posts, done, counts, dialogue):
-    """(post, result) of the toy teacher or a local model, --batch posts at once; dialogue(post) is
-    a generator like two_stage_cot."""
-    answers = local_teacher(args)
-    say = lambda batch, _: [result for _, result in
-                            sorted(answer_all(map(dialogue, batch), answers))]
-    for post, result in fixed_batches(posts, args.batch, done, say):
-        counts["answers"] += result["tries"]
-        yield post, result
+    output.close()
 
 
 def local_teacher(args):
-    """ask(list of Requests) -> list of Answers: the toy teacher or a local model."""
-    if args.model == "toy":
-        one = ToyTeacher(args.skill, args.seed)
-        return lambda requests: [one(r) for r in requests]
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
+    """ask(list of Requests) -> list of Answers of a local model, a batch at once."""
+    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
 
     def ask(requests):
-        answers, shared = {}, lambda r: (r.temperature, r.max_tokens)  # by a batch
-        for temperature, budget in sorted(set(map(shared, requests))):
-            group = [r for r in requests if shared(r) == (temperature, budget)]
-            seed = digest(args.seed, temperature, [r.post.id for r in group])
-            torch.manual_seed(int(seed[:8], 16))
-            examples = [encode(r.post, [("", None)], processor,
-                               prompt=r.messages[-1]["content"][-1]["text"]) for r in group]
-            texts = generate_text(model, processor, examples, budget, temperature)
-            for r, example, (text, finish) in zip(group, examples, texts):
-                answers[r.post.id] = Answer(text, finish, len(example),
-                                            len(processor.text_ids(text)))
-        return [answers[r.post.id] for r in requests]
+        torch.manual_seed(int(digest(args.seed, requests[0].temperature,
+                                     [request.post.id for request in requests])[:8], 16))
+        examples = []
+        for request in requests:
+            prompt = request.messages[-1]["content"][-1]["text"]
+            examples.append(encode(request.post, [("", None)], processor, prompt))
+        batch = collate(examples, processor.pad_id).to(model.device)
+        budget = max(request.max_tokens for request in requests)
+        texts = generate_text(model, processor, batch, budget, requests[0].temperature)
+        return [Answer(text, finish, len(example), len(processor.text_ids(text)))
+                for example, (text, finish) in zip(examples, texts)]
 
     return ask
 
@@ -384,10 +317,10 @@ class PaidCalls:
     """Asks the endpoint, and keeps every answer in NAME.calls.jsonl before it is used: killed and
     rerun, the stage pays for nothing twice but the calls that were in flight."""
 
-    def __init__(self, args, done, counts):
+    def __init__(self, args, done):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http)
-        self.file, self.counts = RowWriter(beside(args.out, "calls.jsonl"), "call"), counts
+        self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
@@ -395,44 +328,54 @@ class PaidCalls:
             if row["id"] not in done:  # finished posts need theirs no more
                 self.known[row["call"]] = answer
 
-    def __call__(self, request):
+    def ask(self, requests):
+        """list of Requests -> list of Answers."""
+        return [self.call(request) for request in requests]
+
+    def call(self, request):
         text = request.messages[-1]["content"][-1]["text"]
-        call = digest(self.endpoint.model, request.post.id, text, files_of(request.post),
+        name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
                       request.temperature, request.max_tokens, request.logprobs)
-        if call in self.known:
-            return self.known.pop(call)
-        self.endpoint.pause(0)  # ends this dialogue if the stage is stopping
+        if name in self.known:
+            return self.known.pop(name)
+        self.endpoint.pause(0)  # ends this post's dialogue if the stage is stopping
         answer = self.endpoint(request)
         with self.lock:
-            self.file.write(dict(call=call, id=request.post.id, answer=vars(answer)))
+            self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
             self.spent += answer.tokens_in + answer.tokens_out
-            self.counts["answers"] += 1
         return answer
 
 
-def from_endpoint(args, posts, done, counts, dialogue):
-    """(post, result) as they are finished, --workers dialogues at once; dialogue(post) is a
-    generator like two_stage_cot. A post that the server refuses is set aside; when it answers none,
-    or the budget is spent, the stage stops."""
-    calls, failed = PaidCalls(args, done, counts), []
-    todo = islice((p for p in posts if p.id not in done), args.max_posts or None)
+def files_digest(post):
+    """Names the content of a post's pictures and sound."""
+    sound = [post.audio] if post.audio else []
+    return digest(*[Path(file).read_bytes() for file in post.images + sound])
 
-    def talk(post):
+
+def from_endpoint(args, posts, done, counts, respond):
+    """(post, respond(post, ask)) as they are finished, --workers posts at once. A post that the
+    server refuses is set aside; when it answers none, or the budget is spent, the stage stops."""
+    calls = PaidCalls(args, done)
+    todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
+    bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
+    running, failed = {}, []
+
+    def timed(post):
         began = time.time()
-        (_, result), = answer_all([dialogue(post)], lambda requests: [calls(requests[0])])
-        return result | dict(seconds=share(began, [post]))
+        result = respond(post, calls.ask)
+        return result | dict(seconds=round(time.time() - began, 4))
 
-    running = {}
-    with calls.file, ThreadPoolExecutor(args.workers) as pool:
+    with bar, ThreadPoolExecutor(args.workers) as pool:
         try:
             while True:
-                spent = args.budget_tokens and calls.spent >= args.budget_tokens
-                room = 0 if spent else 2 * args.workers - len(running)
-                running |= {pool.submit(talk, post): post for post in islice(todo, room)}
+                if not args.budget_tokens or calls.spent < args.budget_tokens:
+                    for post in islice(todo, 2 * args.workers - len(running)):
+                        running[pool.submit(timed, post)] = post
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     post = running.pop(future)
+                    bar.update()
                     try:
                         result = future.result()
                     except (Refused, Unreachable) as e:  # this post's fault, or the server's?
@@ -440,20 +383,20 @@ def from_endpoint(args, posts, done, counts, dialogue):
                         if len(failed) > max(8, args.workers):
                             raise InputError(f"{len(failed)} posts in a row failed: {e}") from None
                         continue
-                    yield from set_aside(failed, counts)
+                    yield from refused_posts(failed, counts)
                     failed = []
                     yield post, result
             if failed and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
                 raise InputError(f"no post was answered: {failed[0][1]}")
-            yield from set_aside(failed, counts)
+            yield from refused_posts(failed, counts)
         finally:
             calls.endpoint.stop.set()
-    counts.update({f"retries: {k}": n for k, n in calls.endpoint.retries.items()})
+    counts.update({f"retries: {name}": n for name, n in calls.endpoint.retries.items()})
     if args.budget_tokens and calls.spent >= args.budget_tokens:
         print(f"stopped    {calls.spent} tokens spent of --budget-tokens {args.budget_tokens}")
 
 
-def set_aside(failed, counts):
+def refused_posts(failed, counts):
     """(post, result) of posts that the server refused; unanswered ones are left for a rerun."""
     for post, error in failed:
         if isinstance(error, Unreachable):
@@ -466,17 +409,15 @@ def set_aside(failed, counts):
 def dry_run(args, posts):
     """One prompt of each kind as it would be sent, and what the whole stage would cost."""
     post = posts[0]
-    for task, gold in (("predict", None), ("explain", post.label))[: 1 + args.stage2]:
-        text = build_messages(post, task, gold)[0]["content"][-1]["text"]
-        print(f"---- {task} ----\n[image {post.image}]\n{text}\n")
+    prompts = dict(predict=post_prompt(post, "predict") + FORMATS["predict"])
+    if args.stage2:
+        prompts["explain"] = post_prompt(post, "explain", post.label) + FORMATS["explain"]
+    for task, prompt in prompts.items():
+        print(f"---- {task} ----\n[image {post.image}]\n{prompt}\n")
     calls = round((1.5 if args.stage2 else 1) * min(len(posts), args.max_posts or len(posts)))
-    known = [row["answer"] for row in read_rows(beside(args.out, "calls.jsonl"))]
-    tokens = [len(text) // 4 + 400, 300]  # words, a picture of moderate size, a chain of 200 words
-    if known:
-        tokens = [sum(a[f"tokens_{k}"] for a in known) // len(known) for k in ("in", "out")]
-    print(f"{len(posts)} posts, about {calls} calls of {tokens[0]} tokens in and {tokens[1]} out "
-          f"({'as measured so far' if known else 'a guess'}), {calls * sum(tokens):,} tokens in "
-          "all; nothing was sent")
+    tokens = len(prompts["predict"]) // 4 + 400  # words, and a picture of moderate size
+    print(f"{len(posts)} posts, about {calls} calls of {tokens} tokens in and 300 out (a guess), "
+          f"{calls * (tokens + 300):,} tokens in all; nothing was sent")
 
 
 # ---- augment and soft --------------------------------------------------------------------------
@@ -484,118 +425,103 @@ def dry_run(args, posts):
 
 def augment(args):
     """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
-    posts = posts_of(args, lambda p: p.label)
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
-    bar = tqdm(total=len(posts), desc="augment", unit="post", disable=ranks()[0] > 0)
-    rejects = beside(args.out, "rejects.jsonl")
+    posts, rejects = select_posts(args, labelled=True)
+    output = Output(args, rejects)
+    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
 
-    def say(batch, n):
+    def respond(posts, n):
         torch.manual_seed(args.seed * 100_003 + n)
-        asked = [encode(p, [(task_format("reason"), None)], processor) for p in batch]
-        said = generate_text(model, processor, asked, args.max_new_tokens, args.temperature)
-        for post, (text, finish) in zip(batch, said):
+        batch = encode_batch(posts, [(REASON_FORMAT, None)], model, processor)
+        answers = generate_text(model, processor, batch, args.max_new_tokens, args.temperature)
+        results = []
+        for post, (text, finish) in zip(posts, answers):
             parsed, problem = check_answer(text, post.label, finish)
-            yield dict(raw=text, stage=1, tries=1, prediction=parsed.prediction, problem=problem,
-                       cot=None if problem else render_reasoning(parsed.fields))
+            results.append(dict(raw=text, stage=1, tries=1, prediction=parsed.prediction,
+                                problem=problem,
+                                cot=None if problem else render_reasoning(parsed.fields)))
+        return results
 
-    with bar, shared_rows(args.out) as kept, shared_rows(rejects) as aside:
-        done = kept.done | aside.done
-        bar.update(sum(p.id in done for p in posts))
-        for post, said in fixed_batches(posts, args.batch, done, say):
-            (aside if said["problem"] else kept).write(new_row(post, args, "assistant", **said))
-            bar.update()
-    closing(args.out)
+    for post, result in in_batches(args, posts, output.done, respond):
+        output.write(new_row(post, args, "assistant", result), keep=result["problem"] is None)
+    output.close()
 
 
 @torch.no_grad()
 def soft(args):
-    """The assistant's softened distributions for both tasks of every row, taken in eval mode."""
-    model, processor = load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
-    rows, aside = Shelf(), []  # the branches that train.py will ask for
-    for path in args.data:
-        for post in iter_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
-            branches, problem = training_branches(post, processor, args.max_answer)
-            if problem:
-                aside.append((f"{path}: {post.id}", problem))
-            else:
-                rows.append((post, branches), len(branches[0][1]))
-    tell_aside(aside, "rows without a usable chain")
-    if not rows:
-        raise InputError(f"{', '.join(args.data)}: no row with a usable chain and label")
+    """The assistant's distributions for both tasks of every row, taken in eval mode: its last
+    hidden states, and its output matrix once."""
+    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+    targets = partial(training_branches, processor=processor, max_answer=args.max_answer)
+    rows, _ = training_items(args.data, args.images, targets)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
-    about = dict(assistant=fingerprint(model), tokenizer=tokenizer_hash(processor.tokenizer),
-                 temperature=args.temperature, top_k=args.top_k, positions=args.kl_positions,
-                 vocab=vocab)
-    rank, world = ranks()
-    if rank == 0:
-        SoftLabels(args.out, about)
-        if not args.top_k:
-            SoftLabels(args.out).write_head(model.lm_head.weight[:vocab])
-    wait_for_ranks()
-    cache, everywhere = SoftLabels(args.out, about), args.kl_positions == "all"
-    order = sorted(range(len(rows)), key=lambda i: rows.sizes[i])  # by the length of the chain
-    starts = range(rank * args.batch, len(rows), world * args.batch)
-    for a in tqdm(starts, desc="soft", unit="batch", disable=rank > 0):
-        examples = [encode(*rows[i], processor) for i in order[a : a + args.batch]]
-        names = [SoftLabels.names(e) for e in examples]
-        if all(n in cache.index for each in names for n in each[not everywhere :]):
-            continue
-        batch, entries = collate(examples, processor.pad).to(args.device), {}
-        hidden = forward_branches(model, batch)
-        at = (batch.branch >= 0) if everywhere else (batch.targets != -100)
-        parts = [hidden[at]]
-        if args.top_k:  # in chunks: all logits (N, V) at once would be gigabytes
-            each = [top_k_soft(model.lm_head(h)[:, :vocab], args.top_k, args.temperature)
-                    for h in hidden[at].split(512)]
-            parts = map(torch.cat, zip(*each))
-        parts = [x.cpu() for x in parts]
-        row, branch = at.nonzero()[:, 0].cpu(), batch.branch[at].cpu()
-        for b, each in enumerate(names):
-            for k, name in enumerate(each):
-                here = (row == b) & (branch == k)
-                if here.any():
-                    entries[name] = tuple(x[here] for x in parts)
-        cache.write_part(entries)
-    wait_for_ranks()
-    cache = SoftLabels(args.out)
-    size = sum(f.stat().st_size for f in Path(args.out).glob("part-*.safetensors"))
-    tokens = sum(end - start for _, start, end in cache.index.values())
-    print(f"wrote {len(cache.index)} entries, {tokens} positions of {size / max(tokens, 1):.0f} "
-          f"bytes, to {args.out}")
+    config = dict(stage="soft", assistant=fingerprint(model), temperature=args.temperature,
+                  tokenizer=tokenizer_hash(processor.tokenizer), positions=args.kl_positions)
+    if get_rank() == 0:
+        begun = any(Path(args.out).glob("*.safetensors"))
+        check_settings(Path(args.out, "soft.json"), config, begun, run=args.run)
+        SoftLabels(args.out).write_head(model.lm_head.weight[:vocab])
+    barrier()
+    labels = SoftLabels(args.out)
+    rows.sort(key=lambda row: len(row[1][0][1]))  # by the length of the chain
+    starts = range(get_rank() * args.batch, len(rows), get_world_size() * args.batch)
+    bar = progress(len(starts), "soft", "batch")
+    for start in starts:
+        examples = [encode(*row, processor) for row in rows[start : start + args.batch]]
+        names = [SoftLabels.names(example) for example in examples]
+        if any(name not in labels.parts for row in names for name in row):
+            labels.write_part(soft_entries(model, processor, examples, names, args.kl_positions))
+        bar.update()
+    bar.close()
+    barrier()
+    labels = SoftLabels(args.out)
+    size = sum(file.stat().st_size for file in Path(args.out).glob("part-*.safetensors"))
+    print(f"wrote {len(labels.parts)} entries, {size / 2**20:.1f} MiB, to {args.out}")
+
+
+def soft_entries(model, processor, examples, names, positions):
+    """{entry name: hidden states (n, D')} of every branch of a batch of examples."""
+    batch = collate(examples, processor.pad_id).to(model.device)
+    hidden = forward_branches(model, batch)  # (B, T, D')
+    entries = {}
+    for branch in range(1, int(batch.branch_ids.max()) + 1):
+        at = batch.attended(branch) if positions == "all" else batch.supervised(branch)  # (B, T)
+        for row, own in enumerate(names):
+            entries[own[branch - 1]] = hidden[row, at[row]].cpu()
+    return entries
 
 
 # ---- predict -----------------------------------------------------------------------------------
 
 
-def predict(args):
-    """paper: the label from the label prompt, the chain from another run by the reason prompt."""
+def predict_posts(args):
+    """Rows of what a model says of each post."""
     if args.text:
         return predict_one(args)
-    posts = controlled(posts_of(args), args)
-    model, processor = load_either(args)
-    bar = tqdm(total=len(posts), desc="predict", unit="post", disable=ranks()[0] > 0)
-    with bar, shared_rows(args.out) as kept:
-        done = set(kept.done)
-        bar.update(sum(p.id in done for p in posts))
-        say = lambda batch, _: predict_batch(args, model, processor, batch)
-        for post, said in fixed_batches(posts, args.batch, done, say):
-            kept.write(new_row(post, args, args.source, **said, cot=None))
-            bar.update()
-    closing(args.out)
+    posts, rejects = select_posts(args)
+    output = Output(args, rejects)
+    respond = responder(args)
+    for post, result in in_batches(args, controlled(posts, args), output.done, respond):
+        output.write(new_row(post, args, args.source, result | dict(cot=None)))
+    output.close()
 
 
-def load_either(args):
-    """(model, Processor), or (UBM, None) where --model is a folder of train.py ubm."""
+def responder(args):
+    """respond(posts, batch number) -> list of dicts: of a UBM its verdicts, of a model with a
+    readout what that reads, else labels and chains."""
     if Path(args.model, "ubm.json").exists():
-        args.source = "ubm"
-        return load_ubm(args.model, args.device), None
-    return load_model(args.model, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
+        args.source, ubm = "ubm", load_ubm(args.model, args.device)
+        return lambda posts, _=0: [verdict(probs, ubm.classes) for probs in ubm.probs(posts)]
+    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+    if hasattr(model, "readout"):
+        return lambda posts, _=0: read_out(model, processor, posts)
+    return lambda posts, _=0: predict(model, processor, posts, args.chain, args.decode,
+                                      args.max_new_tokens)
 
 
 def controlled(posts, args):
     """Two controls that each break one modality: images dealt out anew, words taken away."""
     if args.shuffle_images:
-        pictures = [(p.image, p.frames) for p in posts]
+        pictures = [(post.image, post.frames) for post in posts]
         random.Random(args.seed).shuffle(pictures)
         for post, (image, frames) in zip(posts, pictures):
             post.image, post.frames = image, frames
@@ -605,138 +531,107 @@ def controlled(posts, args):
     return posts
 
 
-@torch.no_grad()
-def predict_batch(args, model, processor, posts):
-    """What is said of each post: prediction, probs or raw_label, and the chain with its problem; of
-    a UBM (no processor) its verdict, of a model with a readout what that reads."""
-    if processor is None:
-        return [verdict(probs, model.classes) for probs in model.probs(posts)]
-    if hasattr(model, "readout"):
-        return read_out(model, processor, posts)
-    chain, chains = [(task_format("reason"), None)], []
-    if args.decode == "score":
-        scored = label_branches() + chain  # one pass over image and post for labels and chain
-        examples = [encode(p, scored, processor) if args.chain else label_example(p, processor)
-                    for p in posts]
-        batch = collate(examples, processor.pad).to(model.device)
-        cache = new_cache() if args.chain else None
-        hidden = forward_branches(model, batch, cache)
-        rows = [label_row(probs) for probs in score_labels(model, batch, hidden).exp().tolist()]
-        if args.chain:
-            chains = write_branch(model, processor, batch, hidden, cache, args.max_new_tokens)
-    else:
-        asked = [encode(p, [(task_format("label"), None)], processor) for p in posts]
-        rows = [dict(prediction=parse_reasoning(text).prediction, raw_label=text)
-                for text, _ in generate_text(model, processor, asked, 32)]
-        if args.chain:
-            asked = [encode(p, chain, processor) for p in posts]
-            chains = generate_text(model, processor, asked, args.max_new_tokens)
-    if args.chain:
-        for row, (text, finish) in zip(rows, chains):
-            parsed = parse_reasoning(text)
-            row |= dict(raw=text, chain_prediction=parsed.prediction,
-                        problem="truncated" if finish == "length" else parsed.problem,
-                        tokens=len(processor.text_ids(text)))
-    return rows
-
-
 def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
     if args.image:
         load_image(args.image)
-    model, processor = load_either(args)
-    post = Post("1", args.text, args.image, args.aspect)
-    said = predict_batch(args, model, processor, [post])[0]
-    if "raw" in said:
-        print(said["raw"] + "\n")
-    for score in ("score", "predicted_score"):  # a readout's, a UBM's
-        if score in said:
-            return print(f"score: {said[score]}")
-    sure = f" ({max(said['probs']):.1%})" if "probs" in said else ""
-    print(f"label: {said['prediction'] or 'none in ' + repr(said['raw_label'])}{sure}")
+    row = responder(args)([Post("1", args.text, args.image, args.aspect)])[0]
+    if "raw" in row:
+        print(row["raw"] + "\n")
+    score = row.get("predicted_score", row.get("score"))  # a UBM's, a readout's
+    if score is not None:
+        return print(f"score: {score}")
+    sure = f" ({max(row['probs']):.1%})" if "probs" in row else ""
+    print(f"label: {row.get('prediction') or 'none in ' + repr(row.get('raw_label'))}{sure}")
 
 
 # ---- cascade -----------------------------------------------------------------------------------
 
 
 def cascade(args):
-    """paper: U-ACS. The UBM keeps what it is sure of, the MLLM is asked about the rest, and again
-    where it is unsure and contradicts the UBM."""
+    """paper: U-ACS. The UBM keeps what it is sure of, the MLLM is asked about the rest, and a
+    second time where it is unsure and contradicts the UBM."""
     ubm = load_ubm(args.ubm, args.device)
-    refuse_other_labels(args, ubm.classes)
-    if args.text:
-        return cascade_one(args, ubm)
-    posts = posts_of(args)
-    dev = dev_posts(args.dev, args.images, ubm.target)
-    asked = Asked(args, ubm)
-    with asked.file:
-        grid = threshold_grid(asked.settle(dev), errors(dev, ubm.target))
-        passes, wrong, *taus = best_thresholds(grid, args.budget)
-        print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
-              f"error {wrong:.3f}, on {len(dev)} dev posts")
-        said = asked.settle(posts, *((-1, -1) if args.compare else taus))
-    rows = [cascade_row(args, post, x, taus) for post, x in zip(posts, said)]
-    about = dict(taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
-                 dev_error=wrong, routes=Counter(row["route"] for row in rows))
-    about |= costs(posts, said, rows, grid, args.compare, ubm.target)
-    write_json(beside(args.out, "cascade.json"), about)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(args.out, lambda part: Path(part).write_text(lines, "utf-8"))
-    print("routes     " + "  ".join(f"{k} {n}" for k, n in about["routes"].items()))
-    for name, numbers in about["runs"].items():
-        print(f"{name:10s} " + "  ".join(f"{k} {'-' if v is None else f'{v:.4g}'}"
-                                         for k, v in numbers.items()))
-    closing(args.out)
-
-
-def refuse_other_labels(args, classes):
-    """A model that was trained to give other answers must not be scored on these."""
-    if not args.mllm:  # an endpoint answers what the prompt asks for
-        return
-    folder = Path(args.mllm)
-    config = folder.parent / "config.json"  # of train.py, beside best/
-    stage = json.loads(config.read_text()).get("stage") if config.exists() else None
-    other = (folder / "head.json").exists() or (stage in ("assistant", "student")
-                                                and classes != LABELS)
-    if other or (folder / "ubm.json").exists():
+    config = Path(args.model).parent / "config.json"  # of train.py, beside best/
+    trained = json.loads(config.read_text()).get("stage") if config.exists() else None
+    if trained == "readout" or (trained in ("assistant", "student") and ubm.classes != LABELS):
         raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
-                         f"{', '.join(map(str, classes))}: choose another of the two")
+                         f"{', '.join(map(str, ubm.classes))}: choose another of the two")
+    posts, rejects = select_posts(args)
+    dev = read_dev_posts(args.dev, args.images, ubm.target)
+    output = Output(args, rejects)
+    cascade = Cascade(args, ubm)
+
+    def error(answer, n):  # of scores their distance, 6 for none
+        if ubm.target == "label":
+            return float(answer is None or answer["prediction"] != dev[n].label)
+        return abs(answer["predicted_score"] - dev[n].score) if answer else 6.0
+
+    grid = threshold_grid(cascade.verdicts(dev, -1, -1), error)
+    passes, dev_error, *taus = best_thresholds(grid, args.budget)
+    print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
+          f"error {dev_error:.3f}, on {len(dev)} dev posts")
+    rows = []
+    for post, verdicts in zip(posts, cascade.verdicts(posts, *taus)):
+        rows.append(new_row(post, args, "cascade", cascade_fields(verdicts, taus)))
+    routes = Counter(row["route"] for row in rows)
+    costs = dict(passes=sum(len(row["stages"]) - 1 for row in rows) / len(rows))
+    for key in ("seconds", "gflops"):
+        spent = [v.get(key, 0) for row in rows for v in row["stages"].values() if type(v) is dict]
+        costs[key] = sum(spent) / len(rows)
+    write_json(sibling(args.out, "cascade.json"), dict(
+        taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
+        dev_error=dev_error, routes=routes, costs=costs))
+    write_rows(args.out, rows)
+    for name, numbers in (("routes", routes), ("a post", costs)):
+        print(f"{name:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    output.close()
 
 
-class Asked:
-    """Who says what of each post. The MLLM's answers are kept in NAME.asked.jsonl as they come:
+def cascade_fields(verdicts, taus):
+    """The answer, its route and why, and the verdict (or failure) of every stage that this route
+    asked, as fields of a row."""
+    route, answer, reason = cascade_route(*verdicts, *taus)
+    asked = stages_asked(verdicts, *taus)
+    fields = dict(answer or dict(prediction=None), route=route, reason=reason,
+                  stages=dict(zip(("ubm", "mllm", "second_pass")[:asked], verdicts)))
+    for cost in ("tokens", "seconds", "gflops"):  # they are the stages'
+        fields.pop(cost, None)
+    return fields
+
+
+class Cascade:
+    """Asks the stages for their verdicts. The MLLM's are kept in NAME.asked.jsonl as they come:
     killed and rerun, also with another --budget, nothing is asked twice."""
 
     def __init__(self, args, ubm):
-        self.args, self.ubm, self.model = args, ubm, None
-        self.about = settings_of(args), ubm.classes
-        self.file = RowWriter(beside(args.out, "asked.jsonl"), "key")
-        self.known = {row["key"]: row["said"] for row in read_rows(self.file.path)}
+        self.args, self.ubm, self.mllm = args, ubm, None
+        self.branches = class_branches(ubm.classes)
+        self.settings = settings_of(args), ubm.classes
+        self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
+        self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
 
-    def settle(self, posts, tau1=-1, tau2=-1):
-        """[[UBM, MLLM, MLLM again], …]: the verdicts on posts, asking no more than the routes at
-        these thresholds want (-1: nobody is ever sure)."""
-        said = [[self.by_ubm(post), None, None] for post in tqdm(posts, "ubm", unit="post")]
-        for stage, wanted in ((1, "ask"), (2, "ask again")):
-            todo = {}
-            for i, (post, x) in enumerate(zip(posts, said)):
-                if cascade_route(*x, tau1, tau2)[0] == wanted:
-                    prompt = post_prompt(post) if stage == 1 else reference_prompt(post, *x[:2])
-                    key = digest(self.about, post.id, files_of(post), prompt)
-                    todo[i] = key, post, prompt
-            new = [it for it in todo.values() if it[0] not in self.known]
-            answers = self.by_endpoint(new) if self.args.endpoint else self.by_model(new)
-            for key, answer in tqdm(answers, ("mllm", "mllm again")[stage - 1], len(new)):
-                self.known[key] = answer
-                self.file.write(dict(key=key, said=answer))
-            lost = sum(key not in self.known for key, _, _ in todo.values())
-            if lost:
-                print(f"unanswered {lost} of {len(todo)} posts: run again before you use this")
-            for i, (key, _, _) in todo.items():
-                said[i][stage] = self.known.get(key, "the server did not answer")
-        return said
+    def verdicts(self, posts, tau1, tau2):
+        """[[UBM, MLLM, second pass], …] on posts, asking no more than the routes at these
+        thresholds want (-1: nobody is ever sure)."""
+        verdicts = [[self.ask_ubm(post), None, None] for post in posts]
+        for stage, wanted in ((1, "ask mllm"), (2, "ask second_pass")):
+            questions = {}
+            for i, (post, own) in enumerate(zip(posts, verdicts)):
+                if cascade_route(*own, tau1, tau2)[0] == wanted:
+                    prompt = post_prompt(post) if stage == 1 else second_pass_prompt(post, *own[:2])
+                    key = digest(self.settings, post.id, files_digest(post), prompt)
+                    questions[i] = (key, post, prompt)
+            new = [question for question in questions.values() if question[0] not in self.cache]
+            ask = self.ask_endpoint if self.args.endpoint else self.ask_model
+            for key, answer in ask(new):
+                self.cache[key] = answer
+                self.file.write(dict(key=key, verdict=answer))
+            for i, (key, _, _) in questions.items():
+                verdicts[i][stage] = self.cache.get(key, "the server did not answer: run again")
+        return verdicts
 
-    def by_ubm(self, post):
+    def ask_ubm(self, post):
         """The UBM's verdict, or why it has none."""
         began = time.time()
         try:
@@ -744,148 +639,71 @@ class Asked:
         except InputError as e:
             return str(e)
         tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
-        return answer | spent(self.ubm, tokens, time.time() - began)
+        return answer | pass_cost(self.ubm, tokens, time.time() - began)
 
-    def by_model(self, todo):
+    def ask_model(self, questions):
         """(key, verdict or why there is none) of [(key, post, prompt), …]: a local model scores all
         answers, so that its distribution is exact."""
-        if todo and self.model is None:
-            self.model = load_model(self.args.model, self.args.device,
-                                    max_pixels=self.args.max_pixels, nf4=self.args.nf4)
-        todo = sorted(todo, key=lambda it: len(it[2]))
-        for a in range(0, len(todo), self.args.batch):
-            (model, processor), began, examples = self.model, time.time(), {}
-            for key, post, prompt in todo[a : a + self.args.batch]:
+        args = self.args
+        if questions and self.mllm is None:
+            self.mllm = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+        questions.sort(key=lambda question: len(question[2]))
+        bar = progress(len(questions), "mllm", "post")
+        for start in range(0, len(questions), args.batch):
+            model, processor = self.mllm
+            began, examples = time.time(), {}
+            for key, post, prompt in questions[start : start + args.batch]:
+                bar.update()
                 try:
-                    examples[key] = encode(post, label_branches(self.ubm.classes), processor,
-                                           prompt)
+                    examples[key] = encode(post, self.branches, processor, prompt)
                 except InputError as e:
                     yield key, str(e)
             if examples:
-                batch = collate(list(examples.values()), processor.pad).to(self.args.device)
+                batch = collate(list(examples.values()), processor.pad_id).to(args.device)
                 probs = score_labels(model, batch).exp().cpu()
+                seconds = (time.time() - began) / len(examples)
                 for (key, example), p in zip(examples.items(), probs):
-                    yield key, verdict(p, self.ubm.classes) | spent(model, len(example),
-                                                                    share(began, examples))
+                    cost = pass_cost(model, len(example), seconds)
+                    yield key, verdict(p, self.ubm.classes) | cost
+        bar.close()
 
-    def by_endpoint(self, todo):
+    def ask_endpoint(self, questions):
         """The same from an endpoint, with the teacher stage's client, retries and stops."""
-        asked, question = {it[1].id: it for it in todo}, label_branches(self.ubm.classes)[0][0]
+        by_id = {post.id: (key, prompt) for key, post, prompt in questions}
 
-        def dialogue(post):
+        def respond(post, ask):
             messages = build_messages(post, "label")
-            messages[-1]["content"][-1]["text"] = asked[post.id][2] + question
-            answer = yield Request(post, messages, 0.0, 32, self.args.logprobs)
-            used = dict(tokens=answer.tokens_in + answer.tokens_out)
-            return dict(said=answer_verdict(answer, self.ubm.classes), used=used)
+            messages[-1]["content"][-1]["text"] = by_id[post.id][1] + self.branches[0][0]
+            (answer,) = ask([Request(post, messages, 0.0, 32, self.args.logprobs)])
+            return dict(verdict=answer_verdict(answer, self.ubm.classes),
+                        tokens=answer.tokens_in + answer.tokens_out)
 
-        posts = [post for _, post, _ in todo]
-        for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
-            said = result.get("said", result.get("problem"))
-            if isinstance(said, dict):
-                said |= result["used"] | dict(seconds=result["seconds"])
-            yield asked[post.id][0], said
+        posts = [post for _, post, _ in questions]
+        for post, result in from_endpoint(self.args, posts, set(), Counter(), respond):
+            answer = result.get("verdict", result.get("problem"))
+            if isinstance(answer, dict):
+                answer |= dict(tokens=result["tokens"], seconds=result["seconds"])
+            yield by_id[post.id][0], answer
 
 
-def spent(model, tokens, seconds):
+def pass_cost(model, tokens, seconds):
     """What a pass cost; FLOPs: 2 x parameters x tokens."""
-    size = sum(p.numel() for p in model.parameters()) + sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
-    return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(2e-9 * size * tokens, 4))
+    gflops = 2e-9 * count_parameters(model) * tokens
+    return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(gflops, 4))
 
 
-def errors(posts, target):
-    """error(answer or None, n): 1 for a wrong or no label; the distance of a score, 6 for none."""
-    def error(answer, n):
-        if target == "label":
-            return float(answer is None or answer["prediction"] != posts[n].label)
-        return abs(answer["predicted_score"] - posts[n].score) if answer else 6.0
-
-    return error
-
-
-def cascade_row(args, post, said, taus):
-    """The post with its answer, the route and why, and the verdict (or failure) of every stage that
-    this route asked."""
-    route, answer, reason = cascade_route(*said, *taus)
-    stages = dict(zip(("ubm", "mllm", "again")[: stages_asked(said, *taus)], said))
-    kept = {k: v for k, v in (answer or dict(prediction=None)).items()
-            if k not in ("tokens", "seconds", "gflops")}
-    return new_row(post, args, "cascade", **kept, route=route, reason=reason, stages=stages)
-
-
-def costs(posts, said, rows, grid, compare, target):
-    """runs: what a post cost and the mean error (where gold is known; of scores also their metrics)
-    of the cascade and of either model alone; with --compare the curve [[passes, error], …] at the
-    thresholds that dev chose for each budget."""
-    known = all(getattr(p, target) is not None for p in posts)
-    error, mean = errors(posts, target), lambda values: sum(values) / len(posts)
-
-    def run(passes, answers, paid):
-        cost = lambda k: mean(v.get(k, 0) for each in paid for v in each if isinstance(v, dict))
-        told = dict(passes=passes, seconds=cost("seconds"), gflops=cost("gflops"))
-        if known:
-            told["error"] = mean(error(x, n) for n, x in enumerate(answers))
-        if known and target == "score":
-            metrics = regression_metrics([p.score for p in posts],
-                                         [x and x["predicted_score"] for x in answers])
-            told |= {k: metrics[k] for k in ("mae", "corr", "acc7", "acc2_has0", "acc2_non0")}
-        return told
-
-    def alone(stage, passes):
-        return run(passes, [x[stage] if isinstance(x[stage], dict) else None for x in said],
-                   [[x[stage]] for x in said])
-
-    paid = [list(row["stages"].values()) for row in rows]
-    runs = dict(cascade=run(mean(len(stages) - 1 for stages in paid),
-                            [row if row["prediction"] else None for row in rows], paid),
-                ubm=alone(0, 0))
-    if not compare:
-        return dict(runs=runs)
-    taus = [best_thresholds(grid, tenths / 10)[2:] for tenths in range(21)]
-    curve = sorted({g[:2] for g in threshold_grid(said, error, taus)}) if known else []
-    return dict(runs=runs | dict(mllm=alone(1, 1)), curve=curve)
-
-
-def cascade_one(args, ubm):
-    """One post from the shell: what each stage says, and who settles it, in words."""
-    file = Path(beside(args.out, "cascade.json"))
-    if not file.exists():
-        raise InputError(f"{file} does not exist: run cascade with --data and --dev onto this "
-                         "--out first, which fits the thresholds")
-    about = json.loads(file.read_text())
-    if (about["ubm"], about["mllm"]) != (args.ubm, args.model):
-        raise InputError(f"{file} holds thresholds for {about['ubm']} and {about['mllm']}: give "
-                         "these two, or fit others with --data and --dev")
-    taus = about["taus"]
-    if args.image:
-        load_image(args.image)
-    asked = Asked(args, ubm)
-    with asked.file:
-        said, = asked.settle([Post("1", args.text, args.image, args.aspect)], *taus)
-    for name, x in zip(("small model", "large model", "asked again"), said):
-        if isinstance(x, dict):
-            u = "unknown" if x["uncertainty"] is None else f"{x['uncertainty']:.2f} of 1"
-            print(f"{name}: {x.get('predicted_score', x['prediction'])}, uncertainty {u}")
-        elif x:
-            print(f"{name}: failed: {x}")
-    route, answer, reason = cascade_route(*said, *taus)
-    last = answer.get("predicted_score", answer["prediction"]) if answer else "none"
-    print(f"route: {route} ({reason})\n{ubm.target}: {last}")
-
-
-def main(argv=None):
-    """Runs the command line; returns the exit code."""
+def main(argv=None, ask=None):
+    """Runs the command line; returns the exit code. ask(list of Requests) -> list of Answers: a
+    teacher of one's own in place of --model."""
     args = parse_args(argv)
-    stages = dict(toy=toy, teacher=teacher, augment=augment, soft=soft, predict=predict,
-                  cascade=cascade)
 
     def stage(args):
-        if args.stage in ("toy", "cascade") or getattr(args, "endpoint", None) or getattr(
-                args, "text", None):
+        if args.stage == "cascade" or getattr(args, "endpoint", None):
             refuse_ranks("this stage (an endpoint has --workers)")
-        else:
-            args.device = join_ranks(args.device)
+        args.device = init_distributed(args.device)
+        if args.stage == "teacher":
+            return teacher(args, ask)
+        stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade)
         stages[args.stage](args)
 
     return run_stage(stage, args)

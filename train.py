@@ -10,786 +10,626 @@
     python train.py ubm --data train.tsv --dev dev.tsv --images img --out runs/ubm \\
         --text-encoder sentence-transformers/all-MiniLM-L6-v2
 
-Last line: `best dev accuracy 0.930 (macro F1 0.912) at step 120: runs/student/best`. Reads rows
+Last line: `best dev accuracy 0.930 (macro_f1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
 lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters, a readout's
-head with them; base: last/ is a whole model, from the random one in init/). ubm writes config.json,
-member-K.jsonl (log) and member-K.safetensors (a killed member starts anew), then ubm.safetensors,
-ubm.json, text/ and image/; its last line begins `2 members together:`. Killed and run again with
-the same command each goes on and ends with the same result.
+head with them). ubm writes config.json, member-K.jsonl (log) and member-K.safetensors (a killed
+member starts anew), then ubm.safetensors, ubm.json, text/ and image/; its last line begins
+`2 members together:`. Killed and run again with the same command each goes on and ends with the
+same result.
 """
 
 import argparse
 import copy
 import json
 import math
-import os
-import re
 import runpy
-import shlex
-import shutil
 import statistics
 import sys
 import time
 from collections import Counter
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import load_file
 
 from mulcot import (
-    LABELS, SCORES, SYSTEM, TINY, TINY_OMNI, Help, InputError, NF4Linear, Readout, Shelf,
-    SoftLabels, accuracy_f1, add_lora, build_messages, check_settings, chunked_ce_kl, class_targets,
-    collate, dev_posts, digest, encode, fit_temperature, forward_branches, gather, iter_posts,
-    join_ranks, label_example, load_model, load_processor, mark_aspect, multitask_loss, new_ubm,
-    not_negative, positive, ranks, read_out, read_posts, read_rows, readout_branches, readout_loss,
-    refuse_ranks, regression_metrics, reinit_layers, render_label, render_score, run_stage,
-    save_adapter, save_readout, save_ubm, score_labels, show_tokens, sum_gradients, task_format,
-    tell_aside, tiny_model, tiny_tokenizer, tokenizer_hash, training_branches, wait_for_ranks,
-    without, write_atomic, write_json)
-
+    LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, SoftLabels, add_lora,
+    all_reduce_gradients, barrier, check_at_least, check_settings, class_targets, collate,
+    confusion_scores, confusion_table, count_parameters, digest, distill_kl, encode,
+    fit_temperature, forward_branches, gather, get_rank, get_world_size, in_chunks,
+    init_distributed, load_processor, load_trained, multitask_loss, new_ubm, predict, progress,
+    read_dev_posts, read_out, read_rows, readout_branches, readout_loss,
+    regression_metrics, reinit_layers, render_score, run_info, run_stage,
+    save_adapter, save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash,
+    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
+    write_tensors)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+DEV_BATCH = 16  # posts
+LOGITS = 2**24  # held at once by a loss: 64 MiB in fp32, 110 positions of Qwen's vocabulary
+
+
+# ---- the command line --------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     """The command line."""
     top = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=Help,
-        epilog="Without a stage: every stage in turn on the embedded default. "
+        epilog="Without a stage: every stage in turn on the embedded default (tests/demo.py). "
                "`train.py STAGE --help` lists a stage's flags with the paper's values.")
-    top.add_argument("--out", default="runs/demo", help="without a stage: where everything lands")
-    top.add_argument("--seed", type=int, default=42, help="without a stage: of all that is drawn")
-    stages = top.add_subparsers(dest="stage")
-    abouts = {"base": "warm up a random tiny model (stands where pre-training would)",
-              "assistant": "both tasks on the teacher's chains",
-              "student": "both tasks on all chains, from hard and soft labels",
-              "readout": "a score or label read off the last hidden state (arXiv 2606.05713)"}
-    for stage, about in abouts.items():
+    stages = top.add_subparsers(dest="stage", required=True)
+    for stage, about in STAGES.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
-        loop_flags(p.add_argument, stage)
-        if stage == "base":
-            p.add_argument("--size", choices=(*TINY, *TINY_OMNI), required=True,
-                           help="which embedded tiny model")
+        shared_flags(p.add_argument)
+        if stage == "ubm":
+            ubm_flags(p.add_argument)
+            p.set_defaults(epochs=3, batch=32, lr=1e-4)
             continue
-        lora_flags(p.add_argument, stage)
+        loop_flags(p.add_argument)
         if stage == "readout":
-            readout_flags(p)
+            readout_flags(p.add_argument)
+            p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
+                           schedule="cosine", warmup=0.1)
         else:
-            task_flags(p.add_argument)
-        if stage == "student":
-            student_flags(p.add_argument)
-    ubm_flags(stages)
-    ablate_flags(stages)
-    args = top.parse_args(argv)
+            chain_flags(p.add_argument, stage)
+    stages.choices["assistant"].set_defaults(dropout=0.2)
+    args, unknown = top.parse_known_args(argv)
+    p = stages.choices[args.stage]
+    if unknown:  # with the stage's own usage
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check_at_least(p, args, 1, "epochs", "batch", "accumulate", "log_every", "rank", "members")
+    check_at_least(p, args, 0, "max_pixels", "workers", "save_every", "reinit_layers")
     if args.stage == "student" and not args.no_soft and not args.soft:
-        top.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
-    if args.stage == "readout" and (args.target, args.how) == ("label", "generate"):
-        top.error("--how generate is for --target score; labels are generated by the student")
-    if args.stage == "readout":
-        if args.compare and (args.target, args.how, args.without, len(args.seed)) != (
-                "score", "read", [], 1):
-            top.error("--compare sets --target, --how and --without itself, for one --seed")
-        args.out = args.out or ("runs/compare" if args.compare else None)
-        given = [bool(x) for x in (args.data, args.dev, args.model)]
-        if not args.out or not all(given) and not (args.compare and not any(given)):
-            top.error("readout needs --data, --dev, --model and --out, or --compare alone")
+        p.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
+    if args.stage == "readout" and (args.target, args.readout) == ("label", "generative"):
+        p.error("--readout generative is for --target score; labels are generated by the student")
+    args.run = run_info("train.py", argv)
     return args
 
 
-def loop_flags(flag, stage):
-    """Flags of every stage of the one training loop."""
-    needed = stage != "readout"  # its --compare brings its own
-    flag("--data", nargs="+", required=needed, metavar="ROWS",
-         help="rows with cot and label" if needed else "posts with scores or labels")
+STAGES = {
+    "assistant": "both tasks on the teacher's chains",
+    "student": "both tasks on all chains, from hard and soft labels",
+    "readout": "a score or label read off the last hidden state (arXiv 2606.05713; its values: "
+               "rank, dropout, --lr, --head-lr, --nf4, --scope all; the rest is ours)",
+    "ubm": "small classifier for the cascade: short runs that answer together, calibrated"}
+
+
+def shared_flags(flag):
+    """Of every stage."""
+    flag("--data", nargs="+", required=True, metavar="ROWS",
+         help="training rows: with cot and label; of readout and ubm posts with label or score")
+    flag("--dev", required=True, help="posts to select on (split dev, where splits are given)")
     flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
-    flag("--out", required=needed, help="folder for adapters, log and resume state")
-    flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)",
-         **(dict(nargs="+") if stage == "readout" else {}))
-    flag("--epochs", type=positive, default=20, help="passes over the data (paper: 20)")
-    flag("--batch", type=positive, default=2, help="posts per micro-batch (paper: 2)")
-    flag("--accumulate", type=positive, default=20, help="micro-batches per step (paper: 20)")
+    flag("--out", required=True, help="folder for what is trained, its log and resume state")
+    flag("--seed", type=int, default=42, help="of data order, dropout, new weights (paper: 42)")
+    flag("--epochs", type=int, default=20, help="passes over the data (paper: 20)")
+    flag("--batch", type=int, default=2, help="posts per micro-batch (paper: 2)")
     flag("--lr", type=float, default=3e-4, help="peak rate of AdamW (paper: 3e-4)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
+
+
+def loop_flags(flag):
+    """Of the stages that train an adapter in the one loop."""
+    flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+    flag("--accumulate", type=int, default=20, help="micro-batches per step (paper: 20)")
     flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
-    flag("--schedule", choices=("plateau", "cosine"), default="plateau",
-         help="plateau: halve at the 3rd epoch in a row without better dev accuracy (paper: "
-              "patience 2); cosine: to 0")
-    flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (paper: 0)")
+    flag("--schedule", choices=("plateau", "cosine"), default="plateau", help="plateau: halve at "
+         "the 3rd epoch without better dev accuracy (paper: patience 2); cosine: to 0")
+    flag("--warmup", type=float, default=0.0, help="part of the steps with rising rate (paper: 0)")
     flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
+    flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits")
+    flag("--rank", type=int, default=16, help="of LoRA (paper: 16)")
+    flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
+    flag("--dropout", type=float, default=0.05, help="of LoRA (paper: 0.2 assistant, 0.05 student)")
+    flag("--scope", choices=("language", "all"), default="language",
+         help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
+    flag("--max-pixels", type=int, default=0,
+         help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+    flag("--ties", choices=("macro", "weighted"), default="macro",
+         help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
+    flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
+         help="processes that decode images, 0: this one")
     flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
-    flag("--log-every", type=positive, default=10, help="steps per log line")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-         help="cpu, cuda or cuda:1")
+    flag("--log-every", type=int, default=10, help="steps per log line")
     flag("--gradient-checkpointing", action=YES_NO, default=False, help="less memory, slower")
     flag("--show", type=int, default=0, metavar="N",
          help="print N examples with the supervised tokens in green, and stop")
 
 
-def lora_flags(flag, stage):
-    """Flags of the stages that train an adapter and select it on dev."""
-    needed = stage != "readout"
-    flag("--dev", required=needed,
-         help="posts to select on (split dev, where splits are given)")
-    flag("--model", required=needed, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
-    flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits")
-    flag("--rank", type=positive, default=16, help="of LoRA (paper: 16)")
-    flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
-    flag("--dropout", type=float, default=0.2 if stage == "assistant" else 0.05,
-         help="on LoRA's inputs (paper: 0.2 assistant, 0.05 student)")
-    flag("--scope", choices=("language", "all"), default="language",
-         help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
-    flag("--max-pixels", type=not_negative, default=0,
-         help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
-    flag("--ties", choices=("macro", "weighted"), default="macro",
-         help="F1 that breaks ties in dev accuracy (paper: macro Twitter, weighted MVSA)")
-
-
-def readout_flags(p):
-    """Flags of `readout`, and its own defaults for those it shares."""
-    flag = p.add_argument
-    flag("--target", choices=("score", "label"), default="score", help="what is read")
-    flag("--how", choices=("read", "generate"), default="read",
-         help="generate: its rival, which writes the score as text")
-    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
-         help="inputs to leave out, in training and ever after")
-    flag("--compare", action="store_true", help="both readouts over all sets of inputs, in "
-         "one table; without --model on an embedded default, of which --seed, --out and "
-         "--device can be chosen")
-    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
-    p.description += ("; (paper: ...) is MulCoT-RD's but for --head-lr; rank, dropout and rates "
-                      "are this one's, which also has --nf4 and --scope all; the rest is ours")
-    p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
-                   schedule="cosine", warmup=0.1, seed=[42])
-
-
-def task_flags(flag):
-    """Flags of the two tasks."""
+def chain_flags(flag, stage):
+    """Of the two tasks, and of the student's soft labels and ablations."""
     flag("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
     flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
     flag("--reasoning", action=YES_NO, default=True, help="--no-reasoning: label task alone")
     flag("--max-answer", type=int, default=512,
          help="longest chain in tokens; longer rows are set aside (paper: 512)")
+    if stage == "student":
+        flag("--soft", help="folder of generate.py soft; or say --no-soft")
+        flag("--no-soft", action="store_true", help="hard labels only (ablation)")
+        flag("--augment", action=YES_NO, default=True,
+             help="--no-augment leaves the assistant's chains out (ablation)")
+        flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
+        flag("--t-squared", action=YES_NO, default=False, help="Hinton's τ² on the KL (paper: off)")
 
 
-def student_flags(flag):
-    """Flags of the soft labels and the ablations."""
-    flag("--soft", help="folder of generate.py soft; or say --no-soft")
-    flag("--no-soft", action="store_true", help="hard labels only (ablation)")
-    flag("--augment", action=YES_NO, default=True,
-         help="--no-augment leaves the assistant's chains out (ablation)")
-    flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
-    flag("--t-squared", action=YES_NO, default=False,
-         help="Hinton's τ² on the KL term (the authors: off)")
+def readout_flags(flag):
+    """Of what is read, and how."""
+    flag("--target", choices=("score", "label"), default="score", help="what is read")
+    flag("--readout", choices=("discriminative", "generative"), default="discriminative",
+         help="generative: its rival, which writes the score as text")
+    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
+         help="inputs to leave out, in training and ever after")
+    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
 
 
-def ablate_flags(stages):
-    """The command line of the ablations."""
-    about = "the paper's ablations on toy posts: table.md with mean ± deviation and p against full"
-    p = stages.add_parser("ablate", help=about, description=about, formatter_class=Help)
-    p.add_argument("--out", default="runs/ablate", help="where everything lands")
-    p.add_argument("--seeds", type=positive, help="runs of each setting (default: 3, --quick 2)")
-    p.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-
-
-def ubm_flags(stages):
-    """The flags of `ubm`. choice: the whole recipe, found on dev."""
-    about = "small classifier for the cascade: short runs that answer together, calibrated"
-    p = stages.add_parser("ubm", help=about, description=about, formatter_class=Help)
-    flag = p.add_argument
-    flag("--data", nargs="+", required=True, metavar="POSTS", help="posts with label (or score)")
-    flag("--dev", required=True, help="posts to select and calibrate on (split dev, if given)")
-    flag("--images", help="images folder (default: images/ beside the posts, else their folder)")
-    flag("--out", required=True, help="folder for the model, its log and resume state")
-    flag("--text-encoder", required=True, help="hub name or folder, or tiny: a random one")
-    flag("--image-encoder", help="hub name or folder, or small: four convolutions (default: none)")
+def ubm_flags(flag):
+    """choice: the whole recipe, found on dev."""
+    flag("--text-encoder", required=True, help="hub name or folder")
+    flag("--image-encoder", help="hub name or folder (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
-    flag("--seed", type=int, default=42, help="of data order, dropout, new weights")
-    flag("--reinit-layers", type=int, default=1, metavar="N",
-         help="top layers of the text encoder to draw anew")
-    flag("--members", type=positive, default=2, help="runs whose probabilities are averaged")
-    flag("--epochs", type=positive, default=3, help="of each run; dev chooses among them")
-    flag("--batch", type=positive, default=32, help="posts per step")
-    flag("--lr", type=float, default=1e-4, help="of the encoders, redrawn layers too, falling to 0")
-    flag("--head-lr", type=float, default=1e-3,
-         help="of the linear layer and of --image-encoder small, falling to 0")
-    flag("--push", type=float, default=0.1, help="length of the adversarial step of "
-         "each post, all its word embeddings together: less overfitting; 0: none, half the time, "
-         "for random encoders")
-    flag("--decay", type=float, default=0.98, help="of the running average of the weights")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-         help="cpu, cuda or cuda:1")
+    flag("--reinit-layers", type=int, default=1, help="top layers of the text encoder drawn anew")
+    flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
+    flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")
+    flag("--adv-epsilon", type=float, default=0.1, help="length of each post's adversarial step in "
+         "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
+    flag("--ema-decay", type=float, default=0.98, help="of the running average of the weights")
 
 
-# ---- data --------------------------------------------------------------------------------------
+# ---- stages: what to train on, its loss, its dev metrics ---------------------------------------
 
 
-def training_items(args, processor):
-    """(post, branches) of all rows, on a Shelf; what cannot be used is set aside with its
-    reason."""
-    items, aside = Shelf(), []
-    for path in args.data:
-        for post in iter_posts(path, args.images, aside, may_be_empty=len(args.data) > 1):
-            branches, problem = usable(args, post, processor)
-            if problem:
-                aside.append((f"{path}: {post.id}", problem))
-            elif branches:
-                post = without(post, args.without) if args.stage == "readout" else post
-                items.append((post, branches), sum(len(a or "") for _, a in branches))
-    tell_aside(aside, f"rows in all, reasons in {args.out}/set_aside.json")
-    if aside and ranks()[0] == 0:
-        write_json(Path(args.out, "set_aside.json"), aside)
-    if not items:
-        raise InputError(f"{', '.join(args.data)}: no row that the {args.stage} stage can train on")
-    return items
+class ChainStage:
+    """`assistant` and `student`: the reasoning and the label task."""
+
+    def __init__(self, args, processor):
+        self.args, self.processor, self.soft = args, processor, None
+        if args.stage == "student" and not args.no_soft and args.lam > 0:
+            self.soft = open_soft_labels(args, processor)
+
+    def targets(self, post):
+        """(branches or None, why there are none)."""
+        args, source = self.args, post.columns.get("source")
+        if post.split in ("dev", "test"):
+            return None, f"split {post.split} is not for training"
+        if args.stage == "student" and not args.augment and source == "assistant":
+            return None, None
+        # rows without a chain have no soft labels: generate.py soft passes over them
+        chain_needed = args.reasoning or self.soft is not None
+        branches, problem = training_branches(post, self.processor, args.max_answer, chain_needed)
+        return branches if args.reasoning or problem else branches[-1:], problem
+
+    def loss(self, model, batch, examples, counts):
+        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
+        hidden = forward_branches(model, batch)  # (B, T, D)
+        if not self.args.reasoning:
+            return task_loss(self, model, hidden, batch, examples, counts, 1, "label")
+        reason, terms = task_loss(self, model, hidden, batch, examples, counts, 1, "reason")
+        label, more = task_loss(self, model, hidden, batch, examples, counts, 2, "label")
+        loss = multitask_loss(reason, label, self.args.reasoning_weight, self.args.label_weight)
+        return loss, terms | more
+
+    def metrics(self, model, posts):
+        """{name: number}, more is better; the first selects, the second breaks ties."""
+        rows = []
+        for start in range(0, len(posts), DEV_BATCH):
+            rows += predict(model, self.processor, posts[start : start + DEV_BATCH], chain=False)
+        return label_scores(self.args, rows, posts)
 
 
-def usable(args, post, processor):
-    """(the post's branches, or None; why not, or None where a flag leaves the row out)."""
-    if args.stage == "base":
-        branches = post.extra.get("branches")
-        return branches, None if branches else "no branches: the base stage reads warmup.jsonl"
-    if args.stage == "readout":
+def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
+    """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
+    Positions go by in chunks, so that no (N, V) logits are held."""
+    args, soft = stage.args, stage.soft
+    positions = soft.config["positions"] if soft else "response"
+    at = batch.attended(branch) if positions == "all" else batch.supervised(branch)  # (B, T)
+    targets = batch.targets[at].masked_fill(batch.branch_ids[at] != branch, -100)  # (N,)
+    terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
+    if soft:
+        terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
+        names = [soft.names(example)[branch - 1] for example in examples]
+        teacher_hidden = torch.cat([soft.read(name) for name in names])  # (N, D')
+        teacher_hidden = teacher_hidden.to(soft.head)
+
+    def loss_of(h, part):
+        logits = model.lm_head(h).float()  # (n, V)
+        hard = F.cross_entropy(logits, targets[part], reduction="sum") / counts["response", branch]
+        terms[f"ce_{task}"] += hard.detach()
+        if not soft:
+            return hard
+        teacher_logits = F.linear(teacher_hidden[part], soft.head)  # (n, V')
+        kl = distill_kl(logits, teacher_logits, soft.config["temperature"], args.t_squared,
+                        reduction="sum") / counts[positions, branch]
+        terms[f"kl_{task}"] += kl.detach()
+        return student_loss(hard, kl, args.lam)
+
+    return in_chunks(loss_of, hidden[at], max(1, LOGITS // model.lm_head.out_features)), terms
+
+
+def open_soft_labels(args, processor):
+    """The soft labels to train with; those of another tokenizer are refused."""
+    soft = SoftLabels(args.soft)
+    if soft.config["tokenizer"] != tokenizer_hash(processor.tokenizer):
+        raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
+                         "equal ids would be other words; use an assistant of its family, or "
+                         "--no-soft")
+    soft.head = soft.read_head().to(args.device)
+    return soft
+
+
+class ReadoutStage:
+    """`readout`: a score or a label read off the last hidden state, or a score written as text.
+    paper: arXiv 2606.05713."""
+
+    soft = None
+
+    def __init__(self, args, processor):
+        self.args, self.processor = args, processor
+
+    def targets(self, post):
+        """(branches or None, why there are none)."""
         if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
             return None, None
-        if getattr(post, args.target) is None:
-            return None, f"no {args.target}"
-        if args.how == "generate":
-            return [(task_format("score"), render_score(post.score))], None
-        return readout_branches(args.target), None
-    if post.split in ("dev", "test"):
-        return None, f"split {post.split} is not for training"
-    if args.stage == "student" and not args.augment and post.extra.get("source") == "assistant":
-        return None, None
-    chain = args.reasoning or needs_soft(args)  # generate.py soft passes over rows without one
-    branches, problem = training_branches(post, processor, args.max_answer, chain)
-    return branches and branches[0 if args.reasoning else -1 :], problem
+        if getattr(post, self.args.target) is None:
+            return None, f"no {self.args.target}"
+        if self.args.readout == "generative":
+            return [(SCORE_FORMAT, render_score(post.score))], None
+        return readout_branches(self.args.target), None
+
+    def loss(self, model, batch, examples, counts):
+        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
+        hidden = forward_branches(model, batch)  # (B, T, D)
+        if self.args.readout == "generative":
+            return task_loss(self, model, hidden, batch, examples, counts, 1, "score")
+        config = model.readout.config
+        if self.args.target == "score":
+            gold = [float(example.post.score) for example in examples]
+        else:
+            gold = [LABELS.index(example.post.label) for example in examples]
+        gold = torch.tensor(gold, device=hidden.device)
+        out = model.readout(hidden, batch.branch_ids >= 0)  # (B, 1) or (B, 3)
+        loss = readout_loss(out, gold, config["mean"], config["deviation"]) / counts["posts"]
+        return loss, {}
+
+    def metrics(self, model, posts):
+        """{name: number}, more is better; the first selects, the second breaks ties."""
+        rows = []
+        for start in range(0, len(posts), DEV_BATCH):
+            rows += read_out(model, self.processor, posts[start : start + DEV_BATCH])
+        if self.args.target == "label":
+            return label_scores(self.args, rows, posts)
+        gold, scores = [post.score for post in posts], [row["score"] for row in rows]
+        # choice: no number is as far as can be
+        errors = [6.0 if s is None else abs(s - g) for s, g in zip(scores, gold)]
+        corr = regression_metrics(gold, scores)["corr"]
+        return dict(neg_mae=-statistics.mean(errors), corr=corr or 0.0)
 
 
-def needs_soft(args):
-    """Whether the stage learns from soft labels."""
-    return args.stage == "student" and not args.no_soft and args.lam > 0
+def label_scores(args, rows, posts):
+    """{accuracy, the F1 that breaks ties} of predicted rows."""
+    gold, predicted = [post.label for post in posts], [row["prediction"] for row in rows]
+    scores = confusion_scores(confusion_table(gold, predicted))
+    return {name: float(scores[name]) for name in ("accuracy", f"{args.ties}_f1")}
 
 
-def epoch_steps(lengths, size, epoch, seed, window=4):
+# ---- set-up ------------------------------------------------------------------------------------
+
+
+# settings that may change in a rerun: they touch no weight
+FREE = ("run", "out", "show", "device", "images", "workers", "log_every", "save_every",
+        "gradient_checkpointing")
+
+
+def begin(args, items, rejects, dev, begun):
+    """Writes config.json and set_aside.json; refuses to go on with a run of other settings."""
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
+    settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
+    settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
+    grows = getattr(args, "schedule", None) == "plateau" and not args.warmup
+    if get_rank() == 0:
+        check_settings(Path(args.out, "config.json"), settings, begun,
+                       may_grow=("epochs",) if grows else (), run=args.run)
+        if rejects:
+            write_json(Path(args.out, "set_aside.json"), rejects)
+    barrier()  # none begins where the first refuses
+    print("settings   " + "  ".join(f"{key}={value}" for key, value in settings.items()))
+
+
+def build_model(args, items):
+    """The model with adapters (and a readout) to train, in train mode."""
+    torch.manual_seed(args.seed)
+    model, _ = load_trained(args.model, args.device, args.max_pixels, nf4=args.nf4)
+    names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
+    if get_rank() == 0:
+        write_json(Path(args.out, "lora_modules.json"), names)
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    print(f"lora       {dict(kinds)}: all {len(names)} names in {args.out}/lora_modules.json")
+    if args.stage == "readout":
+        config = dict(target=args.target, readout=args.readout, without=args.without)
+        if args.target == "score":
+            scores = [post.score for post, _ in items]
+            config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
+        model.readout = Readout(model.lm_head.in_features, config).to(args.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = count_parameters(model)
+    print(f"trainable  {count:,} of {total:,} parameters ({count / total:.2%})")
+    if get_rank() > 0:  # choice: each process draws its own dropout
+        torch.manual_seed(args.seed + 7919 * get_rank())
+    return model.train()
+
+
+def deterministic_batches(lengths, size, epoch, seed, window=4):
     """Which items make up each optimiser step of an epoch: shuffled, sorted by length within
     windows of a few steps, so that little is padded, and the steps shuffled again. A function of
-    its arguments alone: a resumed run goes on with the right posts and decodes no image."""
+    its arguments alone: a resumed run goes on with the right posts."""
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-    order, steps = torch.randperm(len(lengths), generator=generator).tolist(), []
-    for a in range(0, len(order), window * size):
-        alike = sorted(order[a : a + window * size], key=lambda i: lengths[i])
-        steps += [alike[b : b + size] for b in range(0, len(alike), size)]
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    steps = []
+    for start in range(0, len(order), window * size):
+        alike = sorted(order[start : start + window * size], key=lambda i: lengths[i])
+        steps += [alike[a : a + size] for a in range(0, len(alike), size)]
     return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
 
 
-# ---- the loss of each stage --------------------------------------------------------------------
+def step_loader(args, items, processor, first, total):
+    """A DataLoader of the optimiser steps from `first` on: each a list of this process's
+    micro-batches (Batch, its examples). Its workers decode the images."""
+    size = args.batch * args.accumulate
+    lengths = [sum(len(answer or "") for _, answer in branches) for _, branches in items]
+    per_epoch = math.ceil(len(items) / size)
+    steps = []
+    for epoch in range(first // per_epoch, args.epochs):
+        steps += deterministic_batches(lengths, size, epoch, args.seed)
+    steps = steps[first % per_epoch :]
+    mine = [step[get_rank() :: get_world_size()] for step in steps]
+    return torch.utils.data.DataLoader(
+        items, batch_sampler=mine, collate_fn=partial(micro_batches, processor, args.batch),
+        num_workers=args.workers,
+        generator=torch.Generator())  # trap: else the loader would draw from the one of dropout
 
 
-def kl_positions(batch, k, everywhere):
-    """Where branch k's KL is taken (B, T): its response tokens, or every token of prompt, image and
-    answer (never padding)."""
-    if everywhere:
-        return (batch.branch == 0) | (batch.branch == k)
-    return (batch.targets != -100) & (batch.branch == k)
-
-
-def token_counts(batches, everywhere=False):
-    """({branch: supervised tokens}, {branch: KL positions}, posts) of a whole optimiser step, over
-    all processes. trap: to divide by each micro-batch's own count would make 1 x 8 differ from
-    8 x 1."""
-    ce, kl = Counter(), Counter()
-    for b in batches:
-        for k in range(1, int(b.branch.max()) + 1):
-            ce[k] += int(kl_positions(b, k, False).sum())
-            kl[k] += int(kl_positions(b, k, everywhere).sum())
-    ces, kls, posts = zip(*gather((ce, kl, sum(len(b.ids) for b in batches))))
-    return sum(ces, Counter()), sum(kls, Counter()), sum(posts)
-
-
-def gold_of(args, post):
-    """What a readout is to say of a post: its score, or its label's number."""
-    return float(post.score) if args.target == "score" else LABELS.index(post.label)
-
-
-def soft_targets(soft, examples, k, everywhere, device):
-    """The soft labels of branch k, in the order of the batch's positions, as soft_kl takes them."""
-    entries = []
-    for names in map(SoftLabels.names, examples):
-        entries += [soft.read(names[0])] if everywhere else []
-        entries.append(soft.read(names[k]))
-    parts = [torch.cat(parts).to(device) for parts in zip(*entries)]
-    return parts if soft.head is None else (parts[0].to(soft.head.dtype), soft.head)
-
-
-def step_loss(args, model, batch, examples, soft, counts):
-    """One micro-batch's share of the loss -> (loss, {name: float}). Stages differ only here: base
-    has three equal tasks, assistant two weighted ones, student the same with soft labels, a readout
-    the distance of what it reads, or one task where it generates."""
-    hidden, weight = forward_branches(model, batch), model.lm_head.weight
-    if args.stage == "readout" and args.how == "read":
-        out, about = model.readout(hidden, batch.branch >= 0), model.readout.about
-        gold = torch.tensor([gold_of(args, e.post) for e in examples], device=out.device)
-        loss = readout_loss(out, gold, about["mean"], about["deviation"]) / counts[2]
-        return loss, {"loss": loss.item()}
-    if args.stage == "readout":
-        tasks = ("score",)
-    elif args.stage == "base":
-        tasks = ("describe", "write", "name")
-    else:
-        tasks = ("reason", "label") if args.reasoning else ("label",)
-    everywhere = soft is not None and soft.about["positions"] == "all"
-    losses, parts = [], {}
-    for k, task in enumerate(tasks, 1):
-        at = kl_positions(batch, k, everywhere)
-        targets = batch.targets[at]  # (N,)
-        weights = (targets != -100).float() / counts[0][k]
-        distil = {}
-        if soft is not None:
-            tau = soft.about["temperature"]
-            share = (tau**2 if args.t_squared else 1) / counts[1][k]
-            distil = dict(soft=soft_targets(soft, examples, k, everywhere, hidden.device),
-                          lam=args.lam, temperature=tau, vocab=soft.about["vocab"],
-                          kl_weights=torch.full_like(weights, share))
-        loss, terms = chunked_ce_kl(hidden[at], weight, targets.clamp(min=0), weights, **distil)
-        losses.append(loss)
-        parts[f"ce_{task}"] = terms["ce"]
-        if distil:
-            parts[f"kl_{task}"] = terms["kl"]
-    if len(tasks) == 2:
-        loss = multitask_loss(*losses, args.reasoning_weight, args.label_weight)
-    else:
-        loss = sum(losses) / len(losses)
-    told = torch.stack([loss.detach(), *parts.values()]).tolist()  # a GPU is waited for once
-    return loss, dict(zip(("loss", *parts), told))
+def micro_batches(processor, size, items):
+    """[(Batch, examples), …] of one step's items, like lengths together."""
+    examples = sorted((encode(*item, processor) for item in items), key=len)
+    parts = [examples[a : a + size] for a in range(0, len(examples), size)]
+    return [(collate(part, processor.pad_id), part) for part in parts]
 
 
 # ---- the loop ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(args, model, processor, posts, batch=16):
-    """(accuracy, macro or weighted F1) on dev posts by label scoring, or by the readout; of scores
-    (-MAE, correlation). More is better."""
-    model.eval()
-    (rank, world), share, said = ranks(), [], [None] * len(posts)
-    mine = posts[rank::world]
-    for i in range(0, len(mine), batch):
+class TrainingState:
+    """All that a killed run needs to go on as if nothing had happened."""
+
+    def __init__(self, args, model):
+        self.args, self.file = args, Path(args.out, "state.pt")
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = [dict(params=[], peak_lr=args.lr)]
         if args.stage == "readout":
-            rows = read_out(model, processor, mine[i : i + batch])
-            share += [row["score" if args.target == "score" else "prediction"] for row in rows]
-            continue
-        examples = [label_example(p, processor) for p in mine[i : i + batch]]
-        scores = score_labels(model, collate(examples, processor.pad).to(model.device))
-        share += [LABELS[j] for j in scores.argmax(-1).tolist()]
-    model.train()
-    for r, part in enumerate(gather(share)):
-        said[r::world] = part
-    if reads_scores(args):
-        far = [6.0 if s is None else abs(s - p.score) for s, p in zip(said, posts)]
-        metrics = regression_metrics([p.score for p in posts], said)
-        return -sum(far) / len(far), metrics["corr"] or 0.0  # choice: no number is as far as can be
-    return accuracy_f1([p.label for p in posts], said, weighted=args.ties == "weighted")
+            groups.append(dict(params=[], peak_lr=args.head_lr))
+        for name, p in self.trained.items():
+            groups[name.startswith("readout.")]["params"].append(p)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(  # trap: its threshold is
+            self.optimizer, "max", factor=0.5, patience=2, threshold=0, min_lr=1e-6)  # relative
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"]
+        self.step, self.best, self.sums = 0, dict(step=0, metrics={}), Counter()
+        self.restore()
 
+    def save(self):
+        """Atomically; the random numbers and running sums of every process."""
+        cuda = None
+        if str(self.args.device).startswith("cuda"):
+            cuda = torch.cuda.get_rng_state(self.args.device)
+        own = gather((torch.get_rng_state(), cuda, dict(self.sums)))
+        trained = {name: p.detach().cpu() for name, p in self.trained.items()}
+        values = dict(step=self.step, best=self.best, processes=own, trained=trained,
+                      optimizer=self.optimizer.state_dict(), plateau=self.plateau.state_dict())
+        if get_rank() == 0:
+            write_atomic(self.file, lambda part: torch.save(values, part))
 
-def reads_scores(args):
-    """Whether this stage is judged by regression, not by classification."""
-    return args.stage == "readout" and args.target == "score"
-
-
-def build(args, folder, items):
-    """(model in train mode, processor, what is trained {name: parameter})."""
-    if args.stage == "base":  # all weights are trained: in fp32, also on a GPU
-        model, processor = load_model(folder, args.device, torch.float32)
-        model.requires_grad_(True)
-    else:
-        model, processor = load_model(folder, args.device, max_pixels=args.max_pixels, nf4=args.nf4)
-        names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
-        if ranks()[0] == 0:
-            write_json(Path(args.out, "lora_modules.json"), names)
-        kinds = Counter(name.rpartition(".")[2] for name in names)
-        print(f"lora       {', '.join(f'{n} {k}' for k, n in kinds.items())}; all {len(names)} "
-              f"names in {args.out}/lora_modules.json")
-    if args.stage == "readout":
-        about = dict(target=args.target, how=args.how, without=args.without)
-        if args.target == "score":
-            scores = torch.tensor([post.score for post, _ in items], dtype=torch.float64)
-            about |= dict(mean=scores.mean().item(),
-                          deviation=scores.std(correction=0).item() or 1.0)
-        model.readout = Readout(model.lm_head.in_features, about).to(args.device)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), model.parameters()))
-    total += sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, NF4Linear))
-    print(f"trainable  {count:,} of {total:,} parameters ({count / total:.2%})")
-    return model.train(), processor, trained
-
-
-def random_init(args):
-    """The folder of the random tiny model that the base stage starts from, made on first use."""
-    init = Path(args.out, "init")
-    if not init.exists() and ranks()[0] == 0:
-        corpus = [render_label(x) for x in LABELS]
-        for post in read_posts(args.data[0], args.images):
-            corpus += [part for branch in post.extra.get("branches", []) for part in branch]
-            for task in ("score",) if args.size in TINY_OMNI else ("reason", "label"):
-                prompt = build_messages(post, task)[0]["content"][-1]["text"]
-                corpus.append(f"{SYSTEM}\nsystem\nuser\n{prompt}\nassistant\n")
-        shutil.rmtree(f"{init}.part", ignore_errors=True)
-        tokenizer = tiny_tokenizer(corpus, omni=args.size in TINY_OMNI)
-        tiny_model(f"{init}.part", args.size, tokenizer, args.seed)
-        os.replace(f"{init}.part", init)
-    wait_for_ranks()
-    return init
-
-
-def open_soft(args, processor, model):
-    """The soft labels to train with, or None; those of another tokenizer are refused."""
-    if not needs_soft(args):
-        return None
-    soft = SoftLabels(args.soft)
-    if soft.about["tokenizer"] != tokenizer_hash(processor.tokenizer):
-        raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
-                         "equal ids would be other words; use an assistant of its family, or "
-                         "--no-soft")
-    rows = model.lm_head.weight.shape[0]
-    assert soft.about["vocab"] <= rows, (soft.about["vocab"], rows)
-    soft.load_head(args.device)
-    return soft
-
-
-class Log:
-    """One fixed-field line per interval, the same row in log.jsonl; later rows go on resume."""
-
-    def __init__(self, path, step, sums):
-        self.path, self.sums, self.started, self.tokens = path, sums, time.time(), 0
-        if ranks()[0]:
-            self.path = os.devnull
+    def restore(self):
+        """Everything as it was, if there is something; log rows behind it are written anew."""
+        if not self.file.exists():
             return
-        rows = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-        write_atomic(path, lambda part: Path(part).write_text("".join(rows)))
+        values = torch.load(self.file, weights_only=True, map_location="cpu")
+        self.step, self.best = values["step"], values["best"]
+        for name, p in self.trained.items():
+            p.data.copy_(values["trained"][name])
+        self.optimizer.load_state_dict(values["optimizer"])
+        self.plateau.load_state_dict(values["plateau"])
+        own = values["processes"]  # there may be more of us now
+        rng, cuda, sums = own[get_rank() % len(own)]
+        self.sums = Counter(sums)
+        torch.set_rng_state(rng)
+        if cuda is not None and str(self.args.device).startswith("cuda"):
+            torch.cuda.set_rng_state(cuda, self.args.device)
+        if get_rank() == 0:
+            log = Path(self.args.out, "log.jsonl")
+            write_rows(log, [row for row in read_rows(log) if row["step"] <= self.step])
+        print(f"resumed    at step {self.step}")
 
-    def add(self, terms, tokens):
-        self.tokens += tokens
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def line(self, **row):
-        with open(self.path, "a") as f:
+def log_row(args, **row):
+    """A line for the terminal, the same row in log.jsonl."""
+    if get_rank() == 0:
+        with open(Path(args.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(row) + "\n")
-        shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
-        tqdm.write("  ".join(f"{k} {v}" for k, v in zip(row, shown)))
-
-    def interval(self, steps, epoch, step, **more):
-        """The means of the last `steps` steps."""
-        means = {k: v / steps for k, v in self.sums.items()}
-        speed = round(self.tokens / (time.time() - self.started))
-        self.line(step=step, epoch=round(epoch, 2), **means, **more, tokens_per_s=speed)
-        self.sums, self.started, self.tokens = {}, time.time(), 0
+        say("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
 
 
-def rate_groups(args, trained):
-    """Parameter groups, each with its peak rate: a readout's head has its own."""
-    head = [p for name, p in trained.items() if name.startswith("readout.")]
-    groups = [dict(params=[p for name, p in trained.items() if not name.startswith("readout.")],
-                   lr=args.lr, peak=args.lr)]
-    return groups + ([dict(params=head, lr=args.head_lr, peak=args.head_lr)] if head else [])
+def sum_over_processes(counts):
+    """A Counter summed over all processes."""
+    total = Counter()
+    for part in gather(counts):
+        total.update(part)
+    return total
 
 
-def learning_rate(args, step, total):
-    """Which share of its peak a rate has at step `step`, or None where the plateau schedule has
-    it."""
-    rise = min(1.0, (step + 1) / max(1.0, args.warmup * total))
+def step_counts(step):
+    """What a whole optimiser step holds, over all processes: supervised (response) and all attended
+    tokens of each branch, and posts. trap: to divide by each micro-batch's own count would make
+    1 x 8 differ from 8 x 1."""
+    counts = Counter()
+    for batch, _ in step:
+        counts["posts"] += len(batch)
+        for branch in range(1, int(batch.branch_ids.max()) + 1):
+            counts["response", branch] += int(batch.supervised(branch).sum())
+            counts["all", branch] += int(batch.attended(branch).sum())
+    return sum_over_processes(counts)
+
+
+def set_learning_rate(args, state, total):
+    """Warm-up and cosine; after the warm-up the plateau schedule sets its own rates."""
+    factor = min(1.0, (state.step + 1) / max(1.0, args.warmup * total))
     if args.schedule == "cosine":
-        return rise * 0.5 * (1 + math.cos(math.pi * step / total))
-    return rise if step <= args.warmup * total else None
-
-
-FREE = ("out", "show", "device", "images")  # settings that may change in a rerun
-
-
-def seen_of(post):
-    """What training or choosing reads of a post, for a digest."""
-    return post.id, post.text, post.aspect, post.label, post.score
+        factor *= 0.5 * (1 + math.cos(math.pi * state.step / total))
+    elif state.step > args.warmup * total:
+        return
+    for group in state.optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
 
 
 def train(args):
-    """The one loop: micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
-    args.device, (rank, world) = join_ranks(args.device), ranks()
-    out, state_file = Path(args.out), Path(args.out, "state.pt")
-    folder = random_init(args) if args.stage == "base" else args.model
-    processor = load_processor(folder, getattr(args, "max_pixels", None))
-    items = training_items(args, processor)
+    """Set-up, the loop, the closing lines."""
+    args.device = init_distributed(args.device)
+    processor = load_processor(args.model, args.max_pixels)
+    stage = (ReadoutStage if args.stage == "readout" else ChainStage)(args, processor)
+    items, rejects = training_items(args.data, args.images, stage.targets)
+    if args.stage == "readout":
+        items = [(without_inputs(post, args.without), branches) for post, branches in items]
+    for post, branches in items[: args.show]:
+        batch = collate([encode(post, branches, processor)], processor.pad_id)
+        print(show_tokens(batch, processor.tokenizer))
     if args.show:
-        return show_examples(items, processor, args.show)
-    dev = []
-    if args.stage != "base":
-        dev = dev_posts(args.dev, args.images, getattr(args, "target", "label"))
-    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest([digest(seen_of(p), b) for p, b in items]),
-        "dev_rows": digest([*map(seen_of, dev)])}
-    if rank == 0:
-        check_settings(out / "config.json", settings, state_file.exists())
-    print("settings   " + "  ".join(f"{k}={v}" for k, v in settings.items()))
-    state = (torch.load(state_file, weights_only=True, map_location="cpu")
-             if state_file.exists() else None)
-    if state and state["finished"]:
-        print(f"finished   {out} is complete; delete it to train anew\n{state['finished']}")
-        return state["best"]
-    torch.manual_seed(args.seed)
-    model, processor, trained = build(args, folder, items)
-    soft = open_soft(args, processor, model)
-    size = args.batch * args.accumulate
-    per_epoch = math.ceil(len(items) / size)
+        return
+    dev = read_dev_posts(args.dev, args.images, getattr(args, "target", "label"))
+    begin(args, items, rejects, dev, begun=Path(args.out, "state.pt").exists())
+    per_epoch = math.ceil(len(items) / (args.batch * args.accumulate))
     total = per_epoch * args.epochs
     print(f"data       {len(items)} rows, {len(dev)} dev posts, {per_epoch} steps an epoch, "
-          f"{total} in all" + (f"; {world} processes share each step" if world > 1 else ""))
-    if rank:  # choice: each process draws its own dropout
-        torch.manual_seed(args.seed + 7919 * rank)
-    optimizer = torch.optim.AdamW(rate_groups(args, trained), betas=(0.9, args.beta2))
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(  # trap: its threshold is relative, and
-        optimizer, "max", factor=0.5, patience=2, threshold=0, min_lr=1e-6)  # -MAE is negative
-    step, best, sums = 0, [-math.inf, -math.inf, 0], {}
-    if state:
-        step, best, sums = state["step"], state["best"], state["sums"]
-        restore(state, trained, optimizer, plateau, args.device)
-        print(f"resumed    at step {step}")
-    log, on_gpu = Log(out / "log.jsonl", step, sums), str(args.device).startswith("cuda")
+          f"{total} in all, {get_world_size()} processes")
+    if per_epoch < 10:
+        print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
+              "posts: a lower --accumulate gives more")
+    model = build_model(args, items)
+    state = TrainingState(args, model)
+    if state.step < total:
+        train_loop(args, stage, model, processor, state, items, dev, per_epoch, total)
+    else:
+        print(f"finished   {args.out} is complete; delete it to train anew")
+    numbers = [f"{name} {value:.3f}" for name, value in state.best["metrics"].items()]
+    print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  config "
+          f"{args.out}/config.json\nbest dev {numbers[0]} ({numbers[1]}) at step "
+          f"{state.best['step']}: {args.out}/best")
 
-    def save(finished=None):
-        cuda = torch.cuda.get_rng_state(args.device) if on_gpu else None
-        drawn = gather((torch.get_rng_state(), cuda))
-        values = dict(step=step, best=best, sums=log.sums, finished=finished, drawn=drawn,
-                      optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
-                      trained={k: p.detach().cpu() for k, p in trained.items()})
-        if rank == 0:
-            write_atomic(state_file, lambda part: torch.save(values, part))
 
-    bar = tqdm(total=total, initial=step, desc=args.stage, unit="step", mininterval=1,
-               disable=rank > 0)
-    epoch, steps = None, []
-    while step < total:
-        if (rate := learning_rate(args, step, total)) is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["peak"]
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            steps = epoch_steps(items.sizes, size, epoch, args.seed)
-        mine = steps[step % per_epoch][rank::world]  # this process's share
-        examples = [encode(*items[i], processor) for i in mine]
-        examples.sort(key=len)  # like lengths in a micro-batch, less padding
-        micro = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
-        batches = [collate(part, processor.pad) for part in micro]
-        counts = token_counts(batches, soft is not None and soft.about["positions"] == "all")
-        terms = {}
-        for part, batch in zip(micro, batches):
+def train_loop(args, stage, model, processor, state, items, dev, per_epoch, total):
+    """Rate -> micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
+    on_gpu = str(args.device).startswith("cuda")
+    parameters = list(state.trained.values())
+    bar = progress(total, args.stage, "step", done=state.step)
+    logged_at = time.time()
+    for step in step_loader(args, items, processor, state.step, total):
+        set_learning_rate(args, state, total)
+        counts = step_counts(step)
+        for batch, examples in step:
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-                loss, shown = step_loss(args, model, batch.to(args.device), part, soft, counts)
+                loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
             loss.backward()
-            terms = {k: terms.get(k, 0.0) + v for k, v in shown.items()}
-        sum_gradients(list(trained.values()))
-        for share in gather((terms, sum(map(len, examples)))):
-            log.add(*share)
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(norm) or not math.isfinite(log.sums["loss"]):
-            bar.close()
-            raise InputError(f"step {step + 1}: loss {log.sums['loss']}, gradient norm {norm}: "
-                             "training diverged; lower --lr or set --clip; the last whole state "
-                             f"is in {out}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+            values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
+            state.sums.update(dict(zip(("loss", *terms), values)))
+            state.sums["tokens"] += sum(len(example) for example in examples)
+        all_reduce_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
+        if not math.isfinite(norm + state.sums["loss"]):
+            raise InputError(f"step {state.step + 1}: loss {state.sums['loss']}, gradient norm "
+                             f"{norm}: training diverged; lower --lr or set --clip; the last whole "
+                             f"state is in {args.out}")
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
         bar.update()
-        if step % args.log_every == 0 or step == total:
-            log.interval((step - 1) % args.log_every + 1, step / per_epoch, step, grad_norm=norm,
-                         lr=optimizer.param_groups[0]["lr"])
-        if step % per_epoch == 0 and dev:
-            first, second = evaluate(args, model, processor, dev)
-            log.line(step=step, **(dict(dev_mae=-first, dev_corr=second) if reads_scores(args) else
-                                   dict(dev_accuracy=first, dev_f1=second)))
-            if args.schedule == "plateau":
-                plateau.step(first)
-            if [first, second] > best[:2]:
-                best = [first, second, step]
-                save_trained(model, processor, out / "best")
-            save_trained(model, processor, out / "last")
-        if step % per_epoch == 0 or (args.save_every and step % args.save_every == 0):
-            save()
+        if state.step % args.log_every == 0 or state.step == total:
+            sums = sum_over_processes(state.sums)
+            speed = round(sums.pop("tokens") / (time.time() - logged_at))
+            steps = (state.step - 1) % args.log_every + 1
+            log_row(args, step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
+                    lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed,
+                    **{name: value / steps for name, value in sums.items()})
+            state.sums.clear()
+            logged_at = time.time()
+        if state.step % per_epoch == 0:
+            evaluate_and_save(args, stage, model, processor, state, dev)
+        if state.step % per_epoch == 0 or (args.save_every and state.step % args.save_every == 0):
+            state.save()
     bar.close()
-    if args.stage == "base":
-        save_base(model, processor, out)
-        closing = f"base model after {total} steps: {out}/last"
-    else:
-        closing = (f"best dev MAE {-best[0]:.3f} (Corr {best[1]:.3f})" if reads_scores(args) else
-                   f"best dev accuracy {best[0]:.3f} ({args.ties} F1 {best[1]:.3f})")
-        closing += f" at step {best[2]}: {out}/best"
-    save(closing)
-    print(f"rows {len(items)}  steps {total}\nlog {out}/log.jsonl  config {out}/config.json")
-    print(closing)
-    return best
 
 
-def save_trained(model, processor, folder):
-    """The adapter with the image size it was trained with, and a readout's head."""
-    if ranks()[0]:
+def evaluate_and_save(args, stage, model, processor, state, dev):
+    """The dev metrics into the log and the plateau schedule, the adapter into last/ and best/."""
+    model.eval()
+    metrics = stage.metrics(model, dev)
+    model.train()
+    log_row(args, step=state.step, **{f"dev_{name}": value for name, value in metrics.items()})
+    if args.schedule == "plateau":
+        state.plateau.step(next(iter(metrics.values())))
+    folders = [Path(args.out, "last")]
+    if list(metrics.values()) > list(state.best["metrics"].values()):
+        state.best = dict(step=state.step, metrics=metrics)
+        folders.append(Path(args.out, "best"))
+    for folder in folders if get_rank() == 0 else []:
+        save_adapter(model, folder)
+        processor.image_processor.save_pretrained(folder)  # the image size it was trained with
+        if args.stage == "readout":
+            save_readout(model.readout, folder)
+
+
+# ---- the UBM -----------------------------------------------------------------------------------
+
+
+def ubm(args):
+    """choice: an ensemble of `--members` short runs, its temperature fitted on dev. Under torchrun
+    each process trains some of the members."""
+    args.device, out = init_distributed(args.device), Path(args.out)
+    classes, target = (SCORE_BINS, "score") if args.bins else (LABELS, "label")
+
+    def targets(post):
+        if post.split in ("dev", "test"):
+            return None, None
+        return [], f"no {target}" if getattr(post, target) is None else None
+
+    items, rejects = training_items(args.data, args.images, targets)
+    posts, dev = [post for post, _ in items], read_dev_posts(args.dev, args.images, target)
+    begin(args, items, rejects, dev, begun=(out / "config.json").exists())
+    torch.manual_seed(args.seed)
+    model = new_ubm(args.text_encoder, classes, args.image_encoder, args.members).to(args.device)
+    for member in model.members:
+        reinit_layers(member.text, args.reinit_layers)
+    files = [out / f"member-{k}.safetensors" for k in range(args.members)]
+    for k in range(get_rank(), args.members, get_world_size()):
+        if not files[k].exists():
+            write_tensors(files[k], train_member(args, k, model.members[k], posts, dev, classes))
+    barrier()
+    if get_rank() > 0:
         return
-    save_adapter(model, folder)
-    processor.image_processor.save_pretrained(folder)
-    if hasattr(model, "readout"):
-        save_readout(model.readout, folder)
-
-
-def restore(state, trained, optimizer, plateau, device):
-    """Weights, optimiser, schedule and random numbers as they were."""
-    for name, p in trained.items():
-        p.data.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    plateau.load_state_dict(state["plateau"])
-    drawn = state["drawn"]  # by each process; there may be more of them now
-    rng, cuda = drawn[ranks()[0] % len(drawn)]
-    torch.set_rng_state(rng)
-    if cuda is not None and str(device).startswith("cuda"):
-        torch.cuda.set_rng_state(cuda, device)
-
-
-def show_examples(items, processor, count):
-    """Prints the first training examples as the model sees them."""
-    for post, branches in islice(items, count):
-        example = encode(post, branches, processor)
-        print(show_tokens(collate([example], processor.pad), processor.tokenizer))
-
-
-def save_base(model, processor, out):
-    """The warmed-up model as an ordinary folder, whole or not there."""
-    if ranks()[0]:
-        return
-    part, last = Path(out, "last.part"), Path(out, "last")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.tokenizer.save_pretrained(part)
-    processor.image_processor.save_pretrained(part)
-    shutil.rmtree(last, ignore_errors=True)
-    os.replace(part, last)
-
-
-# ---- the readout -------------------------------------------------------------------------------
-
-
-def readout(args):
-    """A run for each --seed, in a folder of its own where there are several; then their mean and
-    deviation."""
-    if args.compare:
-        return compare(args)
-    seeds, out, bests = args.seed, args.out, []
-    for args.seed in seeds:
-        args.out = out if len(seeds) == 1 else f"{out}/seed-{args.seed}"
-        bests.append(train(args))
-    if len(seeds) > 1 and not args.show:
-        names = ("MAE", "Corr") if reads_scores(args) else ("accuracy", f"{args.ties} F1")
-        figures = [[abs(b[0]) for b in bests], [b[1] for b in bests]]
-        print(f"best dev over {len(seeds)} seeds: " + ", ".join(
-            f"{name} {statistics.mean(xs):.3f} ± {statistics.stdev(xs):.3f}"
-            for name, xs in zip(names, figures)) + f": {out}/seed-*/best")
-
-
-INPUTS = {"text": "--without frames audio", "text + frames": "--without audio",
-          "text + frames + audio": ""}
-
-
-def compare_commands(args):
-    """{(readout, inputs): [the commands that train and ask it]}, all with the same backbone, data,
-    LoRA and budget; under (None, None) what the embedded default needs first."""
-    out, seed, runs, quoted = args.out, args.seed[0], {}, shlex.quote(args.out)
-    data, dev, model = args.data, args.dev, args.model
-    if not model:
-        data, dev, model = [f"{out}/posts.jsonl"], f"{out}/posts.jsonl", f"{out}/base/last"
-        runs[None, None] = [
-            f"generate.py toy --clips --seed {seed} --out {quoted}",
-            f"train.py base --size omni --data {quoted}/warmup.jsonl --epochs 6 --lr 0.002 "
-            f"--batch 16 --accumulate 1 --beta2 0.99 --log-every 40 --seed {seed} "
-            f"--device {args.device} --out {quoted}/base"]
-        settings = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
-                    "--dropout 0.05")
-    else:
-        flags = ("batch accumulate epochs lr head_lr beta2 schedule warmup clip rank alpha dropout "
-                 "scope max_pixels").split()
-        settings = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in flags)
-        settings += " --nf4" * args.nf4 + " --gradient-checkpointing" * args.gradient_checkpointing
-    images = f" --images {shlex.quote(args.images)}" if args.images else ""
-    for n, (inputs, left_out) in enumerate(INPUTS.items()):
-        for how in ("read", "generate"):
-            run = shlex.quote(f"{out}/{how}-{n}")
-            runs[how, inputs] = [
-                f"train.py readout --data {shlex.join(data)} --dev {shlex.quote(dev)}{images} "
-                f"--model {shlex.quote(model)} --how {how} {settings} --log-every 40 --seed {seed} "
-                f"--device {args.device} --out {run} {left_out}".rstrip(),
-                f"generate.py predict --data {shlex.quote(dev)}{images} --split test "
-                f"--device {args.device} --model {run}/best --batch 64 --out {run}.jsonl"]
-    return runs
-
-
-def compare(args):
-    """paper: the discriminative against the generative readout, and what each input adds; judged on
-    the test split of --dev."""
-    refuse_ranks("--compare")
-    runs, table = compare_commands(args), []
-    if not args.model:  # the embedded default is made first
-        run_commands(runs.pop((None, None)))
-    posts = iter_posts(args.dev or f"{args.out}/posts.jsonl", args.images, [])
-    gold = {p.id: p.score for p in posts if p.split == "test" and p.score is not None}
-    if not gold:
-        raise InputError(f"{args.dev} has no post of split test with a score to judge on")
-    for (how, inputs), commands in runs.items():
-        peaks = run_commands(commands)
-        rows = read_rows(f"{args.out}/{how}-{list(INPUTS).index(inputs)}.jsonl")
-        rows = [r for r in rows if r["id"] in gold]
-        said = [r["score"] for r in rows]
-        metrics = regression_metrics([gold[r["id"]] for r in rows], said)
-        shares = {k: metrics[k] / len(said) for k in ("unparsed", "out_of_range")}
-        table.append(dict(readout=how, inputs=inputs) | metrics | shares | dict(
-            s_per_post=statistics.mean(r["seconds"] for r in rows), peak_mib=max(peaks)))
-    write_json(Path(args.out, "compare.json"), table)
-    shown = [list(table[0])] + [[f"{v:.4f}" if isinstance(v, float) else str(v)
-                                 for v in row.values()] for row in table]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    for row in shown:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    print(f"wrote {args.out}/compare.json")
-
-
-def peak_mib(reset=False):
-    """The most memory in MiB held since the last reset: of the GPU where there is one, else of this
-    process (0 where the system does not tell)."""
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
-    except (OSError, TypeError):
-        return 0
-
-
-# ---- the small model ---------------------------------------------------------------------------
-
-
-def ubm_posts(args):
-    """(training posts, dev posts, the targets (N, C) of either) for the wanted classes."""
-    target, aside = "score" if args.bins else "label", []
-    posts = [p for path in args.data for p in read_posts(path, args.images, aside)
-             if p.split not in ("dev", "test")]
-    aside += [(p.id, f"no {target}") for p in posts if getattr(p, target) is None]
-    tell_aside(aside, "of the training rows")
-    posts = [p for p in posts if getattr(p, target) is not None]
-    if not posts:
-        raise InputError(f"--data: no post for training has a {target}")
-    sets = posts, dev_posts(args.dev, args.images, target)
-    return *sets, *(class_targets(rows, SCORES if args.bins else LABELS) for rows in sets)
+    for member, file in zip(model.members, files):
+        member.load_state_dict(load_file(file))
+    logits = ubm_logits(model, dev)
+    model.temperature = fit_temperature(logits, class_targets(dev, classes))
+    save_ubm(model, out)
+    print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/member-*.jsonl  "
+          f"config {out}/config.json")
+    numbers = [f"{name} {value:.3f}" for name, value in ubm_metrics(classes, logits, dev).items()]
+    print(f"{args.members} members together: {'  '.join(numbers)}: {out}")
 
 
 @torch.no_grad()
@@ -797,290 +637,114 @@ def ubm_logits(model, posts):
     """Logits (N, C) on the CPU, in the posts' order."""
     model.eval()
     order = sorted(range(len(posts)), key=lambda i: len(posts[i].text))
-    batches = ([posts[i] for i in order[a : a + 64]] for a in range(0, len(order), 64))
-    parts = [model(model.inputs(batch)).cpu() for batch in batches]
+    parts = []
+    for start in range(0, len(order), 64):
+        batch = [posts[i] for i in order[start : start + 64]]
+        parts.append(model(model.inputs(batch)).cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def ubm_score(args, logits, posts):
-    """({name: number}, what dev selects by): accuracy and macro F1, their mean; or MAE, -MAE."""
-    if not args.bins:
-        said = [LABELS[k] for k in logits.argmax(1).tolist()]
-        accuracy, f1 = accuracy_f1([p.label for p in posts], said)
-        return dict(dev_accuracy=accuracy, dev_f1=f1), (accuracy + f1) / 2
-    said = logits.softmax(1) @ torch.tensor(SCORES, dtype=torch.float)
-    mae = (said - torch.tensor([float(p.score) for p in posts])).abs().mean().item()
-    return dict(dev_mae=mae), -mae
+def ubm_metrics(classes, logits, posts):
+    """{name: number}, more is better; their mean selects."""
+    if classes == LABELS:
+        predicted = [LABELS[k] for k in logits.argmax(1).tolist()]
+        scores = confusion_scores(confusion_table([post.label for post in posts], predicted))
+        return dict(dev_accuracy=float(scores["accuracy"]), dev_macro_f1=float(scores["macro_f1"]))
+    scores = logits.softmax(1) @ torch.tensor(classes, dtype=torch.float)
+    gold = torch.tensor([float(post.score) for post in posts])
+    return dict(dev_neg_mae=-(scores - gold).abs().mean().item())
 
 
-def ubm_run(args, k, model, posts, targets, dev):
+class WordEmbeddings:
+    """Watches an encoder's word embeddings (B, T, D) and adds `offset` to them."""
+
+    def __init__(self, encoder):
+        self.handle = encoder.get_input_embeddings().register_forward_hook(self.hook)
+
+    def hook(self, module, inputs, output):
+        self.moved = output + self.offset
+        self.moved.retain_grad()
+        return self.moved
+
+    def uphill(self, epsilon):
+        """A step of length epsilon for each post, to where its loss is higher. Miyato et al. 2017,
+        arXiv 1605.07725."""
+        return epsilon * F.normalize(self.moved.grad.flatten(1)).view_as(self.moved)
+
+
+def train_member(args, k, model, posts, dev, classes):
     """Trains member k: two rates, linear decay, each batch once more with the posts' word
-    embeddings moved to where the loss is higher (Miyato et al. 2017, arXiv 1605.07725).
-    Returns {name: tensor} of the weights' running average as of its best dev epoch."""
-    out, average, lengths = Path(args.out), copy.deepcopy(model), [len(p.text) for p in posts]
-    weights, averages = list(model.parameters()), list(average.parameters())
-    new = ("head", "images") if args.image_encoder == "small" else ("head",)
-    groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == own])
-              for own in (False, True)]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01, fused=True)
-
-    seen = {}  # the batch's word embeddings (B, T, D) after "push" was added
-
-    def move(module, ids, words):
-        seen["words"] = words + seen["push"]
-        seen["words"].retain_grad()
-        return seen["words"]
-
-    def batch_loss(inputs, wanted, push=0.0):
-        seen["push"] = push
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-            logits = model(inputs).float()
-        return F.cross_entropy(logits, wanted)
-
-    hook = model.text.get_input_embeddings().register_forward_hook(move)
-    best, kept, step = -math.inf, None, 0
-    per_epoch = math.ceil(len(posts) / args.batch)
-    total, seed = args.epochs * per_epoch, args.seed * 1000 + k
-    log = []
+    embeddings moved uphill. Returns {name: tensor} of the weights' running average as of its best
+    dev epoch."""
+    average, words = copy.deepcopy(model), WordEmbeddings(model.text)
+    encoders = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+    optimizer = torch.optim.AdamW([dict(params=encoders, peak_lr=args.lr),
+                                   dict(params=model.head.parameters(), peak_lr=args.head_lr)],
+                                  lr=0.0, weight_decay=0.01, fused=True)
+    seed = args.seed * 1000 + k
     torch.manual_seed(seed)  # order and dropout depend on nothing else
+    lengths = [len(post.text) for post in posts]
+    best, kept, log = -math.inf, None, []
     for epoch in range(args.epochs):
-        steps = epoch_steps(lengths, args.batch, epoch, seed, window=16)
-        model.train()
-        sum_loss, began = 0.0, time.time()
-        for rows in tqdm(steps, f"member {k} epoch {epoch + 1}", leave=False,
-                         disable=ranks()[0] > 0):
-            for group, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
-                group["lr"] = peak * (1 - step / total)
-            batch = model.inputs([posts[i] for i in rows]), targets[rows].to(args.device)
-            loss = batch_loss(*batch)
-            sum_loss += loss.item()
-            if not math.isfinite(sum_loss):
-                raise InputError(f"member {k}, step {step + 1}: loss {loss.item()}: lower --lr")
-            loss.backward()
-            if args.push:
-                uphill = F.normalize(seen["words"].grad.flatten(1)).view_as(seen["words"])
-                batch_loss(*batch, args.push * uphill).backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            memory = min(args.decay, (1 + step) / (10 + step))  # short at first
-            with torch.no_grad():
-                for mean, now in zip(averages, weights):
-                    mean.lerp_(now, 1 - memory)
-        for old, now in zip(average.buffers(), model.buffers()):
-            old.copy_(now)  # a convolutional encoder's running statistics
-        terms, value = ubm_score(args, ubm_logits(average, dev), dev)
-        log.append(dict(member=k, epoch=epoch + 1, loss=sum_loss / per_epoch, **terms,
+        began = time.time()
+        steps = deterministic_batches(lengths, args.batch, epoch, seed, window=16)
+        loss = member_epoch(args, epoch, steps, model, average, optimizer, words, posts, classes)
+        for old, new in zip(average.buffers(), model.buffers()):
+            old.copy_(new)  # a convolutional encoder's running statistics
+        metrics = ubm_metrics(classes, ubm_logits(average, dev), dev)
+        log.append(dict(member=k, epoch=epoch + 1, loss=loss, **metrics,
                         seconds=round(time.time() - began, 1)))
-        if value > best:
-            best, kept = value, {k: v.clone() for k, v in average.state_dict().items()}
-        lines = "".join(json.dumps(row) + "\n" for row in log)
-        write_atomic(out / f"member-{k}.jsonl", lambda part: Path(part).write_text(lines))
-        print("  ".join(f"{x} {v:.4g}" if isinstance(v, float) else f"{x} {v}"
-                        for x, v in log[-1].items()))
-    hook.remove()
+        write_rows(Path(args.out, f"member-{k}.jsonl"), log)
+        print("  ".join(f"{name} {number:.4g}" for name, number in log[-1].items()))
+        if statistics.mean(metrics.values()) > best:
+            best = statistics.mean(metrics.values())
+            kept = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    words.handle.remove()
     return kept
 
 
-def ubm(args):
-    """choice: an ensemble of `--members` short runs, its temperature fitted on dev. Under torchrun
-    each process trains its share of the members."""
-    args.device, (rank, world), out = join_ranks(args.device), ranks(), Path(args.out)
-    posts, dev, targets, dev_targets = ubm_posts(args)
-    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "rows": digest([*map(seen_of, posts)]), "dev_rows": digest([*map(seen_of, dev)])}
-    if rank == 0:
-        check_settings(out / "config.json", settings, (out / "config.json").exists())
-    wait_for_ranks()  # none begins where the first refuses
-    text = tiny_encoder(args, posts) if args.text_encoder == "tiny" else args.text_encoder
-    torch.manual_seed(args.seed)
-    classes = SCORES if args.bins else LABELS
-    model = new_ubm(text, classes, args.image_encoder, args.members).to(args.device)
-    for member in model.members:
-        reinit_layers(member.text, args.reinit_layers)
-    files = [out / f"member-{k}.safetensors" for k in range(args.members)]
-    for k in range(args.members * rank // world, args.members * (rank + 1) // world):
-        if not files[k].exists():
-            kept = ubm_run(args, k, model.members[k], posts, targets, dev)
-            write_atomic(files[k], lambda part: save_file(kept, part))
-    wait_for_ranks()
-    if rank:
-        return
-    for member, file in zip(model.members, files):
-        member.load_state_dict(load_file(file))
-    logits = ubm_logits(model, dev)
-    model.temperature = fit_temperature(logits, dev_targets)
-    save_ubm(model, out)
-    print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/member-*.jsonl  "
-          f"config {out}/config.json")
-    terms, _ = ubm_score(args, logits, dev)
-    print(f"{args.members} members together: "
-          + "  ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f": {out}")
-
-
-def tiny_encoder(args, posts):
-    """The folder of a random two-layer BERT that knows the posts' words and all letters, made on
-    first use."""
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    init, part = Path(args.out, "init"), Path(args.out, "init.part")
-    if not init.exists() and ranks()[0] == 0:
-        words = Counter(w for p in posts for w in mark_aspect(p)[0].lower().split())
-        signs = sorted({sign for word in words for sign in word})
-        # trap: the library's own training of word pieces differs from run to run
-        pieces = [*signs, *("##" + s for s in signs), *sorted(words, key=lambda w: (-words[w], w))]
-        names = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces[:2000]])
-        tokenizer = BertTokenizer(vocab={name: n for n, name in enumerate(names)})
-        config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
-                            num_attention_heads=2, intermediate_size=128)
-        torch.manual_seed(args.seed)
-        BertModel(config).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        os.replace(part, init)
-    wait_for_ranks()
-    return str(init)
-
-
-# ---- no arguments: the whole road --------------------------------------------------------------
-
-DEMO_TRAININGS = ("base/assistant", "base/student", "assistant", "student")
-
-
-def demo_commands(out, seed):
-    """The stages of the embedded default, each as a user would type it."""
-    out = shlex.quote(out)
-    posts, chains, more = f"{out}/posts.jsonl", f"{out}/chains.jsonl", f"{out}/augmented.jsonl"
-    base = f"--data {out}/warmup.jsonl --epochs 3 --lr 0.002 --log-every 40"
-    lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20"
-    short = f"--batch 16 --accumulate 1 --beta2 0.99 --seed {seed}"
-    assistant, student, said = f"{out}/assistant/best", f"{out}/student/best", f"{out}/predictions"
-    predict = f"generate.py predict --data {posts} --split test --batch 64"
-    runs = {"student": said, "assistant": f"{said}.assistant",
-            "base/student": f"{said}.base.student", "base/assistant": f"{said}.base.assistant",
-            "shuffled_images": f"{said}.shuffled_images", "blank_text": f"{said}.blank_text"}
-    return [
-        f"generate.py toy --out {out} --seed {seed}",
-        f"train.py base --size assistant {base} {short} --out {out}/base/assistant",
-        f"train.py base --size student {base} {short} --out {out}/base/student",
-        f"generate.py teacher --data {posts} --model toy --out {chains}",
-        f"train.py assistant --data {chains} {lora} {short} --epochs 4 --dropout 0.05 "
-        f"--model {out}/base/assistant/last --out {out}/assistant",
-        f"generate.py augment --data {chains} --model {assistant} --batch 64 --out {more}",
-        f"generate.py soft --data {chains} {more} --model {assistant} --batch 32 --out {out}/soft",
-        f"train.py student --data {chains} {more} --soft {out}/soft {lora} {short} --epochs 3 "
-        f"--model {out}/base/student/last --out {out}/student",
-        f"generate.py teacher --data {posts} --split test --model toy --out {out}/references.jsonl",
-        f"{predict} --model {student} --out {said}.jsonl",
-        f"{predict} --model {assistant} --source assistant --out {runs['assistant']}.jsonl",
-        *(f"{predict} --no-chain --model {out}/base/{size}/last --source base "
-          f"--out {runs[f'base/{size}']}.jsonl" for size in ("student", "assistant")),
-        f"{predict} --no-chain --shuffle-images --model {student} "
-        f"--out {runs['shuffled_images']}.jsonl",
-        f"{predict} --no-chain --blank-text --model {student} --out {runs['blank_text']}.jsonl",
-        f"eval.py {' '.join(f'{name}={file}.jsonl' for name, file in runs.items())} --gold {posts} "
-        f"--chains {chains} --references {out}/references.jsonl --logs "
-        f"{' '.join(f'{run}={out}/{run}/log.jsonl' for run in DEMO_TRAININGS)} --out {out}",
-    ]
-
-
-def run_commands(commands):
-    """Runs each in this process (libraries load once), printed as a command line; returns their
-    peaks of memory in MiB."""
-    here, peaks = Path(__file__).resolve().parent, []
-    for command in commands:
-        print(f"\n$ python {command}", flush=True)
-        script, *argv = shlex.split(command)
-        sys.argv = [str(here / script), *argv]
-        peak_mib(reset=True)
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            if end.code:
-                raise
-        peaks.append(peak_mib())
-    return peaks
-
-
-# ---- ablations ---------------------------------------------------------------------------------
-
-# teacher's rows and what grows on them; settings of the student on top. "full" is the paper's.
-TEACHERS = {"full": "--skill 0.6", "no-stage2": "--skill 0.6 --no-stage2",
-            "teacher-40": "--skill 0.4", "teacher-80": "--skill 0.8"}
-SETTINGS = {
-    "full": ("full", ""), "no-assistant": ("full", "--no-soft --no-augment"),
-    "no-soft-labels": ("full", "--no-soft"), "no-augmentation": ("full", "--no-augment"),
-    "no-reasoning-task": ("full", "--no-reasoning"), "no-stage2": ("no-stage2", ""),
-    "teacher-40": ("teacher-40", ""), "teacher-80": ("teacher-80", ""),
-    **{f"reasoning-weight-{x}": ("full", f"--reasoning-weight {x} --label-weight {1 - x:.1f}")
-       for x in (0.5, 0.7, 0.9)},
-    "lambda-0.5": ("full", "--lam 0.5")}
-QUICK = ("full", "no-assistant", "no-soft-labels", "no-reasoning-task", "no-stage2")
-
-
-def ablation_commands(out, seeds, quick):
-    """(commands, {setting: [its predictions, one file a seed]}). Posts and base models are shared
-    by all, a teacher's chains, assistant and soft labels by the settings of a seed."""
-    short = "--batch 16 --accumulate 1 --beta2 0.99"
-    posts, files = f"{out}/posts.jsonl", {}
-    lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20 {short}"
-    commands = [f"generate.py toy --train 400 --noise 0.1 --out {out}"]
-    commands += [f"train.py base --size {size} --data {out}/warmup.jsonl --epochs 3 --lr 0.002 "
-                 f"--log-every 40 {short} --out {out}/base/{size}"
-                 for size in ("assistant", "student")]
-    chosen = {name: SETTINGS[name] for name in (QUICK if quick else SETTINGS)}
-    for seed in seeds:
-        for teacher in dict.fromkeys(teacher for teacher, _ in chosen.values()):
-            at = f"{out}/{teacher}-{seed}"
-            commands += [
-                f"generate.py teacher --data {posts} --model toy {TEACHERS[teacher]} --seed {seed} "
-                f"--out {at}.chains.jsonl",
-                f"train.py assistant --data {at}.chains.jsonl {lora} --epochs 6 --dropout 0.05 "
-                f"--seed {seed} --model {out}/base/assistant/last --out {at}.assistant",
-                f"generate.py augment --data {at}.chains.jsonl --model {at}.assistant/best "
-                f"--seed {seed} --out {at}.augmented.jsonl",
-                f"generate.py soft --data {at}.chains.jsonl {at}.augmented.jsonl "
-                f"--model {at}.assistant/best --out {at}.soft"]
-        for name, (teacher, flags) in chosen.items():
-            at, run = f"{out}/{teacher}-{seed}", f"{out}/students/{name}-{seed}"
-            files.setdefault(name, []).append(f"{run}.jsonl")
-            soft = "" if "--no-soft" in flags else f"--soft {at}.soft "
-            commands += [
-                f"train.py student --data {at}.chains.jsonl {at}.augmented.jsonl {soft}{lora} "
-                f"--epochs 7 --seed {seed} --model {out}/base/student/last --out {run} "
-                f"{flags}".rstrip(),
-                f"generate.py predict --data {posts} --split test --no-chain --model {run}/best "
-                f"--out {run}.jsonl"]
-    return commands, files
-
-
-def ablate(args):
-    """The paper's ablations on toy posts, every student judged on the same test posts."""
-    refuse_ranks("ablate")
-    out = shlex.quote(args.out)
-    seeds = args.seeds or (2 if args.quick else 3)
-    commands, files = ablation_commands(out, range(1, seeds + 1), args.quick)
-    runs = " ".join(f"{name}={file}" for name, each in files.items() for file in each)
-    run_commands([*commands, f"eval.py {runs} --gold {out}/posts.jsonl --baseline full "
-                             f"--out {out}"])
-
-
-def demo(args):
-    """Runs every stage of the embedded default."""
-    refuse_ranks("the whole road")
-    began = time.time()
-    run_commands(demo_commands(args.out, args.seed))
-    logs = {name: read_rows(Path(args.out, name, "log.jsonl")) for name in DEMO_TRAININGS}
-    rows = [json.dumps({"run": name} | row) + "\n" for name, log in logs.items() for row in log]
-    write_atomic(f"{args.out}/log.jsonl", lambda part: Path(part).write_text("".join(rows)))
-    print(f"\nthe whole road took {time.time() - began:.0f} s; report: {args.out}/report.html")
+def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, classes):
+    """One epoch of a member, `steps` as deterministic_batches gives them; returns the mean loss."""
+    step, total, losses = epoch * len(steps), args.epochs * len(steps), []
+    bar = progress(len(steps), f"epoch {epoch + 1}", "step")
+    model.train()
+    for rows in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (1 - step / total)
+        batch = [posts[i] for i in rows]
+        inputs, targets = model.inputs(batch), class_targets(batch, classes).to(args.device)
+        words.offset = 0.0
+        for adversarial in (False, True) if args.adv_epsilon else (False,):
+            if adversarial:
+                words.offset = words.uphill(args.adv_epsilon)
+            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.float(), targets)
+            loss.backward()
+            if not adversarial:
+                losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError(f"step {step + 1}: loss {losses[-1]}: lower --lr")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        decay = min(args.ema_decay, (1 + step) / (10 + step))  # short at first
+        with torch.no_grad():
+            for mean, new in zip(average.parameters(), model.parameters()):
+                mean.lerp_(new, 1 - decay)
+        bar.update()
+    bar.close()
+    return statistics.mean(losses)
 
 
 def main(argv=None):
     """Runs the command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("--out", "--seed"):  # the whole road
+        return runpy.run_path(str(Path(__file__).with_name("tests") / "demo.py"))["main"](words)
     args = parse_args(argv)
-    stages = {None: demo, "readout": readout, "ubm": ubm, "ablate": ablate}
-    return run_stage(stages.get(args.stage, train), args)
+    return run_stage(ubm if args.stage == "ubm" else train, args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ ones, on the same device, in turns.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -29,16 +30,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+import generate as generate_script  # noqa: E402
 import mulcot  # noqa: E402
+import toy  # noqa: E402
+import train as train_script  # noqa: E402
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -73,7 +78,10 @@ def operations(way):
     """Floating-point operations of a function."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = contextlib.nullcontext()  # trap: counting by module refuses autograd.grad
+    counter.mod_tracker.parents = {"Global"}
+    with counter:
         way()
     return counter.get_total_flops()
 
@@ -103,8 +111,8 @@ def peak_alone(args, name):
 
 
 def side_by_side(args, makers, oracle):
-    """Table rows of {name: maker of a function}: seconds, times faster than `oracle`, peak, share
-    of its peak, of ceiling. A fresh process makes one way only."""
+    """Table rows of {name: maker of a function}: seconds, times faster than `oracle`, peak, part of
+    its peak, of ceiling. A fresh process makes one way only."""
     if args.peak_of:
         print(peak(makers[args.peak_of](), args.device))
         sys.exit()
@@ -143,19 +151,20 @@ def qwen(device, hidden=512, layers=8, vocab=151936, mlp=1376, tied=True, seed=0
     return Qwen2_5_VLForConditionalGeneration(config).to(device, dtype).eval()
 
 
-def samples(n, vocab=151936, seed=0):
+def samples(count, vocab=151936, seed=0):
     """Examples of random ids: prefix 270-330 with 100 visual tokens, a reason branch with a chain
     of 200-330 tokens, a label branch with an answer of 8."""
     rng, examples, grid = random.Random(seed), [], torch.tensor([[1, 20, 20]])
     generator = torch.Generator().manual_seed(seed)
     words = lambda k: [rng.randrange(vocab - 300) for _ in range(k)]
-    for _ in range(n):
+    for n in range(count):
         prefix = words(20) + [vocab - 284] + [vocab - 281] * 100 + words(rng.randint(149, 209))
         chain, answer = rng.randint(200, 330), 8
         branches = [(words(70 + chain), chain), (words(25 + answer), answer)]
         positions = mulcot.rope_positions(prefix, vocab - 281, grid, 2)
-        pixels = torch.randn(400, 1176, generator=generator)
-        examples.append(mulcot.Example(prefix, positions, branches, pixels, grid))
+        patches = torch.randn(400, 1176, generator=generator)
+        post = mulcot.Post(str(n), "random", image=f"{n}.png")
+        examples.append(mulcot.Example(prefix, positions, branches, patches, grid, None, post))
     return examples
 
 
@@ -170,8 +179,8 @@ def hf_inputs(examples, k, vocab, device):
         row[len(r) - e.branches[k][1] : len(r)] = torch.tensor(r[-e.branches[k][1] :])
     inputs = dict(input_ids=ids, attention_mask=real, labels=labels, use_cache=False,
                   mm_token_type_ids=(ids == vocab - 281).int(),
-                  pixel_values=torch.cat([e.pixels for e in examples]),
-                  image_grid_thw=torch.cat([e.grid for e in examples]))
+                  pixel_values=torch.cat([e.pixel_values for e in examples]),
+                  image_grid_thw=torch.cat([e.image_grid for e in examples]))
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
@@ -179,20 +188,21 @@ def with_lora(model, seed=0):
     """Our adapters, no longer at zero, so that both their halves have gradients."""
     mulcot.add_lora(model, 16, 32, 0.0)
     generator = torch.Generator().manual_seed(seed)
-    for p in mulcot.adapter_tensors(model).values():
-        p.data += (0.02 * torch.randn(p.shape, generator=generator)).to(p.device)
+    for layer in mulcot.lora_layers(model).values():
+        for p in (layer.lora_A, layer.lora_B):
+            p.data += (0.02 * torch.randn(p.shape, generator=generator)).to(p.device)
     return model.train()
 
 
-def multitask_step(model, batch, soft_of=lambda at, k: None):
-    """Our step: one forward pass, two chunked losses, one backward pass."""
-    hidden, losses = mulcot.forward_branches(model, batch), []
-    for k in (1, 2):
-        at = (batch.targets != -100) & (batch.branch == k)
-        soft = soft_of(at, k)
-        losses.append(mulcot.chunked_ce_kl(hidden[at], model.lm_head.weight, batch.targets[at],
-                                           soft=soft, lam=0.3 if soft else 0.0)[0])
-    mulcot.multitask_loss(*losses).backward()
+FLAGS = "--data x --dev x --out x --model x --no-soft --device cpu".split()
+
+
+def our_step(model, batch, examples, soft=None):
+    """train.py's own step: one forward pass, two chunked losses, one backward pass."""
+    args = train_script.parse_args(["student", *FLAGS])
+    stage = train_script.chain_stage(args, None, soft)
+    counts = train_script.step_counts([(batch, examples)])
+    stage.loss(model, batch, examples, counts)[0].backward()
 
 
 def hf_step(model, inputs):
@@ -209,7 +219,7 @@ def train(args):
     def ours():
         models["ours"] = model = with_lora(qwen(args.device))
         batch = mulcot.collate(examples, PAD).to(args.device)
-        return lambda: multitask_step(model, batch)
+        return lambda: our_step(model, batch, examples)
 
     def theirs():
         inputs = [hf_inputs(examples, k, 151936, args.device) for k in (0, 1)]
@@ -221,7 +231,8 @@ def train(args):
 
     head, rows = side_by_side(args, {"ours": ours, "PEFT, two HF passes": theirs},
                               "PEFT, two HF passes")
-    mine = {k: p.grad for k, p in mulcot.adapter_tensors(models["ours"]).items()}
+    mine = {f"base_model.model.{name}.lora_{half}.weight": getattr(layer, f"lora_{half}").grad
+            for name, layer in mulcot.lora_layers(models["ours"]).items() for half in "AB"}
     their = {k.replace(".default", ""): p.grad for k, p in models["theirs"].named_parameters()
              if p.grad is not None}
     assert mine.keys() == their.keys()  # both hold the sum over the same number of steps
@@ -231,37 +242,36 @@ def train(args):
     return head, rows
 
 
+class Soft:
+    """Soft labels at hand, as train.py reads them from files."""
+
+    config = dict(positions="response", temperature=2.0)
+
+    def __init__(self, teacher, examples, pad):
+        self.head = teacher.lm_head.weight.detach()
+        names = [mulcot.SoftLabels.names(example) for example in examples]
+        processor = argparse.Namespace(pad_id=pad)
+        with torch.no_grad():
+            entries = generate_script.soft_entries(teacher, processor, examples, names, "response")
+        self.read = entries.__getitem__
+
+
 def student(args):
-    """One student step, batch 4, with an assistant 2.2 times its size; output layers take the same
-    share of the models as at 3B and 7B, hence the small vocabulary."""
+    """One student step, batch 4, with an assistant 2.2 times its size; output layers have the same
+    part in the models as at 3B and 7B, hence the small vocabulary."""
     V, tau = 8192, 2.0
-    examples = samples(4, V)
-    batch = mulcot.collate(examples, V - 290).to(args.device)
+    examples, pad = samples(4, V), V - 290
+    batch = mulcot.collate(examples, pad).to(args.device)
     small = lambda: with_lora(qwen(args.device, vocab=V, mlp=2752))
     large = lambda: qwen(args.device, hidden=896, layers=6, vocab=V, mlp=4816, seed=1)
 
-    @torch.no_grad()
-    def assistant(model):
-        return {k: mulcot.forward_branches(model, batch)[(batch.targets != -100)
-                                                         & (batch.branch == k)] for k in (1, 2)}
-
-    def cached(short):
-        model, teacher = small(), large()
-        head, known = teacher.lm_head.weight.detach().clone(), assistant(teacher)
-        soft = {k: (h, head) for k, h in known.items()}
-        if short:
-            soft = {k: mulcot.top_k_soft(h @ head.T, 64, tau) for k, h in known.items()}
-        return lambda: multitask_step(model, batch, lambda at, k: soft[k])
+    def cached():
+        model, soft = small(), Soft(large(), examples, pad)
+        return lambda: our_step(model, batch, examples, soft)
 
     def online():
         model, teacher = small(), large()
-
-        def step():
-            with torch.no_grad():
-                hidden = mulcot.forward_branches(teacher, batch)
-            multitask_step(model, batch, lambda at, k: (hidden[at], teacher.lm_head.weight))
-
-        return step
+        return lambda: our_step(model, batch, examples, Soft(teacher, examples, pad))
 
     def released():
         model, teacher = small(), large()
@@ -269,19 +279,18 @@ def student(args):
 
         def step():
             loss = 0
-            for share, one in zip((0.8, 0.2), inputs):
+            for weight, one in zip((0.8, 0.2), inputs):
                 at = one["labels"][:, 1:] != -100
                 mine = model(**one)
                 with torch.no_grad():
                     theirs = teacher(**one)
                 kl = mulcot.distill_kl(mine.logits[:, :-1][at], theirs.logits[:, :-1][at], tau)
-                loss = loss + share * mulcot.student_loss(mine.loss, kl)
+                loss = loss + weight * mulcot.student_loss(mine.loss, kl)
             loss.backward()
 
         return step
 
-    makers = {"soft labels from files, exact": lambda: cached(False),
-              "soft labels from files, top 64": lambda: cached(True),
+    makers = {"soft labels from files": cached,
               "assistant beside the student, our layout": online,
               "assistant beside the student, HF passes": released}
     return side_by_side(args, makers, "assistant beside the student, our layout")
@@ -305,31 +314,32 @@ def hf_generate(model, processor, examples, most, length=0, **options):
     """Ids of transformers' own greedy generate, every prompt padded to at least `length`."""
     rows = [e.prefix + e.branches[0][0] for e in examples]
     T = max(length, *map(len, rows))
-    pad, images = processor.pad, [e for e in examples if e.pixels is not None]
+    pad, images = processor.pad_id, [e for e in examples if e.pixel_values is not None]
     ids = torch.tensor([[pad] * (T - len(r)) + r for r in rows], device=model.device)
     real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=model.device)
-    never = [mulcot.VISION_START, mulcot.VISION_END, mulcot.VISION_PAD, mulcot.IMAGE_PAD,
-             mulcot.VIDEO_PAD]
-    options = dict(suppress_tokens=processor.tokenizer.convert_tokens_to_ids(never)) | options
+    patches = torch.cat([e.pixel_values for e in images])
     return model.generate(
         input_ids=ids, attention_mask=real, max_new_tokens=most, do_sample=False,
-        eos_token_id=[processor.im_end, pad], pad_token_id=pad, repetition_penalty=1.0,
-        pixel_values=torch.cat([e.pixels for e in images]).to(model.device, model.dtype),
-        image_grid_thw=torch.cat([e.grid for e in images]).to(model.device),
+        eos_token_id=[processor.im_end_id, pad], pad_token_id=pad, repetition_penalty=1.0,
+        suppress_tokens=processor.never_generated or None,
+        pixel_values=patches.to(model.device, model.dtype),
+        image_grid_thw=torch.cat([e.image_grid for e in images]).to(model.device),
         mm_token_type_ids=(ids == model.config.image_token_id).int(), **options)[:, T:].tolist()
 
 
-def said(row, processor):
-    """The text of generated ids up to their end."""
-    end = next((i for i, t in enumerate(row) if t in (processor.im_end, processor.pad)), len(row))
-    return processor.tokenizer.decode(row[:end])
+def hf_texts(model, processor, examples, most, length=0):
+    """What transformers' generate writes, up to its end."""
+    texts, stops = [], (processor.im_end_id, processor.pad_id)
+    for row in hf_generate(model, processor, examples, most, length):
+        end = next((i for i, t in enumerate(row) if t in stops), len(row))
+        texts.append(processor.tokenizer.decode(row[:end]))
+    return texts
 
 
 def classify(args):
     """Labels of posts by scoring and by greedy generation of `"Prediction": "…"`."""
     posts = demo_posts()[1]
     model, processor = mulcot.load_model(ROOT / "runs/demo/student/best", args.device)
-    label = [(mulcot.task_format("label"), None)]
     rows = []
 
     def row(name, ways, same):
@@ -342,14 +352,12 @@ def classify(args):
         batch = posts[:n]
 
         def score(posts=batch):
-            examples = [mulcot.label_example(p, processor) for p in posts]
-            scores = mulcot.score_labels(model, mulcot.collate(examples, processor.pad))
-            return [mulcot.LABELS[i] for i in scores.argmax(-1)]
+            return [row["prediction"] for row in mulcot.predict(model, processor, posts, False)]
 
         def greedy(posts=batch):
-            examples = [mulcot.encode(p, label, processor) for p in posts]
-            ids = hf_generate(model, processor, examples, 32)
-            return [mulcot.parse_reasoning(said(row, processor)).prediction for row in ids]
+            examples = [mulcot.encode(p, [(mulcot.LABEL_FORMAT, None)], processor) for p in posts]
+            texts = hf_texts(model, processor, examples, 32)
+            return [mulcot.parse_reasoning(text).prediction for text in texts]
 
         same = "" if n == 1 else sum(
             a == b for i in range(0, len(posts), n)
@@ -357,22 +365,20 @@ def classify(args):
         row(f"tiny (trained), {n} at once", {"score": score, "greedy": greedy},
             same and f"{same:.3f} of {len(posts)}")
     model = qwen(args.device)
-    qwens = argparse.Namespace(pad=PAD, im_end=151645, tokenizer=processor.tokenizer)
+    qwens = argparse.Namespace(pad_id=PAD, im_end_id=151645, never_generated=[])
     for n in (1, 24):
         drawn = samples(n)  # the label prompt, then answers of 7 tokens that share their first 4
-        asked = [mulcot.Example(e.prefix, e.positions, [(e.branches[1][0][:25], 0)], e.pixels,
-                                e.grid) for e in drawn]
+        asked = [replace(e, branches=[(e.branches[1][0][:25], 0)]) for e in drawn]
         scored = []
         for e in asked:
             ids = e.prefix + e.branches[0][0] + [1, 2, 3]
-            positions = mulcot.rope_positions(ids, IMAGE, e.grid, 2)
-            scored.append(mulcot.Example(ids, positions, [([4, i, 8, 9], 3) for i in (5, 6, 7)],
-                                         e.pixels, e.grid))
+            positions = mulcot.rope_positions(ids, IMAGE, e.image_grid, 2)
+            answers = [([4, i, 8, 9], 3) for i in (5, 6, 7)]
+            scored.append(replace(e, prefix=ids, positions=positions, branches=answers))
         ways = {"score": lambda: mulcot.score_labels(model, mulcot.collate(scored, PAD)),
-                "greedy": lambda: hf_generate(model, qwens, asked, 7, min_new_tokens=7,
-                                              suppress_tokens=None)}
+                "greedy": lambda: hf_generate(model, qwens, asked, 7, min_new_tokens=7)}
         row(f"512 wide, {n} at once, answer of 7 tokens", ways, "")
-        ways["greedy"] = lambda: hf_generate(model, qwens, asked, 32, suppress_tokens=None)
+        ways["greedy"] = lambda: hf_generate(model, qwens, asked, 32)
         row(f"512 wide, {n} at once, up to 32 tokens", ways, "")
     return ("model", "score ms", "generate ms", "times faster", "equal decisions"), rows
 
@@ -380,27 +386,24 @@ def classify(args):
 def generate(args):
     """Label and chain of 240 posts: `generate.py predict` against the authors' way (all prompts
     padded longest, batches of 24 in file order, two separate generate calls)."""
-    import generate as script
-
     posts = random.Random(0).sample(demo_posts()[0], 240)
     model, processor = mulcot.load_model(ROOT / "runs/demo/student/best", args.device)
-    options = argparse.Namespace(decode="score", chain=True, max_new_tokens=256, device=args.device,
-                                 batch=24)
     texts = {}
 
     def ours(size):
-        say = lambda batch, _: script.predict_batch(options, model, processor, batch)
-        texts[size] = {p.id: (row["prediction"], row["raw"])
-                       for p, row in script.fixed_batches(posts, size, set(), say)}
+        options = argparse.Namespace(stage="predict", batch=size)
+        respond = lambda batch, _: mulcot.predict(model, processor, batch, max_new_tokens=256)
+        rows = generate_script.in_batches(options, posts, set(), respond)
+        texts[size] = {post.id: (row["prediction"], row["raw"]) for post, row in rows}
 
     def theirs():
         answers = []
-        for task, most in (("label", 32), ("reason", 256)):
-            asked = [mulcot.encode(p, [(mulcot.task_format(task), None)], processor) for p in posts]
-            longest = max(map(len, asked))
-            ids = [row for i in range(0, len(asked), 24)
-                   for row in hf_generate(model, processor, asked[i : i + 24], most, longest)]
-            answers.append([said(row, processor) for row in ids])
+        for prompt, most in ((mulcot.LABEL_FORMAT, 32), (mulcot.REASON_FORMAT, 256)):
+            asked = [mulcot.encode(p, [(prompt, None)], processor) for p in posts]
+            longest, written = max(map(len, asked)), []
+            for i in range(0, len(asked), 24):
+                written += hf_texts(model, processor, asked[i : i + 24], most, longest)
+            answers.append(written)
         texts["theirs"] = {p.id: (mulcot.parse_reasoning(label).prediction, chain)
                            for p, label, chain in zip(posts, *answers)}
 
@@ -419,23 +422,24 @@ def generate(args):
 def data(args):
     """A training set of 1,000 to 100,000 posts with 280 x 280 JPEGs (500 files, used in turn): time
     to read and check it, posts per second as batches of 16, padding, and peak memory."""
-    import train as script
-
     if args.peak_of:
         folder, n = Path(args.peak_of), int(Path(args.peak_of).name)
-        argv = ["assistant", "--data", f"{folder}/rows.jsonl", "--images", str(folder.parent),
-                "--dev", "-", "--model", f"{folder.parent}/student", "--out", str(folder / "out")]
-        options, began = script.parse_args(argv), time.time()
+        options = train_script.parse_args([
+            "assistant", "--data", f"{folder}/rows.jsonl", "--images", str(folder.parent), "--dev",
+            "-", "--model", f"{folder.parent}/student", "--out", str(folder / "out"), "--batch",
+            "16", "--accumulate", "1", "--workers", "0"])
+        began = time.time()
         processor = mulcot.load_processor(options.model)
-        items = script.training_items(options, processor)
-        read, steps = time.time() - began, script.epoch_steps(items.sizes, 16, 0, 0)[:60]
-        began, real, held = time.time(), 0, 0
-        for step in steps:
-            batch = mulcot.collate([mulcot.encode(*items[i], processor) for i in step],
-                                   processor.pad)
-            real, held = real + int((batch.branch >= 0).sum()), held + batch.ids.numel()
-        rate, top = 16 * len(steps) / (time.time() - began), resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss / 1024
+        stage = train_script.chain_stage(options, processor, None)
+        items, _ = train_script.training_items(options, stage.targets)
+        read, began = time.time() - began, time.time()
+        posts = real = held = 0
+        for ((batch, _),) in train_script.StepLoader(options, items, processor, 0, 60).loader:
+            posts += len(batch)
+            real += int((batch.branch_ids >= 0).sum())
+            held += batch.input_ids.numel()
+        rate = posts / (time.time() - began)
+        top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps([f"{n:,}", f"{read:.0f}", f"{rate:.0f}", f"{1 - real / held:.1%}",
                           f"{top:.0f}"]))
         sys.exit()
@@ -446,8 +450,8 @@ def data(args):
     with tempfile.TemporaryDirectory() as folder:
         for i in range(500):
             Image.effect_noise((280, 280), 90).convert("RGB").save(f"{folder}/{i}.jpg")
-        tokenizer = mulcot.tiny_tokenizer([mulcot.FORMATS["reason"], " ".join(words)], 500)
-        mulcot.tiny_model(f"{folder}/student", "student", tokenizer, max_pixels=280 * 280)
+        tokenizer = toy.tiny_tokenizer([mulcot.REASON_FORMAT, " ".join(words)], 500)
+        toy.tiny_model(f"{folder}/student", "student", tokenizer, max_pixels=280 * 280)
         for n in (1000, 10_000, 100_000):
             os.makedirs(f"{folder}/{n}")
             with open(f"{folder}/{n}/rows.jsonl", "w") as f:
@@ -598,16 +602,16 @@ def metrics(_):
     """Seconds and memory for 1,000 and 10,000 pairs; the libraries' time beside it."""
     rows = []
     for n in (1000, 10000):
-        told = []
+        results = []
         for work in (ours, theirs):
             here, there = multiprocessing.Pipe()
             process = multiprocessing.get_context("spawn").Process(target=timed,
                                                                    args=(there, work, n))
             process.start()
             there.close()  # so that recv ends if the process dies
-            told.append(here.recv())
+            results.append(here.recv())
             process.join()
-        (a, memory, mine), (b, _, others) = told
+        (a, memory, mine), (b, _, others) = results
         apart = max(abs(x - y) for x, y in zip(mine, others))
         rows.append((n, f"{a:.1f}", f"{b:.1f}", f"{b / a:.1f}", f"{memory:.0f}", f"{apart:.0e}"))
     return ("pairs", "ours, CPU s", "libraries, CPU s", "times faster", "ours, MiB added",

@@ -1,6 +1,5 @@
 """Shared by all tests: the project on the path, no network, toy posts and random tiny models."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,10 +10,21 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import mulcot  # noqa: E402
+from toy import TINY, tiny_model, tiny_tokenizer, toy_posts  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data" / "twitter2015"
+
+
+def noise_image(path, size, seed=0):
+    """Writes a picture of random pixels: it compresses badly, and no other seed gives it."""
+    width, height = size
+    pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(seed))
+    Image.fromarray(pixels.numpy()).save(path)
+    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +36,7 @@ def _seeded():
 def twitter():
     """The folder of real posts, where it exists."""
     if not SHARED.is_dir():
-        pytest.skip("the real Twitter-2015 folder is not on this machine")
+        pytest.skip("the real Twitter-2015 folder is not here")
     return SHARED
 
 
@@ -34,14 +44,13 @@ def twitter():
 def toy(tmp_path_factory):
     """A folder with 24 toy posts (train/dev/test) and two random tiny model folders."""
     folder = tmp_path_factory.mktemp("toy")
-    posts = mulcot.toy_posts(folder / "images", {"train": 12, "dev": 6, "test": 6}, seed=3)
-    texts = [mulcot.build_messages(p, task)[0]["content"][-1]["text"]
+    posts = toy_posts(folder / "images", {"train": 12, "dev": 6, "test": 6}, seed=3)
+    texts = [mulcot.post_prompt(p) + mulcot.FORMATS[task]
              for p in posts for task in ("reason", "label")]
-    tokenizer = mulcot.tiny_tokenizer(texts, 500)
-    for size in mulcot.TINY:
-        mulcot.tiny_model(folder / size, size, tokenizer, seed=1)
-    lines = "".join(json.dumps(p.row()) + "\n" for p in posts)
-    folder.joinpath("posts.jsonl").write_text(lines)
+    tokenizer = tiny_tokenizer(texts, 500)
+    for size in TINY:
+        tiny_model(folder / size, size, tokenizer, seed=1)
+    mulcot.write_rows(folder / "posts.jsonl", [p.row() for p in posts])
     return folder
 
 

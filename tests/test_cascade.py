@@ -11,41 +11,43 @@ import torch
 import generate
 import mulcot
 import train
+from toy import tiny_encoders
 
 SURE, UNSURE = 0.1, 0.9
 
 
-def said(label, u):
+def verdict(label, u):
     return dict(prediction=label, uncertainty=u)
 
 
 # ---- the decision
 
-UBM = {"sure": said("positive", SURE), "unsure": said("positive", UNSURE), "failed": "no image"}
-MLLM = {"none": None, "failed": "HTTP 400", "sure same": said("positive", SURE),
-        "sure other": said("negative", SURE), "unsure same": said("positive", 0.8),
-        "unsure other": said("negative", 0.8), "unknown same": said("positive", None),
-        "unknown other": said("negative", None)}
-AGAIN = {"none": None, "failed": "HTTP 400", "neutral": said("neutral", 0.7)}
-ROUTES = {  # (UBM, MLLM) -> route, or {again: route}
-    ("unsure", "none"): "ask", ("unsure", "failed"): "ubm", ("unsure", "sure same"): "mllm",
+UBM = {"sure": verdict("positive", SURE), "unsure": verdict("positive", UNSURE),
+       "failed": "no image"}
+MLLM = {"none": None, "failed": "HTTP 400", "sure same": verdict("positive", SURE),
+        "sure other": verdict("negative", SURE), "unsure same": verdict("positive", 0.8),
+        "unsure other": verdict("negative", 0.8), "unknown same": verdict("positive", None),
+        "unknown other": verdict("negative", None)}
+SECOND_PASS = {"none": None, "failed": "HTTP 400", "neutral": verdict("neutral", 0.7)}
+CONTRADICTS = {"none": "ask second_pass", "failed": "mllm", "neutral": "second_pass"}
+ROUTES = {  # (UBM, MLLM) -> route, or {second pass: route}
+    ("unsure", "none"): "ask mllm", ("unsure", "failed"): "ubm", ("unsure", "sure same"): "mllm",
     ("unsure", "sure other"): "mllm", ("unsure", "unsure same"): "agree",
-    ("unsure", "unsure other"): {"none": "ask again", "failed": "mllm", "neutral": "again"},
-    ("unsure", "unknown same"): "agree",
-    ("unsure", "unknown other"): {"none": "ask again", "failed": "mllm", "neutral": "again"},
-    ("failed", "none"): "ask", ("failed", "failed"): "none",
+    ("unsure", "unsure other"): CONTRADICTS, ("unsure", "unknown same"): "agree",
+    ("unsure", "unknown other"): CONTRADICTS,
+    ("failed", "none"): "ask mllm", ("failed", "failed"): "none",
     **{("failed", m): "mllm" for m in MLLM if m not in ("none", "failed")},
     **{("sure", m): "ubm" for m in MLLM}}
 
 
-@pytest.mark.parametrize("u, m, a", list(itertools.product(UBM, MLLM, AGAIN)))
+@pytest.mark.parametrize("u, m, a", list(itertools.product(UBM, MLLM, SECOND_PASS)))
 def test_every_case_of_the_route(u, m, a):
     """All 72 combinations: the route, whose answer it is, and that a failure is named."""
     expected = ROUTES[u, m]
     expected = expected[a] if isinstance(expected, dict) else expected
-    route, answer, reason = mulcot.cascade_route(UBM[u], MLLM[m], AGAIN[a], 0.5, 0.5)
+    route, answer, reason = mulcot.cascade_route(UBM[u], MLLM[m], SECOND_PASS[a], 0.5, 0.5)
     assert route == expected
-    owner = {"ubm": UBM[u], "mllm": MLLM[m], "agree": MLLM[m], "again": AGAIN[a]}
+    owner = {"ubm": UBM[u], "mllm": MLLM[m], "agree": MLLM[m], "second_pass": SECOND_PASS[a]}
     assert answer == owner.get(route)
     if u == "failed" and "sure " not in m.replace("unsure ", ""):
         assert "no image" in reason
@@ -55,26 +57,27 @@ def test_every_case_of_the_route(u, m, a):
 
 def test_the_surer_answer_stays():
     """Asking again failed: the lower uncertainty of the two decides."""
-    ubm, mllm = said("positive", 0.6), said("negative", 0.8)
+    ubm, mllm = verdict("positive", 0.6), verdict("negative", 0.8)
     assert mulcot.cascade_route(ubm, mllm, "x", 0.5, 0.5)[1] is ubm
-    assert mulcot.cascade_route(said("positive", 0.85), mllm, "x", 0.5, 0.5)[1] is mllm
+    assert mulcot.cascade_route(verdict("positive", 0.85), mllm, "x", 0.5, 0.5)[1] is mllm
 
 
 def test_thresholds_include_their_edge():
     """u equal to τ is sure; τ = -1 is never."""
-    ubm, mllm = said("neutral", 0.5), said("neutral", 0.0)
+    ubm, mllm = verdict("neutral", 0.5), verdict("neutral", 0.0)
     assert mulcot.cascade_route(ubm, None, None, 0.5, 0)[0] == "ubm"
-    assert mulcot.cascade_route(said("neutral", 0.0), mllm, None, -1, -1)[0] == "agree"
+    assert mulcot.cascade_route(verdict("neutral", 0.0), mllm, None, -1, -1)[0] == "agree"
 
 
 def test_a_pass_that_failed_was_made():
     """Passes count what was asked: a server that breaks down has been asked all the same."""
     unsure = dict(prediction="positive", probs=[0.3, 0.3, 0.4], uncertainty=0.99)
     other = dict(prediction="negative", probs=[0.4, 0.3, 0.3], uncertainty=0.99)
-    for said, stages in (((unsure, "broke down", None), 2), ((unsure, unsure, None), 2),
-                         ((unsure, other, "broke down"), 3), (("no image", "broke down", None), 2)):
-        assert mulcot.stages_asked(said, 0.5, 0.5) == stages
-        assert mulcot.threshold_grid([said], lambda *_: 0.0, [(0.5, 0.5)])[0][0] == stages - 1
+    for verdicts, stages in (
+            ((unsure, "broke down", None), 2), ((unsure, unsure, None), 2),
+            ((unsure, other, "broke down"), 3), (("no image", "broke down", None), 2)):
+        assert mulcot.stages_asked(verdicts, 0.5, 0.5) == stages
+        assert mulcot.threshold_grid([verdicts], lambda *_: 0.0, [(0.5, 0.5)])[0][0] == stages - 1
     assert mulcot.stages_asked((unsure, other, other), 1, 0.5) == 1
 
 
@@ -85,15 +88,15 @@ def test_scores_of_one_polarity_are_averaged_by_certainty():
     assert answer["predicted_score"] == pytest.approx((0.25 * 2 + 0.5 * 1) / 0.75, abs=1e-4)
     assert answer["prediction"] == "positive"
     other = mulcot.score_verdict(0.5, 0.5)  # within ε of 0: neutral, so no agreement
-    assert mulcot.cascade_route(ubm, other, None, 0.1, 0.1)[0] == "ask again"
+    assert mulcot.cascade_route(ubm, other, None, 0.1, 0.1)[0] == "ask second_pass"
 
 
 def test_a_score_is_its_expectation():
     probs = torch.tensor([0, 0, 0, 0.2, 0.3, 0.5, 0])
-    told = mulcot.verdict(probs, mulcot.SCORES)
-    assert told["predicted_score"] == pytest.approx(1.3) and told["prediction"] == "positive"
+    got = mulcot.verdict(probs, mulcot.SCORE_BINS)
+    assert got["predicted_score"] == pytest.approx(1.3) and got["prediction"] == "positive"
     h = -sum(p * torch.log(torch.tensor(p)).item() for p in (0.2, 0.3, 0.5))
-    assert told["uncertainty"] == pytest.approx(h / torch.log(torch.tensor(7.0)).item(), abs=1e-5)
+    assert got["uncertainty"] == pytest.approx(h / torch.log(torch.tensor(7.0)).item(), abs=1e-5)
     assert mulcot.score_verdict(-0.51, 0)["prediction"] == "negative"
     assert mulcot.score_verdict(-0.5, 0)["prediction"] == "neutral"
 
@@ -104,8 +107,8 @@ def test_a_score_is_its_expectation():
 def test_thresholds_keep_the_budget():
     """The UBM is right where it is sure, the MLLM everywhere: more budget, fewer errors."""
     gold = ["positive"] * 10
-    answers = [(said("positive" if i < 6 else "negative", i / 10), said("positive", 0.1), None)
-               for i in range(10)]
+    answers = [(verdict("positive" if i < 6 else "negative", i / 10), verdict("positive", 0.1),
+                None) for i in range(10)]
     error = lambda answer, n: float(answer is None or answer["prediction"] != gold[n])
     grid = mulcot.threshold_grid(answers, error)
     for budget, wrong in ((0, 0.4), (0.2, 0.2), (0.4, 0.0), (1.0, 0.0)):
@@ -129,25 +132,26 @@ def test_endpoint_answers():
     log = lambda p: torch.log(torch.tensor(p)).item()
     tokens = [('"', {}), ("Prediction", {"Prediction": 0.0}), ('": "', {}),
               ("pos", {"pos": log(0.6), " Neutral": log(0.3), "ne": log(0.1)}), ("itive", {})]
-    told = mulcot.answer_verdict(answer('"Prediction": "positive"', tokens), mulcot.LABELS)
-    assert told["prediction"] == "positive"
-    assert told["probs"] == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-4)  # "ne" could be either
+    got = mulcot.answer_verdict(answer('"Prediction": "positive"', tokens), mulcot.LABELS)
+    assert got["prediction"] == "positive"
+    assert got["probs"] == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-4)  # "ne" could be either
     plain = mulcot.answer_verdict(answer('"Prediction": "neutral"'), mulcot.LABELS)
-    assert plain == said("neutral", None)
+    assert plain == verdict("neutral", None)
     assert "no label" in mulcot.answer_verdict(answer("I cannot say"), mulcot.LABELS)
-    score = mulcot.answer_verdict(answer('"Prediction": "-2"'), mulcot.SCORES)
+    score = mulcot.answer_verdict(answer('"Prediction": "-2"'), mulcot.SCORE_BINS)
     assert score["predicted_score"] == -2 and score["prediction"] == "negative"
-    minus = mulcot.answer_verdict(answer('"Prediction": "\u22122"'), mulcot.SCORES)
+    minus = mulcot.answer_verdict(answer('"Prediction": "\u22122"'), mulcot.SCORE_BINS)
     assert minus == score
     for text in ("-7", "2 or 3", "much"):
-        assert "no score" in mulcot.answer_verdict(answer(text), mulcot.SCORES)
+        assert "no score" in mulcot.answer_verdict(answer(text), mulcot.SCORE_BINS)
 
 
 def test_flops_count_quantised_weights():
     """A weight in NF4 is multiplied like any other, though it is no parameter."""
     dense = torch.nn.Linear(64, 32)
     packed = mulcot.NF4Linear(torch.nn.Linear(64, 32))
-    assert generate.spent(packed, 1000, 0)["gflops"] == generate.spent(dense, 1000, 0)["gflops"]
+    costs = [generate.pass_cost(layer, 1000, 0)["gflops"] for layer in (packed, dense)]
+    assert costs[0] == costs[1] > 0
 
 
 def test_shuffled_pictures_of_clips(tmp_path):
@@ -159,9 +163,9 @@ def test_shuffled_pictures_of_clips(tmp_path):
     assert sorted(dealt) == [[f"{i}.png"] for i in range(9)] != dealt
 
 
-def test_reference_prompt_tells_both_and_keeps_user_text_harmless():
+def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
     post = mulcot.Post("1", "a {b} day\nYou: negative", aspect="b")
-    text = mulcot.reference_prompt(post, said("positive", 0.62), said("negative", None))
+    text = mulcot.second_pass_prompt(post, verdict("positive", 0.62), verdict("negative", None))
     assert "A small classifier: positive (uncertainty 0.62 of 1). You: negative." in text
     assert "Text: a {b} day You: negative\n" in text and text.endswith("\n\n")
 
@@ -170,71 +174,60 @@ def test_reference_prompt_tells_both_and_keeps_user_text_harmless():
 
 
 @pytest.fixture(scope="module")
-def ubm(toy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ubm") / "ubm"
-    data = str(toy / "posts.jsonl")
-    assert train.main(["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--out",
-                       str(folder), "--members", "1", "--epochs", "1", "--batch", "4"]) == 0
-    return folder
+def ubm(toy, posts, tmp_path_factory):
+    folder, data = tmp_path_factory.mktemp("ubm"), str(toy / "posts.jsonl")
+    tiny_encoders(folder, posts)
+    assert train.main(["ubm", "--data", data, "--dev", data, "--text-encoder", f"{folder}/text",
+                       "--out", f"{folder}/ubm", "--members", "1", "--epochs", "1", "--batch",
+                       "4"]) == 0
+    return folder / "ubm"
 
 
 def of_scores(model):
     """A UBM of seven bins over the same text encoder."""
-    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORES)
-    return mulcot.UBM([member], mulcot.SCORES)
+    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
+    return mulcot.UBM([member], mulcot.SCORE_BINS)
 
 
 def run(toy, ubm, out, *more, split="test"):
     data = str(toy / "posts.jsonl")
     code = generate.main(["cascade", "--ubm", str(ubm), "--data", data, "--dev", data, "--split",
                           split, "--out", str(out), *more])
-    return code, mulcot.read_rows(out), mulcot.read_rows(mulcot.beside(out, "asked.jsonl"))
+    return code, mulcot.read_rows(out), mulcot.read_rows(mulcot.sibling(out, "asked.jsonl"))
 
 
-def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
-    """Rows carry route, reason and every stage; a rerun asks nothing; the shell tells the route."""
-    out, model = tmp_path / "said.jsonl", ["--mllm", str(toy / "student")]
-    code, rows, asked = run(toy, ubm, out, *model, "--budget", "1.2", "--compare")
+def test_local_cascade(toy, ubm, tmp_path, monkeypatch):
+    """Rows carry route, reason and every stage asked; a rerun asks nothing."""
+    out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student")]
+    code, rows, asked = run(toy, ubm, out, *model, "--budget", "1.2")
     assert code == 0 and len(rows) == 6 and {r["id"][:4] for r in rows} == {"test"}
-    passes_of = dict(ubm=0, mllm=1, agree=1, again=2)
+    passes_of = dict(ubm=0, mllm=1, agree=1, second_pass=2)
+    summary = json.loads((tmp_path / "rows.cascade.json").read_text())
     for row in rows:
-        stages = [row["stages"].get(k) for k in ("ubm", "mllm", "again")]
-        about = json.loads((tmp_path / "said.cascade.json").read_text())
-        route, answer, reason = mulcot.cascade_route(*stages, *about["taus"])
+        stages = [row["stages"].get(k) for k in ("ubm", "mllm", "second_pass")]
+        route, answer, reason = mulcot.cascade_route(*stages, *summary["taus"])
         assert (row["route"], row["reason"]) == (route, reason)
         assert row["prediction"] == answer["prediction"] and row["source"] == "cascade"
         assert len(row["stages"]) == 1 + passes_of[route]
-    assert set(about["runs"]) == {"cascade", "ubm", "mllm"} and about["curve"]
+        assert all(stage["gflops"] > 0 for stage in row["stages"].values())
     passes = sum(passes_of[r["route"]] for r in rows) / 6
-    assert about["runs"]["cascade"]["passes"] == pytest.approx(passes)
-    wrong = sum(r["prediction"] != r["label"] for r in rows) / 6
-    assert about["runs"]["cascade"]["error"] == pytest.approx(wrong)
-    before = out.read_bytes()
-    monkeypatch.setattr(generate, "load_model", None)  # would fail if anything were asked
-    assert run(toy, ubm, out, *model, "--budget", "1.2", "--compare")[2] == asked
-    strip = lambda text: [{k: v for k, v in json.loads(line).items() if k != "stages"}
-                          for line in text.splitlines()]
-    assert strip(out.read_bytes()) == strip(before)
-    monkeypatch.undo()
-    capsys.readouterr()
-    assert generate.main(["cascade", "--ubm", str(ubm), *model, "--out", str(out), "--text",
-                          "such a day", "--aspect", "Rex"]) == 0
-    printed = capsys.readouterr().out
-    assert "small model: " in printed and "route: " in printed and "label: " in printed
-    assert generate.main(["cascade", "--ubm", str(ubm), "--mllm", str(toy / "assistant"), "--out",
-                          str(out), "--text", "such a day"]) == 2  # thresholds of another model
+    assert summary["costs"]["passes"] == pytest.approx(passes)
+    monkeypatch.setattr(generate, "load_trained", None)  # would fail if anything were asked
+    assert run(toy, ubm, out, *model, "--budget", "1.2")[2] == asked
+    essence = lambda rows: [(r["id"], r["prediction"], r["route"], r["reason"]) for r in rows]
+    assert essence(mulcot.read_rows(out)) == essence(rows)
 
 
 def test_killed_and_rerun(toy, ubm, tmp_path):
     """A torn file of answers: what is whole is kept, the rest is asked anew, the rows are equal."""
-    out, model = tmp_path / "said.jsonl", ["--mllm", str(toy / "student"), "--batch", "1"]
+    out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student"), "--batch", "1"]
     _, rows, asked = run(toy, ubm, out, *model)
-    file = tmp_path / "said.asked.jsonl"
+    file = tmp_path / "rows.asked.jsonl"
     file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
     out.unlink()
     _, again, asked_again = run(toy, ubm, out, *model)
-    told = lambda rows: [(r["id"], r["prediction"], r["route"]) for r in rows]
-    assert told(again) == told(rows)
+    essence = lambda rows: [(r["id"], r["prediction"], r["route"]) for r in rows]
+    assert essence(again) == essence(rows)
     assert {r["key"] for r in asked} == {r["key"] for r in asked_again}
     out.unlink()  # what was answered under other settings is not used
     anew = run(toy, ubm, out, *model, "--max-pixels", "3136")[2]
@@ -260,9 +253,9 @@ def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path):
 
 def test_other_labels_are_refused(toy, ubm, tmp_path, capsys):
     """A UBM as MLLM, a student as MLLM of scores, dev posts without scores."""
-    out = tmp_path / "said.jsonl"
+    out = tmp_path / "rows.jsonl"
     assert run(toy, ubm, out, "--mllm", str(ubm))[0] == 2
-    assert "trained for other answers" in capsys.readouterr().err
+    assert "cannot be loaded" in capsys.readouterr().err
     model = mulcot.load_ubm(ubm)
     mulcot.save_ubm(of_scores(model), tmp_path / "scores")
     (tmp_path / "config.json").write_text('{"stage": "student"}')
@@ -281,20 +274,14 @@ def test_scores_run_through(toy, ubm, tmp_path):
     for n, row in enumerate(rows):
         row["score"] = n % 7 - 3.0
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    out, data = tmp_path / "said.jsonl", str(tmp_path / "posts.jsonl")
+    out, data = tmp_path / "rows.jsonl", str(tmp_path / "posts.jsonl")
     assert generate.main(["cascade", "--ubm", str(tmp_path / "scores"), "--data", data, "--dev",
                           data, "--images", str(toy / "images"), "--split", "test", "--out",
                           str(out), "--mllm", str(toy / "student"), "--budget", "2"]) == 0
-    told = json.loads((tmp_path / "said.cascade.json").read_text())["runs"]["cascade"]
-    said = [row["predicted_score"] for row in mulcot.read_rows(out)]
-    gold = [row["score"] for row in rows if row["split"] == "test"]
-    assert told["mae"] == pytest.approx(sum(abs(a - b) for a, b in zip(said, gold)) / len(gold))
-    assert told["error"] == pytest.approx(told["mae"])
-    assert {"corr", "acc7", "acc2_has0", "acc2_non0"} <= set(told)
     for row in mulcot.read_rows(out):
         assert -3 <= row["predicted_score"] <= 3
         for stage in row["stages"].values():
-            mean = sum(p * c for p, c in zip(stage["bin_probs"], mulcot.SCORES))
+            mean = sum(p * c for p, c in zip(stage["bin_probs"], mulcot.SCORE_BINS))
             assert stage["predicted_score"] == pytest.approx(mean, abs=1e-4)
 
 
@@ -333,13 +320,13 @@ def test_endpoint_cascade(toy, ubm, tmp_path, posts, monkeypatch):
     monkeypatch.setattr(mulcot.random, "uniform", lambda *_: 0.01)
     bad = [p for p in posts if p.split == "test"][0]
     server.asked, server.bad = [], f"Text: {bad.text}\n"
-    out = tmp_path / "said.jsonl"
+    out = tmp_path / "rows.jsonl"
     more = ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m", "--workers",
-            "2", "--budget", "2", "--compare"]
+            "2", "--budget", "2"]
     code, rows, _ = run(toy, ubm, out, *more)
     assert code == 0 and len(rows) == 6
     calls = len(server.asked)
-    taus = json.loads((tmp_path / "said.cascade.json").read_text())["taus"]
+    taus = json.loads((tmp_path / "rows.cascade.json").read_text())["taus"]
     for row in rows:
         mllm = row["stages"].get("mllm")
         if row["id"] == bad.id and mllm is not None:
@@ -348,4 +335,4 @@ def test_endpoint_cascade(toy, ubm, tmp_path, posts, monkeypatch):
             assert mllm["uncertainty"] > 0.5 and mllm["tokens"] == 15
     assert run(toy, ubm, out, *more)[0] == 0 and len(server.asked) == calls
     server.shutdown()
-    assert taus == json.loads((tmp_path / "said.cascade.json").read_text())["taus"]
+    assert taus == json.loads((tmp_path / "rows.cascade.json").read_text())["taus"]

@@ -14,24 +14,27 @@ from eval import bleu4, chain_metrics, classification_metrics, distinct_n, rouge
 from mulcot import FIELDS, LABELS, render_reasoning
 
 
-def drawn(n, seed, labels=LABELS, nones=0.15):
+def random_labels(n, seed, labels=LABELS, nones=0.15):
     """Random gold and predicted labels, right more often than not, some predictions None."""
     rng = random.Random(seed)
     gold = [rng.choice(labels) for _ in range(n)]
-    said = [g if rng.random() < 0.5 else rng.choice(LABELS) for g in gold]
-    return gold, [None if rng.random() < nones else s for s in said]
+    predicted = [g if rng.random() < 0.5 else rng.choice(LABELS) for g in gold]
+    return gold, [None if rng.random() < nones else p for p in predicted]
 
 
-CASES = [drawn(n, seed) for n, seed in ((1, 0), (2, 1), (7, 2), (50, 3), (400, 4), (1037, 5))] + [
-    drawn(40, 6, ("neutral",)), drawn(40, 7, ("negative", "positive")), drawn(60, 8, nones=0.0),
-    drawn(30, 9, nones=1.0), (["positive"] * 3, ["negative"] * 3), (["neutral"], [None]),
+SIZES = ((1, 0), (2, 1), (7, 2), (50, 3), (400, 4), (1037, 5))
+CASES = [random_labels(n, seed) for n, seed in SIZES] + [
+    random_labels(40, 6, ("neutral",)), random_labels(40, 7, ("negative", "positive")),
+    random_labels(60, 8, nones=0.0), random_labels(30, 9, nones=1.0),
+    (["positive"] * 3, ["negative"] * 3), (["neutral"], [None]),
     (list(LABELS), list(LABELS)), (list(LABELS), ["neutral"] * 3)]
 
 
-@pytest.mark.parametrize("gold, said", CASES)
-def test_classification_equals_sklearn(gold, said):
+@pytest.mark.parametrize("gold, predicted", CASES)
+def test_classification_equals_sklearn(gold, predicted):
     """Accuracy, both F1, every class and the confusion table, also in degenerate cases."""
-    ours, names = classification_metrics(gold, said), [x or "unparsed" for x in said]
+    ours = classification_metrics(gold, predicted)
+    names = [x or "unparsed" for x in predicted]
     p, r, f, n = sk.precision_recall_fscore_support(gold, names, labels=LABELS, zero_division=0)
     close = lambda x: pytest.approx(x, abs=1e-9)
     for i, label in enumerate(LABELS):
@@ -43,7 +46,7 @@ def test_classification_equals_sklearn(gold, said):
     assert ours["accuracy"] == close(sk.accuracy_score(gold, names))
     table = sk.confusion_matrix(gold, names, labels=[*LABELS, "unparsed"])
     assert ours["confusion"] == table[:3].tolist()
-    assert (ours["n"], ours["unparsed"]) == (len(gold), said.count(None))
+    assert (ours["n"], ours["unparsed"]) == (len(gold), predicted.count(None))
 
 
 def test_classification_by_hand():
@@ -57,11 +60,11 @@ def test_classification_by_hand():
     assert m["confusion"] == [[1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0]]
 
 
-@pytest.mark.parametrize("gold, said", [([], []), (["neutral"], [])])
-def test_classification_needs_equal_lists(gold, said):
+@pytest.mark.parametrize("gold, predicted", [([], []), (["neutral"], [])])
+def test_classification_needs_equal_lists(gold, predicted):
     """No posts, or lists of different lengths, are a broken invariant."""
     with pytest.raises(AssertionError):
-        classification_metrics(gold, said)
+        classification_metrics(gold, predicted)
 
 
 # ---- text metrics
@@ -142,9 +145,12 @@ def test_real_chains_score_alike(twitter):
 
 @pytest.mark.parametrize("texts, n, value", [
     (["a b a", "c"], 1, (2 / 3 + 1) / 2), (["a b a b", "c d"], 2, (2 / 3 + 1) / 2),
-    (["A a"], 1, 0.5), (["c"], 2, 0.0), (["", "a"], 1, 0.5), ([], 1, 0.0)])
+    (["A a"], 1, 0.5), (["c"], 2, 0.0), (["", "a"], 1, 0.5), ([], 1, 0.0),
+    (["So, so, so."], 1, 3 / 6),  # so , so , so .
+    (["It's it's"], 1, 2 / 4), (["It's it's"], 2, 2 / 3),  # it 's it 's
+    (["cannot (cannot)"], 1, 4 / 6)])  # can not ( can not )
 def test_distinct_by_hand(texts, n, value):
-    """A mean over texts; case does not matter; too short a text scores 0."""
+    """A mean over texts of Treebank tokens; case does not matter; too short a text scores 0."""
     assert distinct_n(texts, n) == pytest.approx(value)
 
 
@@ -158,11 +164,12 @@ def chain(label, words="one two three four five"):
 def test_unparsed_chain_scores_nothing():
     """A chain that lacks a field counts in the mean with 0 and lowers the parse rate."""
     whole, broken = chain("positive"), chain("positive").replace("Image_analysis", "Picture")
-    rows = {i: dict(raw=raw, prediction="positive") for i, raw in enumerate((whole, broken, ""))}
-    m = chain_metrics(rows, {i: whole for i in rows})
+    rows = [dict(raw=raw, prediction="positive") for raw in (whole, broken, "")]
+    m, values = chain_metrics(rows, [whole] * 3)
     assert m["parse_rate"] == pytest.approx(1 / 3) and m["chains"] == m["referenced"] == 3
     assert m["bleu4"] == pytest.approx(1 / 3) and m["rouge_l"] == pytest.approx(1 / 3)
-    alone = chain_metrics({0: rows[0]}, {0: whole})
+    assert values["bleu4"].tolist() == pytest.approx([1, 0, 0])
+    alone, _ = chain_metrics(rows[:1], [whole])
     assert (m["distinct_1"], m["distinct_2"]) == (alone["distinct_1"], alone["distinct_2"])
 
 
@@ -170,19 +177,18 @@ def test_chain_form_does_not_matter():
     """The same fields as JSON or Markdown score 1 against our written form."""
     fields = {k: f"{k[:4]} is one two three." for k in FIELDS} | {"Prediction": "neutral"}
     markdown = "\n".join(f"### {k}\n{v}" for k, v in reversed(fields.items()))
-    rows = {i: dict(raw=raw, prediction="neutral")
-            for i, raw in enumerate((json.dumps(fields), markdown))}
-    m = chain_metrics(rows, {i: render_reasoning(fields) for i in rows})
+    rows = [dict(raw=raw, prediction="neutral") for raw in (json.dumps(fields), markdown)]
+    m, _ = chain_metrics(rows, [render_reasoning(fields)] * 2)
     assert m["bleu4"] == pytest.approx(1) and m["rouge_l"] == pytest.approx(1)
 
 
 def test_agreement_by_hand():
     """Share of chains whose own label is the predicted one; no label never agrees."""
-    said = [("positive", "positive"), ("negative", "positive"), ("neutral", "neutral")]
-    rows = {i: dict(raw=chain(c), prediction=p) for i, (c, p) in enumerate(said)}
-    rows[3] = dict(raw="", prediction=None)
-    assert chain_metrics(rows, {})["agreement"] == 0.5
-    assert "bleu4" not in chain_metrics(rows, {})
+    labels = [("positive", "positive"), ("negative", "positive"), ("neutral", "neutral")]
+    rows = [dict(raw=chain(c), prediction=p) for c, p in labels] + [dict(raw="", prediction=None)]
+    m, values = chain_metrics(rows, [None] * 4)
+    assert m["agreement"] == 0.5 and values["agreement"].tolist() == [1, 0, 1, 0]
+    assert "bleu4" not in m and "bleu4_corpus" not in m
 
 
 # ---- the program
@@ -204,17 +210,17 @@ def write(path, rows):
     return path
 
 
-def said(path, labels, **more):
+def predictions(path, labels, **more):
     return write(path, [dict(id=f"p{i}", prediction=x) | more for i, x in enumerate(labels)])
 
 
 ALL = ["positive", "positive", "negative", "negative", None, "neutral"]
 
 
-def evaluate(gold, *predictions, more=()):
-    """(exit code, metrics, report) of eval.py on gold and predictions."""
+def evaluate(gold, *files, more=()):
+    """(exit code, metrics, report) of eval.py on gold and prediction files."""
     out = gold.parent / "out"
-    code = scores.main([*map(str, predictions), "--gold", str(gold), "--out", str(out), *more])
+    code = scores.main([*map(str, files), "--gold", str(gold), "--out", str(out), *more])
     if code:
         return code, None, None
     return code, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
@@ -222,8 +228,9 @@ def evaluate(gold, *predictions, more=()):
 
 def test_baseline(gold, tmp_path, capsys):
     """p of each other run's accuracy against the named one; an unknown name is refused."""
-    files = [f"a={said(tmp_path / 'a.jsonl', ALL)}", f"same={said(tmp_path / 'b.jsonl', ALL)}",
-             f"none={said(tmp_path / 'c.jsonl', [None] * 6)}"]
+    same = predictions(tmp_path / "same.jsonl", ALL)
+    none = predictions(tmp_path / "none.jsonl", [None] * 6)
+    files = [f"a={same}", same, none]
     code, metrics, _ = evaluate(gold, *files, more=["--baseline", "a"])
     assert code == 0 and "p" not in metrics["a"]
     assert metrics["same"]["p"] == 1 and metrics["none"]["p"] < 0.1
@@ -231,9 +238,17 @@ def test_baseline(gold, tmp_path, capsys):
     assert "--baseline 'x' must be one of the runs" in capsys.readouterr().err
 
 
+def test_how_it_was_made_is_kept(gold, tmp_path):
+    """The command line as typed and the versions stand in metrics.json."""
+    path = predictions(tmp_path / "s.jsonl", ALL)
+    _, metrics, _ = evaluate(gold, path, more=["--cards", "3"])
+    assert f"{path} --gold {gold}" in metrics["command"] and "--cards 3" in metrics["command"]
+    assert set(metrics["versions"]) == {"python", "torch", "transformers", "numpy"}
+
+
 def test_program(gold, tmp_path, capsys):
     """Numbers against the splits covered, beside always saying the commonest label."""
-    code, metrics, _ = evaluate(gold, said(tmp_path / "s.jsonl", ALL, raw=chain("positive")))
+    code, metrics, _ = evaluate(gold, predictions(tmp_path / "s.jsonl", ALL, raw=chain("positive")))
     m = metrics["s"]
     assert code == 0 and (m["n"], m["missing"], m["unparsed"], m["chains"]) == (6, 0, 1, 6)
     assert m["accuracy"] == pytest.approx(4 / 6) and m["parse_rate"] == 1
@@ -241,19 +256,21 @@ def test_program(gold, tmp_path, capsys):
     assert metrics["majority"]["label"] == "positive" and metrics["majority"]["accuracy"] == 0.5
     assert {"bleu4", "rouge_l"} <= set(metrics["signatures"])
     out = capsys.readouterr().out
-    assert "warning" not in out and "0.667" in out
+    assert "6 gold posts, 0 lack a row" in out and "0.667" in out
     assert out.strip().split("\n")[-1].endswith("out/report.html")
 
 
 def test_raw_text_is_parsed_anew(gold, tmp_path):
     """What a row claims about its chain is not believed."""
-    path = said(tmp_path / "s.jsonl", ALL, raw="prose", chain_prediction="positive", problem=None)
+    path = predictions(tmp_path / "s.jsonl", ALL, raw="prose", chain_prediction="positive",
+                       problem=None)
     assert evaluate(gold, path)[1]["s"]["parse_rate"] == 0
 
 
 def test_names_nest(gold, tmp_path):
     """base/student stands in metrics.json under base, then student; the report shows the first."""
-    one, two = said(tmp_path / "1.jsonl", ALL), said(tmp_path / "2.jsonl", ALL[::-1])
+    one = predictions(tmp_path / "1.jsonl", ALL)
+    two = predictions(tmp_path / "2.jsonl", ALL[::-1])
     _, metrics, page = evaluate(gold, f"base/student={one}", f"base/assistant={two}", f"x={two}")
     assert metrics["base"]["student"]["accuracy"] == pytest.approx(4 / 6)
     assert metrics["base"]["assistant"] == metrics["x"]
@@ -261,38 +278,41 @@ def test_names_nest(gold, tmp_path):
 
 
 def test_runs_of_one_name_do_not_hide_each_other(gold, tmp_path):
-    """Two files called alike are both reported, or refused, but none is dropped in silence."""
-    files = [said(tmp_path / d / "said.jsonl", ALL[::step]) for d, step in (("a", 1), ("b", -1))]
-    code, metrics, _ = evaluate(gold, *files)
-    assert code == 2 or len([m for m in metrics.values() if "accuracy" in m]) == 3
+    """Two files called alike are refused unless they are named apart."""
+    for folder, step in (("a", 1), ("b", -1)):
+        predictions(tmp_path / folder / "s.jsonl", ALL[::step])
+    files = tmp_path / "a" / "s.jsonl", tmp_path / "b" / "s.jsonl"
+    assert evaluate(gold, *files)[0] == 2
+    _, metrics, _ = evaluate(gold, f"a={files[0]}", f"b={files[1]}")
+    assert metrics["a"]["accuracy"] != metrics["b"]["accuracy"]
 
 
-@pytest.mark.parametrize("name", ["majority", "signatures", "s"])
+@pytest.mark.parametrize("name", ["majority", "signatures", "versions", ""])
 def test_names_that_are_taken_are_refused(gold, tmp_path, name):
     """A run cannot stand where another entry of metrics.json stands."""
-    path = said(tmp_path / "s.jsonl", ALL)
+    path = predictions(tmp_path / "s.jsonl", ALL)
     assert evaluate(gold, f"s={path}", f"{name}={path}")[0] == 2
 
 
 def test_missing_predictions_count_as_unparsed(gold, tmp_path, capsys):
-    """A post without a row is wrong, and a warning says how many and which."""
-    path = said(tmp_path / "s.jsonl", ALL[:2])
+    """A post without a row is wrong, and a line says how many there are."""
+    path = predictions(tmp_path / "s.jsonl", ALL[:2])
     m = evaluate(gold, path)[1]["s"]
     assert (m["n"], m["missing"], m["unparsed"]) == (6, 4, 4)
     assert m["accuracy"] == pytest.approx(2 / 6)
-    assert f"warning: {path} lacks 4 of 6 gold posts, first p2" in capsys.readouterr().out
+    assert f"{path}: 6 gold posts, 4 lack a row (unparsed)" in capsys.readouterr().out
 
 
 def test_gold_labels_come_from_gold(gold, tmp_path):
     """A label in a prediction row changes nothing."""
-    path = said(tmp_path / "s.jsonl", ALL, label="neutral")
+    path = predictions(tmp_path / "s.jsonl", ALL, label="neutral")
     assert evaluate(gold, path)[1]["s"]["accuracy"] == pytest.approx(4 / 6)
 
 
 def test_unreadable_gold_rows_are_reported(gold, tmp_path, capsys):
     """A gold post that cannot be read is left out of the numbers, not in silence."""
     gold.write_text(gold.read_text() + '{"id": "z", "label": "neutral", "split": "test"}\n')
-    assert evaluate(gold, said(tmp_path / "s.jsonl", ALL))[0] == 0
+    assert evaluate(gold, predictions(tmp_path / "s.jsonl", ALL))[0] == 0
     printed = capsys.readouterr()
     assert "gold.jsonl:8" in printed.out + printed.err
 
@@ -302,12 +322,12 @@ def test_references_and_teacher_rows(gold, tmp_path, capsys):
     chains = write(tmp_path / "c.jsonl", [dict(id="p2", cot=chain("positive"), stage=1, tries=1),
                                           dict(id="p3", cot=chain("negative"), stage=2, tries=4)])
     write(tmp_path / "c.rejects.jsonl", [dict(id="p4")])
-    path = said(tmp_path / "s.jsonl", ALL, raw=chain("positive"))
+    path = predictions(tmp_path / "s.jsonl", ALL, raw=chain("positive"))
     metrics = evaluate(gold, path, more=["--references", str(chains), "--chains", str(chains)])[1]
     assert metrics["s"]["referenced"] == 4
     assert metrics["teacher"].items() >= dict(kept=2, unaided=1, label_conditioned=1, set_aside=1,
                                               answers_per_kept_chain=2.5).items()
-    assert "2 chains kept, 1 unaided, 1 label-conditioned, 1 set aside" in capsys.readouterr().out
+    assert "teacher: {'kept': 2, 'unaided': 1, 'label_conditioned': 1" in capsys.readouterr().out
 
 
 BAD = {
@@ -338,7 +358,8 @@ def test_bad_prediction_file(gold, tmp_path, capsys, content, reason):
 
 def test_missing_files(gold, tmp_path, capsys):
     """Predictions, gold, references and teacher rows that are not there: exit code 2 each."""
-    path, none = said(tmp_path / "s.jsonl", ALL), str(tmp_path / "none.jsonl")
+    path = predictions(tmp_path / "s.jsonl", ALL)
+    none = str(tmp_path / "none.jsonl")
     assert evaluate(gold, none)[0] == 2
     assert evaluate(tmp_path / "none.jsonl", path)[0] == 2
     assert evaluate(gold, path, more=["--references", none])[0] == 2
@@ -349,14 +370,15 @@ def test_missing_files(gold, tmp_path, capsys):
 @pytest.mark.parametrize("row", [[1], dict(cot="c"), dict(id="p0", cot=5)])
 def test_bad_references(gold, tmp_path, row):
     """Reference rows of a wrong shape are the user's mistake, not a crash."""
-    path, refs = said(tmp_path / "s.jsonl", ALL, raw=chain("neutral")), write(tmp_path / "r", [row])
+    path = predictions(tmp_path / "s.jsonl", ALL, raw=chain("neutral"))
+    refs = write(tmp_path / "r", [row])
     assert evaluate(gold, path, more=["--references", str(refs)])[0] == 2
 
 
 def test_unlabelled_gold(tmp_path, capsys):
     """Gold posts without labels cannot judge anything."""
     gold = write(tmp_path / "gold.jsonl", [dict(id="p0", text="t")])
-    assert evaluate(gold, said(tmp_path / "s.jsonl", ALL))[0] == 2
+    assert evaluate(gold, predictions(tmp_path / "s.jsonl", ALL))[0] == 2
     assert "no post with label or score" in capsys.readouterr().err
 
 
@@ -387,19 +409,19 @@ def test_few_posts_are_never_significant(tmp_path):
     """Four posts, all right against all wrong: a sign test's 1/8, not the bootstrap's 1/1001."""
     gold = write(tmp_path / "gold.jsonl", [dict(id=f"p{i}", text="t", label="positive")
                                            for i in range(4)])
-    right, wrong = said(tmp_path / "a.jsonl", ["positive"] * 4), said(tmp_path / "b.jsonl",
-                                                                      ["negative"] * 4)
+    right = predictions(tmp_path / "a.jsonl", ["positive"] * 4)
+    wrong = predictions(tmp_path / "b.jsonl", ["negative"] * 4)
     metrics = evaluate(gold, right, wrong, more=["--baseline", "a"])[1]
     assert metrics["b"]["p"] == metrics["comparisons"]["accuracy"]["p"] == 1 / 8
 
 
 def test_a_number_that_one_seed_lacks_is_no_ones():
     """A mean needs all runs; the first one's number must not stand for it."""
-    drawn = {"accuracy": np.ones(scores.RESAMPLES)}
-    runs = [(dict(accuracy=0.5, corr=0.9, source="student"), drawn),
-            (dict(accuracy=0.7, corr=None, source="student"), drawn)]
+    samples = {"accuracy": np.ones(scores.SAMPLES)}
+    runs = [(dict(accuracy=0.5, corr=0.9, source="student"), samples),
+            (dict(accuracy=0.7, corr=None, source="student"), samples)]
     metrics, _ = scores.group_seeds(runs)
-    assert metrics["accuracy"] == pytest.approx(0.6) and "corr" not in metrics
+    assert metrics["accuracy"] == pytest.approx(0.6) and metrics["corr"] is None
     assert metrics["source"] == "student"
 
 

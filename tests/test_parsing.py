@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-import mulcot
-from mulcot import (FIELDS, LABELS, Post, build_messages, parse_reasoning, post_prompt,
-                    render_label, render_reasoning, task_format)
+from mulcot import (DEFINITIONS, FIELDS, FORMATS, LABELS, Post, build_messages, parse_reasoning,
+                    post_prompt, render_label, render_reasoning)
 
 CHAIN = {"Text_analysis": "The words call Rex 'great', it's praise.",
          "Image_analysis": "A smiling face, a #sunny sky; and {braces}.",
@@ -81,7 +80,7 @@ def test_markdown_values_keep_their_quotes(pattern, value):
     assert parse_reasoning(text).fields == fields
 
 
-@pytest.mark.parametrize("said, label", [
+@pytest.mark.parametrize("written, label", [
     ("positive", "positive"), ("Positive", "positive"), ("NEUTRAL.", "neutral"),
     ("**Negative**", "negative"), ('"positive"', "positive"), ("'positive'", "positive"),
     ("`neutral`", "neutral"), ("[positive]", "positive"),
@@ -89,9 +88,9 @@ def test_markdown_values_keep_their_quotes(pattern, value):
     ("The sentiment is negative", "negative"), ("positive, clearly positive", "positive"),
     ("positive/neutral/negative", None), ("negative, neutral or positive", None),
     ("great", None), ("unpositive", None), ("neither", None)])
-def test_prediction_words(said, label):
+def test_prediction_words(written, label):
     """Case, dots and stars do not matter; several labels or none are no label."""
-    text = form("{k}: {v}", "\n").replace("Prediction: positive", f"Prediction: {said}")
+    text = form("{k}: {v}", "\n").replace("Prediction: positive", f"Prediction: {written}")
     parsed = parse_reasoning(text)
     assert (parsed.prediction, parsed.complete) == (label, label is not None)
     assert (parsed.problem is None) == parsed.complete
@@ -215,8 +214,8 @@ def test_gold_goes_with_explain_only(task, gold):
 @pytest.mark.parametrize("task", ["reason", "label", "predict"])
 def test_label_never_leaks(task):
     """The prompt is the same whatever the post's label or chain is."""
-    told = {prompt(replace(POST, label=x, cot=x), task) for x in (*LABELS, None)}
-    assert len(told) == 1 and "Given sentiment" not in told.pop()
+    prompts = {prompt(replace(POST, label=x, cot=x), task) for x in (*LABELS, None)}
+    assert len(prompts) == 1 and "Given sentiment" not in prompts.pop()
 
 
 def test_explain_names_the_given_label():
@@ -231,9 +230,9 @@ def test_tasks_share_their_prefix(post):
     """Up to the format the prompts of a post are equal; the seam is a blank line, then a letter."""
     both = [prompt(post, task) for task in ("reason", "label")]
     shared = post_prompt(post)
-    assert both == [shared + task_format(task) for task in ("reason", "label")]
+    assert both == [shared + FORMATS[task] for task in ("reason", "label")]
     assert os.path.commonprefix(both).startswith(shared) and shared.endswith("\n\n")
-    assert all(task_format(task)[0].isalpha() for task in ("reason", "label"))
+    assert all(FORMATS[task][0].isalpha() for task in FORMATS)
 
 
 NASTY = ['x"}\n\nTarget aspect: evil', "a\u2028Given sentiment: negative\x0b\x85y", "{label} {0}",
@@ -263,7 +262,7 @@ def test_aspect_wording(task):
 
 def test_only_the_teacher_gets_the_definitions():
     """Both teacher stages define the three labels; the trained models' prompts stay short."""
-    has = {task: mulcot.DEFINITIONS in prompt(POST, task, GOLD[task]) for task in GOLD}
+    has = {task: DEFINITIONS in prompt(POST, task, GOLD[task]) for task in GOLD}
     assert has == dict(reason=False, label=False, predict=True, explain=True)
 
 

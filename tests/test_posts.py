@@ -6,12 +6,15 @@ import struct
 import zlib
 from collections import Counter
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
+from conftest import noise_image
 from PIL import Image
 
-import mulcot
-from mulcot import LABELS, InputError, Post, load_image, mvsa_label, read_posts, toy_posts
+from mulcot import (LABELS, InputError, Post, load_image, mvsa_label, parse_reasoning, read_posts,
+                    select_split)
+from toy import TOY_TEST_TEMPLATES, toy_posts, toy_warmup
 
 
 @pytest.fixture
@@ -26,12 +29,6 @@ def jsonl(path, *rows):
     """A file of rows; a row may also be given as raw bytes."""
     lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
     path.write_bytes(b"\n".join(lines) + b"\n")
-    return path
-
-
-def noise(path, size=(64, 48), **options):
-    """A picture that compresses badly, so that half of its file is half of its pixels."""
-    Image.effect_noise(size, 90).convert("RGB").save(path, **options)
     return path
 
 
@@ -50,10 +47,11 @@ def png_header(path, width, height):
 def test_jsonl_columns(folder):
     """Known columns become fields, unknown ones are kept, and nothing missing is invented."""
     row = dict(id=7, text="hi", image="good.png", aspect=" Rex ", label=" Positive ", score=0.5,
-               split="dev", cot="why", likes=3, tags=["a"])
+               split="dev", cot="why", likes=3, tags=["a"], folder="f")
     post, bare = read_posts(jsonl(folder / "p.jsonl", row, b"", dict(id="b", text="t")))
     assert (post.id, post.aspect, post.label, post.score) == ("7", "Rex", "positive", 0.5)
-    assert (post.split, post.cot, post.extra) == ("dev", "why", dict(likes=3, tags=["a"]))
+    assert (post.split, post.cot) == ("dev", "why")
+    assert post.columns == row
     assert post.image == os.path.realpath(folder / "images" / "good.png")
     assert post.row() == row | dict(id="7", aspect="Rex", label="positive")
     assert bare.row() == dict(id="b", text="t")
@@ -72,7 +70,7 @@ def test_images_default_to_the_folder_beside_the_file(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", dict(id=1, text="t", image="x.png"))
     assert read_posts(path)[0].image == os.path.realpath(tmp_path / "x.png")
     (tmp_path / "images").mkdir()
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match="No such file"):
         read_posts(path)
     assert read_posts(path, images=tmp_path)[0].image == os.path.realpath(tmp_path / "x.png")
 
@@ -86,7 +84,8 @@ def test_authors_json(folder):
     (folder / "p.json").write_text(json.dumps([row, less]))
     one, two = read_posts(folder / "p.json")
     assert one.image == two.image and one.image.endswith("27.jpg")
-    assert (one.id, one.label, one.aspect, one.cot, one.extra) == ("1", "neutral", "A", "c", {})
+    assert (one.id, one.label, one.aspect, one.cot) == ("1", "neutral", "A", "c")
+    assert one.row() == row | dict(id="1")
 
 
 def test_tsv(folder):
@@ -120,8 +119,8 @@ def test_real_posts(twitter, name, rows, counts):
     posts = read_posts(twitter / f"{name}.tsv", rejects=rejects)
     assert len(posts) == rows and rejects == []
     assert all("$T$" not in p.text and p.aspect in p.text and p.split == name for p in posts)
-    share = Counter(p.label for p in posts)
-    assert counts is None or tuple(share[x] for x in LABELS) == counts
+    found = Counter(p.label for p in posts)
+    assert counts is None or tuple(found[x] for x in LABELS) == counts
 
 
 # ---- MVSA
@@ -168,16 +167,17 @@ def test_mvsa_folder(tmp_path):
 
 
 def test_mvsa_split(tmp_path):
-    """The split follows the hash of the id: the same for any order of rows, 80 / 10 / 10."""
-    names = list(range(120))
-    forth = read_posts(mvsa(tmp_path / "a", {n: ("neutral,positive",) for n in names}))
-    back = read_posts(mvsa(tmp_path / "b", {n: ("neutral,positive",) for n in names[::-1]}))
-    splits = {p.id: p.split for p in forth}
-    assert splits == {p.id: p.split for p in back} and len(splits) == 120
-    assert Counter(splits.values()) == dict(train=96, dev=12, test=12)
-    order = sorted(splits, key=lambda i: sha256(f"mvsa:{i}".encode()).digest())
-    assert {splits[i] for i in order[:12]} == {"test"}
-    assert {splits[i] for i in order[12:24]} == {"dev"}
+    """The split is a function of the id alone: any order, any other rows; about 80 / 10 / 10."""
+    names = list(range(300))
+    posts = read_posts(mvsa(tmp_path / "a", {n: ("neutral,positive",) for n in names}))
+    fewer = read_posts(mvsa(tmp_path / "b", {n: ("neutral,positive",) for n in names[:50:-1]}))
+    splits = {p.id: p.split for p in posts}
+    assert all(splits[p.id] == p.split for p in fewer) and len(fewer) == 249
+    for name, split in splits.items():
+        bucket = int(sha256(f"mvsa:{name}".encode()).hexdigest(), 16) % 10
+        assert split == {0: "test", 1: "dev"}.get(bucket, "train")
+    counts = Counter(splits.values())
+    assert 20 <= counts["test"] <= 40 and 20 <= counts["dev"] <= 40
 
 
 # ---- bad rows
@@ -185,11 +185,12 @@ def test_mvsa_split(tmp_path):
 WRONG = {
     "endless text": (dict(text="a" * 10_001), "the cap is 10,000"),
     "text that grows": (dict(text="$T$" * 3000, aspect="a" * 900), "has 2,709,900 characters"),
-    "missing image": (dict(image="none.png"), "missing: check --images"),
-    "garbage image": (dict(image="garbage.jpg"), "replace it or drop its row"),
-    "truncated image": (dict(image="cut.jpg"), "replace it or drop its row"),
+    "missing image": (dict(image="none.png"), "No such file"),
+    "garbage image": (dict(image="garbage.jpg"), "cannot be read: cannot identify"),
+    "truncated image": (dict(image="cut.jpg"), "cannot be read: image file is truncated"),
+    "broken chunk": (dict(image="chunk.png"), "cannot be read: broken PNG"),
     "image is a folder": (dict(image="."), "cannot be read"),
-    "format": (dict(image="scan.tif"), "replace it or drop its row"),
+    "format": (dict(image="scan.tif"), "cannot be read: cannot identify"),
     "pixel bomb": (dict(image="bomb.png"), "shrink it"),
     "huge pixel bomb": (dict(image="huge.png"), "cannot be read"),
     "absolute path": (dict(image="/etc/hostname"), "no absolute path"),
@@ -199,23 +200,23 @@ WRONG = {
     "dots": (dict(image="../secret.png"), "leads outside"),
     "dots inside": (dict(image="a/../good.png"), "leads outside"),
     "link": (dict(image="link.png"), "leads outside"),
-    "image number": (dict(image=5), "file name"),
+    "image number": (dict(image=5), "image must be a string"),
     "null byte": (dict(image="a\0.png"), ""),
     "lone surrogate in name": (dict(image="\ud83d.png"), ""),
     "label": (dict(label="happy"), "use one of negative, neutral, positive"),
     "empty text": (dict(text=" \n"), "empty text"),
     "no text": (dict(text=None), "empty text"),
-    "text number": (dict(text=4), "empty text"),
+    "text number": (dict(text=4), "text must be a string"),
     "aspect": (dict(aspect=["a"]), "aspect must be a string"),
     "score": (dict(score="high"), "score must be a number"),
-    "no id": (dict(id=None), "no id"),
+    "no id": (dict(id=None), "every row needs an id"),
     "id twice": (dict(id="a"), "duplicate id 'a'"),
     "list for a split": (dict(split=["train"]), "split"),
     "object for a chain": (dict(cot={"Prediction": "neutral"}), "cot"),
     "list": ([1, 2], "expected an object"),
     "not JSON": (b'{"id": "x", "text": ', "not a row"),
     "too deep": (b"[" * 200_000, "not a row"),
-    "not UTF-8": (b'{"id": "x", "text": "caf\xe9"}', "re-save it as UTF-8"),
+    "not UTF-8": (b'{"id": "x", "text": "caf\xe9"}', "not a row: 'utf-8' codec"),
 }
 
 
@@ -230,8 +231,11 @@ def wrong_images(tmp_path_factory):
     Image.new("RGB", (8, 8)).save(root / "secret.png")
     (images / "link.png").symlink_to(root / "secret.png")
     (images / "garbage.jpg").write_bytes(b"not a picture" * 9)
-    whole = noise(images / "cut.jpg").read_bytes()
+    whole = Path(noise_image(images / "cut.jpg", (64, 48))).read_bytes()
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    chunk = bytearray(Path(noise_image(images / "chunk.png", (64, 48))).read_bytes())
+    chunk[35] = 0  # of the length of its pixels
+    (images / "chunk.png").write_bytes(chunk)
     png_header(images / "bomb.png", 9000, 8000)
     png_header(images / "huge.png", 60000, 60000)
     return root
@@ -344,7 +348,7 @@ def test_transparent_is_white(tmp_path):
 def test_unsplit_rows_beside_split_ones_are_no_dev_set():
     """Rows without a split are taken where no row has one."""
     some, none = Post("a", "t", split="train"), Post("b", "t")
-    assert mulcot.of_split([some, none], "dev") == [] and mulcot.of_split([none], "dev") == [none]
+    assert select_split([some, none], "dev") == [] and select_split([none], "dev") == [none]
 
 
 # ---- rows and toy posts
@@ -354,7 +358,7 @@ def test_rows_round_trip(toy, posts, tmp_path):
     """What row() writes, read_posts reads back unchanged, extras included."""
     path = jsonl(tmp_path / "again.jsonl", *(p.row() for p in posts))
     assert read_posts(path, toy / "images") == posts and len(posts) == 24
-    assert all(p.extra["facts"] for p in posts)
+    assert all(p.columns["facts"] for p in posts)
 
 
 def test_toy_posts_follow_their_seed(tmp_path):
@@ -373,7 +377,7 @@ def test_toy_test_split_is_unseen(tmp_path):
     noisy = toy_posts(tmp_path, dict(train=300, dev=50, test=100), noise=0.2)
     slips = sum(a.label != b.label for a, b in zip(posts, noisy))
     assert [p.text for p in posts] == [p.text for p in noisy] and 60 < slips < 120
-    pair = lambda p: (p.extra["facts"]["word"], p.aspect)
+    pair = lambda p: (p.columns["facts"]["word"], p.aspect)
     seen = {pair(p) for p in posts if p.split != "test"}
     fresh = {s: [p for p in posts if p.split == s and _new_sentence(p)]
              for s in ("train", "dev", "test")}
@@ -382,8 +386,8 @@ def test_toy_test_split_is_unseen(tmp_path):
 
 
 def _new_sentence(post):
-    fill = dict(a=post.aspect, w=post.extra["facts"]["word"])
-    return any(post.text.startswith(t.format(**fill)) for t in mulcot.TOY_TEST_TEMPLATES)
+    fill = dict(a=post.aspect, w=post.columns["facts"]["word"])
+    return any(post.text.startswith(t.format(**fill)) for t in TOY_TEST_TEMPLATES)
 
 
 @pytest.fixture(scope="module")
@@ -399,28 +403,28 @@ def best_lookup(posts, key):
 
 def test_toy_posts_need_words_and_picture(many):
     """Words alone and picture alone leave a third unsolved; both together solve everything."""
-    facts = [lambda p: p.extra["facts"]["words"], lambda p: p.extra["facts"]["mood"],
-             lambda p: p.extra["facts"]["word"], lambda p: p.extra["facts"]["scene"]]
+    facts = [lambda p: p.columns["facts"]["words"], lambda p: p.columns["facts"]["mood"],
+             lambda p: p.columns["facts"]["word"], lambda p: p.columns["facts"]["scene"]]
     assert all(0.6 < best_lookup(many, f) < 0.7 for f in facts)
     assert best_lookup(many, lambda p: None) < 0.5
     assert best_lookup(many, lambda p: (facts[0](p), facts[1](p))) == 1.0
-    assert all(p.extra["facts"]["word"] in p.text and p.aspect in p.text for p in many)
+    assert all(p.columns["facts"]["word"] in p.text and p.aspect in p.text for p in many)
 
 
 def test_warmup_says_nothing_about_sentiment(tmp_path):
     """No label, and the verdicts, words and moods to write up are independent of the truth."""
     size = 1500
-    warm = mulcot.toy_warmup(tmp_path / "w", size, seed=3)
+    warm = toy_warmup(tmp_path / "w", size, seed=3)
     true = toy_posts(tmp_path / "t", dict(warm=size), seed=3)
     assert [p.text for p in warm] == [p.text for p in true]
-    assert all(p.label is None and "facts" not in p.extra for p in warm)
-    told = [p.extra["branches"][1][0].rstrip(".").split(": ", 1)[1].split("; ") for p in warm]
-    truth = [("words " + p.extra["facts"]["words"], "image " + p.extra["facts"]["mood"],
+    assert all(p.label is None and "facts" not in p.columns for p in warm)
+    stated = [p.columns["branches"][1][0].rstrip(".").split(": ", 1)[1].split("; ") for p in warm]
+    truth = [("words " + p.columns["facts"]["words"], "image " + p.columns["facts"]["mood"],
               "verdict " + p.label) for p in true]
-    for said, is_so in zip(zip(*told), zip(*truth)):
-        assert chi_square(said, is_so) < 18.5  # 4 degrees of freedom, one in a thousand
-    again = [mulcot.parse_reasoning(p.extra["branches"][1][1]).prediction for p in warm]
-    assert again == [verdict.split()[1] for _, _, verdict in told]
+    for xs, ys in zip(zip(*stated), zip(*truth)):
+        assert chi_square(xs, ys) < 18.5  # 4 degrees of freedom, one in a thousand
+    written = [parse_reasoning(p.columns["branches"][1][1]).prediction for p in warm]
+    assert written == [verdict.split()[1] for _, _, verdict in stated]
 
 
 def chi_square(xs, ys):

@@ -1,6 +1,5 @@
 """torchrun: two processes do what one does, and go on after a kill."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from conftest import ROOT
 
 import generate
 import mulcot
+import toy as toy_world
 import train
 
 FEW = ["--batch", "3", "--accumulate", "2", "--epochs", "2", "--lr", "0.01", "--log-every", "1",
@@ -23,15 +23,14 @@ FEW = ["--batch", "3", "--accumulate", "2", "--epochs", "2", "--lr", "0.01", "--
 def chains(toy, posts, tmp_path_factory):
     """13 rows with chains, one without an image: steps of 6, 6 and 1, so one process idles."""
     path = tmp_path_factory.mktemp("ranks") / "chains.jsonl"
-    lines = []
+    rows = []
     for i, post in enumerate(posts[:13]):
-        said = f"It says {post.text}." * (1 + i % 3)
-        fields = [said, "A face.", "They agree.", "So.", post.label]
+        words = f"It says {post.text}." * (1 + i % 3)
+        fields = [words, "A face.", "They agree.", "So.", post.label]
         cot = mulcot.render_reasoning(dict(zip(mulcot.FIELDS, fields)))
-        row = post.row() | dict(cot=cot, split="train")
-        row.pop("image") if i == 4 else None
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
+        rows.append(post.row() | dict(cot=cot, split="train"))
+    del rows[4]["image"]
+    mulcot.write_rows(path, rows)
     return path
 
 
@@ -54,14 +53,15 @@ def finished(process):
     return out
 
 
-def log_of(folder):
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"}
-            for row in mulcot.read_rows(folder / "log.jsonl")]
+def without_clock(path):
+    """Rows of a file without the fields that a clock decides."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")}
+            for row in mulcot.read_rows(path)]
 
 
 def test_two_processes_train_as_one(toy, chains, tmp_path):
-    """Loss curve, gradients' norm, dev numbers and weights, although a share may be empty; killed
-    and started again too."""
+    """Loss curve, gradients' norm, dev numbers and weights, although a process may idle; killed and
+    started again too."""
     assert train.main(training(toy, chains, tmp_path / "one")) == 0
     out = tmp_path / "two"
     process = torchrun("train.py", training(toy, chains, out))
@@ -72,10 +72,10 @@ def test_two_processes_train_as_one(toy, chains, tmp_path):
     process.send_signal(signal.SIGTERM)  # torchrun passes it on; workers have sessions of their own
     process.communicate(timeout=60)
     begun = torch.load(out / "state.pt", weights_only=True)
-    assert not begun["finished"] and len(begun["drawn"]) == 2
-    said = finished(torchrun("train.py", training(toy, chains, out)))
-    assert said.count("resumed") == 1 and said.count("best dev accuracy") == 1
-    one, two = log_of(tmp_path / "one"), log_of(out)
+    assert begun["step"] < 6 and len(begun["processes"]) == 2
+    printed = finished(torchrun("train.py", training(toy, chains, out)))
+    assert printed.count("resumed") == 1 and printed.count("best dev accuracy") == 1
+    one, two = (without_clock(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 8
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
@@ -84,41 +84,38 @@ def test_two_processes_train_as_one(toy, chains, tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
-def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path, monkeypatch):
-    """predict and soft labels: the union is the single run's, and what a killed run left behind
-    in a process's own file is kept."""
+def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path):
+    """predict and soft labels: the rows are the single run's, in its order, and those that a killed
+    run wrote are kept."""
     predict = ["predict", "--data", str(toy / "posts.jsonl"), "--model", str(toy / "student"),
                "--batch", "4", "--max-new-tokens", "6", "--out"]
     assert generate.main([*predict, str(tmp_path / "one.jsonl")]) == 0
-    one = {row["id"]: row for row in mulcot.read_rows(tmp_path / "one.jsonl")}
-    left = next(iter(one.values())) | dict(raw="kept from before")
-    (tmp_path / "two.rank16.jsonl").write_text('{"id": "of another run"}\n')
-    (tmp_path / "two.jsonl").touch()
+    one = without_clock(tmp_path / "one.jsonl")
+    mulcot.write_rows(tmp_path / "two.jsonl", [one[0] | dict(raw="kept from before")])
+    with open(tmp_path / "two.jsonl", "a") as file:
+        file.write('{"id": "torn')
     (tmp_path / "two.settings.json").write_bytes((tmp_path / "one.settings.json").read_bytes())
-    (tmp_path / "two.of-process-1.jsonl").write_text(json.dumps(left) + '\n{"id": "torn')
-    said = finished(torchrun("generate.py", [*predict, str(tmp_path / "two.jsonl")]))
-    assert "wrote 24 rows" in said and not (tmp_path / "two.of-process-1.jsonl").exists()
-    assert (tmp_path / "two.rank16.jsonl").exists()
-    two = mulcot.read_rows(tmp_path / "two.jsonl")
-    assert len(two) == 24 and two[0]["raw"] == "kept from before"
-    drop = lambda row: {k: v for k, v in row.items() if k != "seconds"}
-    assert all(drop(row) == drop(one[row["id"]]) for row in two[1:])
+    printed = finished(torchrun("generate.py", [*predict, str(tmp_path / "two.jsonl")]))
+    assert printed.count("wrote 24 rows") == 1
+    two = without_clock(tmp_path / "two.jsonl")
+    assert two == [one[0] | dict(raw="kept from before"), *one[1:]]
     soft = ["soft", "--data", str(chains), "--images", str(toy / "images"), "--model",
             str(toy / "assistant"), "--batch", "4", "--out"]
     assert generate.main([*soft, str(tmp_path / "s1")]) == 0
     finished(torchrun("generate.py", [*soft, str(tmp_path / "s2")]))
-    s1, s2 = (mulcot.SoftLabels(tmp_path / f) for f in ("s1", "s2"))
-    assert s1.index.keys() == s2.index.keys() and s1.about == s2.about
-    for name in s1.index:
-        assert torch.equal(s1.read(name)[0], s2.read(name)[0])
+    s1, s2 = (mulcot.SoftLabels(tmp_path / name) for name in ("s1", "s2"))
+    s1.config.pop("command"), s2.config.pop("command")
+    assert s1.parts.keys() == s2.parts.keys() and s1.config == s2.config
+    assert all(torch.equal(s1.read(name), s2.read(name)) for name in s1.parts)
 
 
-def test_two_processes_share_the_members(toy, tmp_path):
-    """The first trains member 0, the second members 1 and 2; together they are what one process
+def test_two_processes_share_the_members(toy, posts, tmp_path):
+    """The first trains members 0 and 2, the second member 1; together they are what one process
     trains."""
+    toy_world.tiny_encoders(tmp_path, posts)
     data = str(toy / "posts.jsonl")
-    ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--epochs", "1",
-           "--members", "3", "--batch", "4", "--device", "cpu", "--out"]
+    ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", str(tmp_path / "text"),
+           "--epochs", "1", "--members", "3", "--batch", "4", "--device", "cpu", "--out"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it
     assert train.main([*ubm, str(tmp_path / "one")]) == 0
@@ -129,9 +126,12 @@ def test_two_processes_share_the_members(toy, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
-def test_what_needs_one_process_says_so(monkeypatch, tmp_path, capsys):
-    """An endpoint has its workers; the toy set is written once."""
+def test_what_needs_one_process_says_so(toy, monkeypatch, tmp_path, capsys):
+    """An endpoint has its workers; the whole road is walked once."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert generate.main(["toy", "--out", str(tmp_path)]) == 2
-    assert train.main(["--out", str(tmp_path)]) == 2
+    teacher = ["teacher", "--data", str(toy / "posts.jsonl"), "--model", "big", "--endpoint",
+               "https://example.com/v1", "--out", str(tmp_path / "chains.jsonl")]
+    assert generate.main(teacher) == 2
     assert "one process" in capsys.readouterr().err
+    assert train.main(["--out", str(tmp_path)]) == 2
+    assert "one process" in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """The readout: which state is read, its head and loss, its training from data to rows, metrics."""
 
-import argparse
 import json
 import math
 import shlex
@@ -12,10 +11,12 @@ import torch
 from transformers import (
     Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration)
 
+import demo
 import generate
 import mulcot
 import train
 from mulcot import InputError, Readout
+from toy import TOY_PITCHES, TOY_SIDES, toy_clip_warmup, toy_clips
 
 SMALL = "--batch 4 --accumulate 2 --epochs 2 --log-every 2 --save-every 1 --lr 0.003".split()
 
@@ -25,9 +26,8 @@ def scored(toy, tmp_path_factory):
     """The toy posts with scores."""
     file = tmp_path_factory.mktemp("scored") / "posts.jsonl"
     worth = dict(positive=2.4, neutral=0.2, negative=-1.7)
-    lines = [json.dumps(p.row() | dict(score=worth[p.label] + (i % 3) / 10)) + "\n"
-             for i, p in enumerate(mulcot.read_posts(toy / "posts.jsonl"))]
-    file.write_text("".join(lines))
+    mulcot.write_rows(file, [p.row() | dict(score=worth[p.label] + (i % 3) / 10)
+                             for i, p in enumerate(mulcot.read_posts(toy / "posts.jsonl"))])
     return file
 
 
@@ -38,10 +38,10 @@ def readout_args(toy, scored, out, *more):
 
 @pytest.fixture(scope="module")
 def runs(toy, scored, tmp_path_factory):
-    """A finished run of each kind: score, label, generate."""
+    """A finished run of each kind: score, label, generative."""
     out = tmp_path_factory.mktemp("runs")
     for name, more in (("score", []), ("label", ["--target", "label"]),
-                       ("generate", ["--how", "generate"])):
+                       ("generative", ["--readout", "generative"])):
         assert train.main(readout_args(toy, scored, out / name, *more)) == 0
     return out
 
@@ -69,14 +69,14 @@ def test_what_is_read_equals_an_ordinary_pass(student, posts):
     """Each post's state is the last one of a pass over the post alone, in a batch of all."""
     model, processor = student
     examples = [mulcot.encode(p, mulcot.readout_branches("score"), processor) for p in posts[:5]]
-    batch = mulcot.collate(examples, processor.pad)
+    batch = mulcot.collate(examples, processor.pad_id)
     with torch.no_grad():
-        got = mulcot.last_hidden(mulcot.forward_branches(model, batch), batch.branch >= 0)
+        got = mulcot.last_hidden(mulcot.forward_branches(model, batch), batch.branch_ids >= 0)
         for e, state in zip(examples, got):
             ids = torch.tensor([e.prefix + e.branches[0][0]])
             want = model.model(input_ids=ids, attention_mask=torch.ones_like(ids),
-                               pixel_values=e.pixels, image_grid_thw=e.grid.reshape(-1, 3),
-                               mm_token_type_ids=(ids == processor.image_pad).int())
+                               pixel_values=e.pixel_values, image_grid_thw=e.image_grid,
+                               mm_token_type_ids=(ids == processor.image_ids[1]).int())
             assert (state - want.last_hidden_state[0, -1]).abs().max() < 1e-5
 
 
@@ -86,7 +86,7 @@ def test_head_parameters_at_the_papers_width():
     """918,529 at D = 3,584; three classes need two more outputs."""
     count = lambda target: sum(p.numel() for p in Readout(3584, dict(target=target)).parameters())
     assert count("score") == 918_529 and count("label") == 918_529 + 2 * 257
-    assert not list(Readout(3584, dict(target="score", how="generate")).parameters())
+    assert not list(Readout(3584, dict(target="score", readout="generative")).parameters())
 
 
 def test_loss_by_hand():
@@ -100,23 +100,24 @@ def test_loss_by_hand():
 
 
 @pytest.mark.parametrize("target", ["score", "label"])
-def test_one_batch_equals_micro_batches(toy, student, scored, target):
+def test_one_batch_equals_micro_batches(toy, scored, target):
     """Posts are counted over the whole step."""
     model, processor = mulcot.load_model(toy / "student")
     model.readout = Readout(model.lm_head.in_features, dict(target=target, mean=0.3)).eval()
     posts = mulcot.read_posts(scored, toy / "images")[:6]
     examples = [mulcot.encode(p, mulcot.readout_branches(target), processor) for p in posts]
-    args = argparse.Namespace(stage="readout", target=target, how="read")
+    args = train.parse_args(readout_args(toy, scored, "o", "--target", target))
+    stage = train.ReadoutStage(args, processor)
 
     def step(size):
         model.zero_grad()
         parts = [examples[i : i + size] for i in range(0, 6, size)]
-        batches = [mulcot.collate(part, processor.pad) for part in parts]
-        counts, total = train.token_counts(batches), 0.0
-        for part, batch in zip(parts, batches):
-            loss, terms = train.step_loss(args, model, batch, part, None, counts)
+        micro_batches = [(mulcot.collate(part, processor.pad_id), part) for part in parts]
+        counts, total = train.step_counts(micro_batches), 0.0
+        for batch, part in micro_batches:
+            loss, _ = stage.loss(model, batch, part, counts)
             loss.backward()
-            total += terms["loss"]
+            total += loss.item()
         return total, torch.cat([p.grad.flatten() for p in model.readout.parameters()])
 
     (whole, gradient), (sums, parts) = step(6), step(1)
@@ -156,7 +157,7 @@ def test_learning_rates_are_separate(toy, scored, runs):
     """The head's peak rate is its own, the schedule the same; both kinds of weights moved."""
     state = torch.load(runs / "score/state.pt")
     groups = state["optimizer"]["param_groups"]
-    assert [g["peak"] for g in groups] == [0.003, 1e-3]
+    assert [g["peak_lr"] for g in groups] == [0.003, 1e-3]
     assert groups[0]["lr"] / groups[1]["lr"] == pytest.approx(3.0)
     assert len(groups[1]["params"]) == 6  # two linears and a norm
     assert all(state["trained"][k].abs().sum() > 0 for k in state["trained"] if "lora_B" in k)
@@ -167,24 +168,24 @@ def test_best_holds_adapter_and_head(toy, scored, runs):
     names = {p.name for p in (runs / "score/best").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "head.safetensors",
             "head.json"} <= names
-    about = json.loads((runs / "score/best/head.json").read_text())
+    config = json.loads((runs / "score/best/head.json").read_text())
     scores = [p.score for p in mulcot.read_posts(scored, toy / "images") if p.split == "train"]
-    assert about["mean"] == pytest.approx(np.mean(scores))
-    assert about["deviation"] == pytest.approx(np.std(scores))
-    model, processor = mulcot.load_model(runs / "score/best")
-    assert model.readout.about == about and not model.readout.training
+    assert config["mean"] == pytest.approx(np.mean(scores))
+    assert config["deviation"] == pytest.approx(np.std(scores))
+    model, processor = mulcot.load_trained(runs / "score/best")
+    assert model.readout.config == config and not model.readout.training
     posts = mulcot.read_posts(scored, toy / "images")
     dev = [p for p in posts if p.split == "dev"]
     mae = np.mean([abs(row["score"] - p.score)
                    for row, p in zip(mulcot.read_out(model, processor, dev), dev)])
     best = torch.load(runs / "score/state.pt")["best"]
-    assert -best[0] == pytest.approx(mae, abs=1e-4)
-    assert not (runs / "generate/best/head.safetensors").exists()
+    assert -best["metrics"]["neg_mae"] == pytest.approx(mae, abs=1e-4)
+    assert not (runs / "generative/best/head.safetensors").exists()
 
 
 def test_resume_equals_uninterrupted_bit_for_bit(toy, scored, runs, tmp_path, monkeypatch):
     """Stopped twice, a run ends with the same adapter and head."""
-    real, calls = train.step_loss, []
+    real, calls = train.readout_loss, []
 
     def stopping(*args):
         calls.append(1)
@@ -192,7 +193,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(toy, scored, runs, tmp_path, mo
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(train, "step_loss", stopping)
+    monkeypatch.setattr(train, "readout_loss", stopping)
     codes = [train.main(readout_args(toy, scored, tmp_path / "score")) for _ in range(3)]
     assert codes == [130, 130, 0]
     for part in ("best", "last"):
@@ -202,7 +203,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(toy, scored, runs, tmp_path, mo
 def test_predict_rows(toy, scored, runs, tmp_path):
     """Scores, or predictions with probabilities; independent of the batch; no chain."""
     rows = {}
-    for name in ("score", "label", "generate"):
+    for name in ("score", "label", "generative"):
         for batch in ("1", "24"):
             out = tmp_path / f"{name}{batch}.jsonl"
             assert generate.main(["predict", "--data", str(scored), "--images", f"{toy}/images",
@@ -217,26 +218,10 @@ def test_predict_rows(toy, scored, runs, tmp_path):
         assert sum(one["probs"]) == pytest.approx(1, abs=1e-4)
         assert one["prediction"] == mulcot.LABELS[int(np.argmax(one["probs"]))]
         assert one["probs"] == pytest.approx(rows["label", "24"][i]["probs"], abs=1e-4)
-    for i, one in rows["generate", "1"].items():
-        assert one["raw"] == rows["generate", "24"][i]["raw"]
+    for i, one in rows["generative", "1"].items():
+        assert one["raw"] == rows["generative", "24"][i]["raw"]
         assert one["score"] == mulcot.parse_score(one["raw"])
         assert (one["problem"] is None) == (one["score"] is not None)
-
-
-def test_several_seeds_are_summarised(toy, scored, tmp_path, capsys):
-    """Each in its own folder, each resumable; mean and deviation in the last line."""
-    more = ["--epochs", "1", "--seed", "1", "2"]
-    assert train.main(readout_args(toy, scored, tmp_path, *more)) == 0
-    first = capsys.readouterr().out.strip().splitlines()
-    bests = [torch.load(tmp_path / f"seed-{n}/state.pt")["best"] for n in (1, 2)]
-    assert bests[0] != bests[1]
-    mae = [-b[0] for b in bests]
-    assert first[-1].startswith("best dev over 2 seeds: MAE "
-                                f"{np.mean(mae):.3f} ± {np.std(mae, ddof=1):.3f}, Corr ")
-    assert any(line.startswith("trainable ") and "%" in line for line in first)
-    assert train.main(readout_args(toy, scored, tmp_path, *more)) == 0
-    again = capsys.readouterr().out
-    assert again.count("finished ") == 2 and again.strip().splitlines()[-1] == first[-1]
 
 
 def test_it_learns(toy, scored, tmp_path):
@@ -275,13 +260,11 @@ def test_no_usable_row_is_one_line(toy, scored, tmp_path, capsys):
                             for r in mulcot.read_rows(scored)))
     args = readout_args(toy, scored, tmp_path / "out")
     assert train.main(args[:2] + [str(bare)] + args[3:]) == 2
-    assert "no row that the readout stage can train on" in capsys.readouterr().err
+    assert "no row that this stage can use" in capsys.readouterr().err
     assert train.main(args[:4] + [str(bare)] + args[5:]) == 2
     assert "no post of split dev with a score" in capsys.readouterr().err
-    for flags in (["--how", "generate", "--target", "label"], ["--compare", "--seed", "1", "2"],
-                  ["--compare", "--without", "audio"]):
-        with pytest.raises(SystemExit):
-            train.main([*args, *flags])
+    with pytest.raises(SystemExit):
+        train.main([*args, "--readout", "generative", "--target", "label"])
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -295,7 +278,7 @@ def test_damaged_heads_are_refused(runs, tmp_path, damage, message):
     shutil.copytree(runs / "score/best", folder)
     damage(folder)
     with pytest.raises(InputError, match=message):
-        mulcot.load_model(folder)
+        mulcot.load_trained(folder)
 
 
 # ---- scores as text, and their metrics
@@ -331,13 +314,13 @@ def test_unparsed_scores_are_wrong_but_not_in_the_mean():
 
 def test_toy_clips_need_each_input(tmp_path):
     """The score is words + frames + pitch, in tenths, within the range; files are there."""
-    posts = mulcot.toy_clips(tmp_path, {"train": 40}, seed=5)
+    posts = toy_clips(tmp_path, {"train": 40}, seed=5)
     sums = []
     for post in posts:
-        facts = post.extra["facts"]
-        side = sum(mulcot.TOY_SIDES.get(facts[k], 0) for k in ("words", "mood"))
+        facts = post.columns["facts"]
+        side = sum(TOY_SIDES.get(facts[k], 0) for k in ("words", "mood"))
         pitch = round(post.score - side, 1)
-        assert abs(pitch) <= 1 and facts["pitch"] == mulcot.TOY_PITCHES[round((pitch + 1) * 2)]
+        assert abs(pitch) <= 1 and facts["pitch"] == TOY_PITCHES[round((pitch + 1) * 2)]
         samples = mulcot.load_audio(post.audio)
         spectrum = torch.fft.rfft(samples * torch.hann_window(len(samples))).abs()
         peak = spectrum.argmax().item() * 16_000 / len(samples)
@@ -345,52 +328,46 @@ def test_toy_clips_need_each_input(tmp_path):
         assert facts["word"] in post.text and len(post.frames) == 2 and post.image is None
         sums.append((side, pitch))
     assert len(set(sums)) > 25
-    warm = mulcot.toy_clip_warmup(tmp_path / "warm", 6)
-    assert all(p.score is None and len(p.extra["branches"]) == 3 for p in warm)
-
-
-def compare_args(*more):
-    return train.parse_args(["readout", "--compare", *more])
+    warm = toy_clip_warmup(tmp_path / "warm", 6)
+    assert all(p.score is None and len(p.columns["branches"]) == 3 for p in warm)
 
 
 def test_compare_commands_parse_and_differ_in_one_thing():
     """Both readouts: same data, model, LoRA and budget; inputs as the table says."""
     own = ["--data", "a b.csv", "--dev", "a b.csv", "--model", "x/y", "--epochs", "3"]
-    for args in (compare_args(), compare_args(*own, "--out", "my out")):
-        parsed, args.device = {}, "cuda:7"
-        for key, commands in train.compare_commands(args).items():
-            for command in commands:
-                script, *argv = shlex.split(command)
-                ran = {"train.py": train, "generate.py": generate}[script].parse_args(argv)
-                assert getattr(ran, "device", "cuda:7") == "cuda:7"  # the toy set has none
-                if key[0] and script == "train.py":
-                    parsed[key] = {k: v for k, v in vars(ran).items() if k != "out"}
-        assert len(parsed) == 6
-        for (how, inputs), ran in parsed.items():
-            assert ran.pop("how") == how
+    for argv in ([], [*own, "--out", "my out"]):
+        files, commands = demo.readout_commands(demo.parse_args(["readout", *argv]))
+        runs = [train.parse_args(shlex.split(c)[1:]) for c in commands if c.startswith("train.py")]
+        parsed = {key: vars(ran) for key, ran in zip(files, runs, strict=True)}
+        predicted = [generate.parse_args(shlex.split(command)[1:]).out for command in commands
+                     if command.startswith("generate.py")]
+        assert predicted == list(files.values()) and len(parsed) == 6
+        for (readout, inputs), ran in parsed.items():
+            assert ran.pop("readout") == readout and ran.pop("run") and ran.pop("out")
             assert {"frames", "audio"} - set(ran["without"]) == set(inputs.split(" + ")) - {"text"}
-        for inputs in train.INPUTS:
-            assert parsed["read", inputs] == parsed["generate", inputs]
-    assert parsed["read", "text"]["data"] == ["a b.csv"] and ran["epochs"] == 3
+        for inputs in demo.INPUTS:
+            assert parsed["discriminative", inputs] == parsed["generative", inputs]
+    assert ran["data"] == ["a b.csv"] and ran["epochs"] == 3
 
 
 def test_compare_table(toy, scored, tmp_path, monkeypatch, capsys):
-    """Rows of the six runs -> metrics, shares of unparsed and out-of-range answers."""
-    def pretend(commands):
-        out = shlex.split(commands[1])[-1]
-        posts = [p for p in mulcot.read_posts(scored, f"{toy}/images") if p.split == "test"]
-        with mulcot.RowWriter(out) as rows:
-            for i, p in enumerate(posts):
-                said = p.score if "read" in out else [None, 5.0, p.score][i % 3]
-                rows.write(dict(id=p.id, score=said, seconds=0.5))
-        return [10, 20]
+    """Rows of the six runs -> metrics, parts of unparsed and out-of-range answers."""
+    test = [p for p in mulcot.read_posts(scored, toy / "images") if p.split == "test"]
 
-    monkeypatch.setattr(train, "run_commands", pretend)
-    args = ["readout", "--compare", "--data", str(scored), "--dev", str(scored), "--images",
-            f"{toy}/images", "--model", f"{toy}/student", "--out", str(tmp_path)]
-    assert train.main(args) == 0
+    def pretend(commands):
+        for command in commands[1::2]:
+            out = shlex.split(command)[-1]
+            answers = [p.score if "discriminative" in out else [None, 5.0, p.score][i % 3]
+                       for i, p in enumerate(test)]
+            mulcot.write_rows(out, [dict(id=p.id, score=score, seconds=0.5)
+                                    for p, score in zip(test, answers)])
+        return [10, 20] * (len(commands) // 2)
+
+    monkeypatch.setattr(demo, "run_commands", pretend)
+    args = ["readout", *readout_args(toy, scored, tmp_path)[1:11]]
+    assert demo.main(args) == 0
     table = json.loads((tmp_path / "compare.json").read_text())
-    assert [row["readout"] for row in table] == ["read", "generate"] * 3
+    assert [row["readout"] for row in table] == ["discriminative", "generative"] * 3
     assert table[0]["mae"] == 0 and table[0]["acc7"] == 1 and table[0]["unparsed"] == 0
     assert table[1]["unparsed"] == pytest.approx(1 / 3) == table[1]["out_of_range"]
     assert table[1]["acc7"] < 1 and table[1]["s_per_post"] == 0.5 and table[1]["peak_mib"] == 20
@@ -399,12 +376,10 @@ def test_compare_table(toy, scored, tmp_path, monkeypatch, capsys):
 
 def test_compare_needs_test_posts_to_judge_on(toy, scored, tmp_path, monkeypatch, capsys):
     """Posts that chose the epoch must not judge it; that is said before anything is trained."""
-    rows = [row | dict(split="dev") for row in mulcot.read_rows(scored)]
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(train, "run_commands", None)
-    assert train.main(["readout", "--compare", "--data", str(scored), "--dev",
-                       str(tmp_path / "dev.jsonl"), "--images", f"{toy}/images", "--model",
-                       f"{toy}/student", "--out", str(tmp_path)]) == 2
+    dev = tmp_path / "dev.jsonl"
+    mulcot.write_rows(dev, [row | dict(split="dev") for row in mulcot.read_rows(scored)])
+    monkeypatch.setattr(demo, "run_commands", None)
+    assert demo.main(["readout", *readout_args(toy, dev, tmp_path)[1:11]]) == 2
     assert "no post of split test with a score" in capsys.readouterr().err
 
 
@@ -413,17 +388,20 @@ def test_peak_memory_is_of_the_run():
     take as much from us meanwhile: one reading of three must be right.)"""
     right = []
     for _ in range(3):
-        before = train.peak_mib(reset=True)
+        before = demo.peak_mib(reset=True)
         torch.ones(64 * 2**20 // 4).sum()
-        after = train.peak_mib()
-        right.append(55 < after - before < 200 and train.peak_mib(reset=True) < after - 40)
+        after = demo.peak_mib()
+        right.append(55 < after - before < 200 and demo.peak_mib(reset=True) < after - 40)
     if not before:
         pytest.skip("the system does not tell")
     assert any(right)
 
 
-@pytest.mark.parametrize("more", [[], ["--data", "x"], ["--compare", "--model", "x/y"]])
-def test_incomplete_flags_are_refused(more):
-    """All of data, dev and model, or --compare alone."""
+@pytest.mark.parametrize("parse, more", [
+    (train.parse_args, []), (train.parse_args, ["--data", "x"]),
+    (demo.parse_args, ["--model", "x/y"]), (demo.parse_args, ["--data", "x", "--dev", "x"]),
+    (demo.parse_args, ["--without", "audio"])])
+def test_incomplete_or_contradicting_flags_are_refused(parse, more):
+    """All of data, dev and model, or of the comparison none; what it compares is no setting."""
     with pytest.raises(SystemExit):
-        train.parse_args(["readout", "--out", "o", *more])
+        parse(["readout", "--out", "o", *more])

@@ -1,6 +1,5 @@
-"""The report in a real browser: it runs nothing but its own script, filters, and stays small."""
+"""The report in a real browser: it runs nothing but its own script, shows and filters the posts."""
 
-import base64
 import fcntl
 import html
 import json
@@ -10,7 +9,6 @@ import re
 import select
 import shutil
 import time
-import zlib
 
 import pytest
 from PIL import Image
@@ -18,6 +16,7 @@ from PIL import Image
 import eval as scores
 import mulcot
 from mulcot import FIELDS, LABELS, render_reasoning
+from toy import ToyTeacher, toy_posts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
@@ -74,7 +73,7 @@ class Browser:
         self.events = []
         self.call("Page.navigate", url=f"file://{path}")
         end = time.time() + 60
-        while not self.js("document.body && document.body.dataset.ready"):
+        while not self.js("document.forms[0] && document.forms[0].left.value"):
             assert time.time() < end, self.js("document.body.innerText.slice(-300)")
             time.sleep(0.02)
 
@@ -109,21 +108,10 @@ def chain(label, words="one two three"):
 
 def report(folder, posts, rows, more=()):
     """Runs eval.py on gold posts and prediction rows; the page's path."""
-    gold, said = write(folder / "gold.jsonl", posts), write(folder / "said.jsonl", rows)
-    code = scores.main([f"run={said}", "--gold", str(gold), "--out", str(folder / "out"), *more])
-    assert code == 0
+    gold, predicted = write(folder / "gold.jsonl", posts), write(folder / "run.jsonl", rows)
+    files = [f"run={predicted}", "--gold", str(gold), "--out", str(folder / "out")]
+    assert scores.main([*files, *more]) == 0
     return folder / "out" / "report.html"
-
-
-def cards(page):
-    """The packed HTML of the posts."""
-    packed = re.search(r"id=packed>([^<]*)<", page.read_text())[1]
-    return zlib.decompress(base64.b64decode(packed)).decode()
-
-
-def bare(page):
-    """The page's bytes without thumbnails."""
-    return re.sub(rb'data:image/jpeg;base64,[^"]*', b"", page.read_bytes())
 
 
 # ---- nothing but its own script runs
@@ -136,10 +124,8 @@ EVIL = [f"<script>{DO}</script>", f'"><img src=x onerror="{DO}">', f"'><svg onlo
         "%3Cb%3E", "&lt;b&gt; &amp; & &#60;", "<link rel=stylesheet href=http://x.example/a.css>",
         "<meta http-equiv=refresh content='0;url=http://x.example'>", "a\0b", "</title><b>x",
         "<iframe srcdoc='<script>parent.document.title=1</script>'>", "{}", "<b>bold</b>"]
-KNOWN = set("html head meta title style body header main footer nav section h1 h2 p div table "
-            "thead tbody tr th td ul li article img small mark dl dt dd b i details summary a span "
-            "form label input fieldset legend button output figure figcaption svg path text g "
-            "polyline circle noscript script pre".split())
+KNOWN = set("html head meta title style body h1 h2 pre figure svg polyline form label input button "
+            "output article div small b img p mark script".split())
 
 
 def evil_inputs(folder):
@@ -150,50 +136,38 @@ def evil_inputs(folder):
         post = dict(id=f"{i}{evil}", text=f"so {evil} !", aspect=evil, label="neutral",
                     image="x.png", cot=evil)
         posts += [post, post | dict(id=str(i), aspect="so", cot=chain("neutral", evil))]
-        row = dict(prediction="neutral", route=evil, reason=evil, label=evil, image=evil,
-                   stages={evil: dict(prediction=evil, uncertainty=evil), "mllm": evil})
+        row = dict(prediction="neutral", label=evil, image=evil, source=evil)
         rows += [row | dict(id=f"{i}{evil}", raw=evil, probs=[0.1, 0.2, 0.7]),
                  row | dict(id=str(i), raw=chain("positive", evil + "\ud83d"), model=evil)]
         logs.append({"run": evil, "step": i, f"ce_{evil}": 1 + i, "dev_accuracy": 0.5})
-    cost = dict(passes=1, seconds=1, gflops=1, error=1)
-    (folder / "said.cascade.json").write_text(json.dumps(dict(
-        routes={evil: 1 for evil in EVIL}, runs={evil: cost for evil in EVIL}, curve=[[0, 1]])))
     return posts, rows, ["--logs", str(write(folder / "log.jsonl", logs))]
 
 
 @pytest.fixture(scope="module")
 def evil_page(tmp_path_factory):
+    """A page of hostile posts, chains, logs and diagnoses."""
     folder = tmp_path_factory.mktemp("evil")
     posts, rows, more = evil_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
-        inner = scores.report
-        patch.setattr(scores, "report", lambda runs, rows, shown, *rest: inner(
-            runs | {evil: TRUSTED for evil in EVIL[:8]}, rows + [[evil] * 3 for evil in EVIL],
-            shown, *rest[:4], EVIL, *rest[5:]))
+        patch.setattr(scores, "diagnose", lambda runs, teacher: EVIL)
         return report(folder, posts, rows, more)
-
-
-TRUSTED = dict(ece=0.1, reliability=[[0.5, 0.4, 3], [0.9, 1.0, 7]], aurc=0.2,
-               risk_coverage=[[i / 200, i / 400] for i in range(1, 201)])
 
 
 def test_hostile_strings_do_nothing(browser, evil_page):
     """They are seen as they are, and no script, request, element or attribute comes of them."""
     browser.open(evil_page)
-    assert browser.js("document.title") == "run: MulCoT-RD report"
+    assert browser.js("document.title") == "MulCoT-RD: run"
     assert set(browser.js("[...document.querySelectorAll('*')].map(e => e.localName)")) <= KNOWN
     names = browser.js("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())")
     assert not [name for name in names if name.startswith("on")]
-    assert set(browser.js("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
-               ) <= {f"#{x}" for x in "summary diagnosis runs errors trust cost training "
-                                            "posts".split()}
     shown = [evil.replace("\0", "") for evil in EVIL]
     texts = browser.js("[...document.querySelectorAll('.text')].map(e => e.textContent)")
     assert sorted(texts) == sorted([f"so {evil} !" for evil in shown] * 2)
     assert browser.js("document.querySelectorAll('article').length") == 2 * len(EVIL)
-    for place in (".route b", "pre", ".diagnosis li", "tbody th", "#training figcaption"):
+    for place in ("article small", ".chain", "figure", ".wide"):
         seen = browser.js(f"[...document.querySelectorAll({place!r})].map(e => e.textContent)")
-        assert {" ".join(x.split()) for x in shown} <= {" ".join(x.split()) for x in seen}, place
+        seen = " ".join(" ".join(seen).split())
+        assert not [evil for evil in shown if " ".join(evil.split()) not in seen], place
     urls = {e["params"]["request"]["url"][:10] for e in browser.events
             if e["method"] == "Network.requestWillBeSent"}
     assert urls <= {"file:///" + str(evil_page)[1:3], "data:image"}, urls
@@ -203,16 +177,15 @@ def test_hostile_strings_do_nothing(browser, evil_page):
 
 def test_policy_holds_where_escaping_fails(browser, tmp_path, monkeypatch):
     """With no escaping at all the page's policy still lets nothing run and nothing load."""
-    monkeypatch.setattr(scores, "escape", lambda text, quote=True: text)
+    monkeypatch.setattr(scores, "escape", lambda text: text)
     evil = [f'<img src=x onerror="{DO}">', "<img src=http://127.0.0.1:9/a.png>",
             f"<script>{DO}</script>", "<link rel=stylesheet href=http://127.0.0.1:9/a.css>",
             f"<iframe srcdoc=\"<script>parent.{DO}</script>\"></iframe>"]
     posts = [dict(id=str(i), text=x, label="neutral") for i, x in enumerate(evil)]
-    logs = write(tmp_path / "log.jsonl", [{"run": x, "step": 1, "loss": 1.0} for x in evil])
-    page = report(tmp_path, posts, [dict(id="0", prediction=None)], ["--logs", str(logs)])
+    page = report(tmp_path, posts, [dict(id="0", prediction=None)])
     assert f"<script>{DO}</script>" in page.read_text()
     browser.open(page)
-    assert browser.js("document.title") == "run: MulCoT-RD report"
+    assert browser.js("document.title") == "MulCoT-RD: run"
     came = [e for e in browser.events if e["method"] == "Network.responseReceived"]
     assert all(e["params"]["response"]["url"].startswith(("file:", "about:")) for e in came)
     blocked = [e for e in browser.events if e["method"] == "Log.entryAdded"]
@@ -224,7 +197,7 @@ def test_page_is_one_file(evil_page):
     page = evil_page.read_text()
     assert page.index("Content-Security-Policy") < page.index("<title>") < page.index("<style>")
     assert not re.search(r"url\(|@import|http:|https:", scores.STYLE + scores.SCRIPT)
-    assert page.count("data:image/jpeg") == 1  # the same image in all posts
+    assert page.count("data:image/jpeg") == 2 * len(EVIL)
 
 
 # ---- filters and search
@@ -236,68 +209,52 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     posts = [dict(id=f"p{i}", text=f"text {i} of Rex", aspect="Rex", label=x, cot=chain(x))
              for i, x in enumerate(["positive"] * 2 + ["negative"] * 2 + ["neutral"] * 2)]
-    said = [("positive", "positive"), ("negative", "positive"), ("negative", "neutral"),
-            (None, "negative"), ("neutral", None), ("positive", "negative")]
+    predicted = [("positive", "positive"), ("negative", "positive"), ("negative", "neutral"),
+                 (None, "negative"), ("neutral", None), ("positive", "negative")]
     rows = [dict(id=f"p{i}", prediction=x, raw=chain(y, "Zürich") if y else "just prose",
-                 probs=[0.25, 0.5, 0.25]) for i, (x, y) in enumerate(said)]
-    rows[0] |= dict(route="ubm", reason="entropy 0.10 <= 0.30")
+                 probs=[0.25, 0.5, 0.25]) for i, (x, y) in enumerate(predicted)]
     return report(folder, posts, rows)
 
 
 def ids(browser):
+    """The posts that are seen."""
     return browser.js("[...document.querySelectorAll('article')].filter(a => a.checkVisibility())"
-                      ".map(a => a.querySelector('.id').textContent).sort().join(' ')")
+                      ".map(a => a.querySelector('small').textContent).sort().join(' ')")
 
 
 def click(browser, *values):
     for value in values:
-        browser.js(f"document.querySelector('form [value={value}]').click()")
-
-
-def counts(browser):
-    return browser.js("Object.fromEntries([...document.querySelectorAll('form [type=checkbox]')]"
-                      ".map(b => [b.value, +b.nextElementSibling.textContent]))")
+        browser.js(f"document.querySelector('form [value=\"{value}\"]').click()")
 
 
 CHOICES = {"wrong": "p1 p3 p5", "conflict": "p1 p2 p5", "unparsed": "p3 p4", "disagree": "p2 p5",
-           "gold-positive": "p0 p1", "gold-negative": "p2 p3", "gold-neutral": "p4 p5",
-           "label-positive": "p0 p5", "label-negative": "p1 p2", "label-neutral": "p4",
-           "label-none": "p3", "wrong conflict": "p1 p5", "conflict disagree": "p2 p5",
-           "wrong conflict disagree gold-neutral": "p5",
-           "gold-positive gold-neutral": "p0 p1 p4 p5",
-           "gold-positive label-negative": "p1", "wrong gold-negative gold-neutral": "p3 p5",
-           "unparsed disagree": ""}
+           "gold:positive": "p0 p1", "gold:negative": "p2 p3", "gold:neutral": "p4 p5",
+           "label:positive": "p0 p5", "label:negative": "p1 p2", "label:neutral": "p4",
+           "wrong conflict": "p1 p5", "conflict disagree": "p2 p5",
+           "wrong conflict disagree gold:neutral": "p5", "gold:positive label:negative": "p1",
+           "unparsed disagree": "", "gold:positive gold:neutral": ""}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_filters_show_and_hide(browser, small, choice):
-    """Each filter, and several together: states and classes narrow, classes of one kind widen."""
+    """Each filter, and several together: what is ticked must all hold."""
     browser.open(small)
     click(browser, *choice.split())
     left = CHOICES[choice]
     assert ids(browser) == left
-    assert browser.js("document.querySelector('#left').textContent") == (
+    assert browser.js("document.querySelector('output').value") == (
         f"{len(left.split())} of 6 posts")
     click(browser, *choice.split())
     assert ids(browser) == "p0 p1 p2 p3 p4 p5"
 
 
-def test_counts_say_what_a_box_would_leave(browser, small):
-    """All posts at first, then those within what is chosen elsewhere."""
-    browser.open(small)
-    assert counts(browser) == {k: len(v.split()) for k, v in list(CHOICES.items())[:11]}
-    click(browser, "gold-positive")
-    got = counts(browser)
-    assert (got["wrong"], got["conflict"], got["gold-neutral"], got["label-none"]) == (1, 1, 2, 0)
-
-
 @pytest.mark.parametrize("words, left", [
-    ("text 4", "p4"), ("ZÜRICH", "p0 p1 p2 p3 p5"), ("prose", "p4"), ("ubm entropy", "p0"),
-    ("p5", "p5"), ("rex  nothing", ""), ("", "p0 p1 p2 p3 p4 p5"), (".*", ""), ("conflict", "")])
+    ("text 4", "p4"), ("ZÜRICH", "p0 p1 p2 p3 p5"), ("prose", "p4"), ("p5", "p5"),
+    ("rex  nothing", ""), ("", "p0 p1 p2 p3 p4 p5"), (".*", ""), ("disagree", "p2 p5")])
 def test_search(browser, small, words, left):
-    """Typed words must all occur in the post, its chains, its id or how it was decided."""
+    """Typed words must all occur in what the post's card shows."""
     browser.open(small)
-    browser.js("document.querySelector('#search').focus()")
+    browser.js("document.querySelector('[name=search]').focus()")
     browser.call("Input.insertText", text=words)
     assert ids(browser) == left
 
@@ -308,48 +265,43 @@ def test_clear(browser, small):
     click(browser, "wrong")
     browser.js("document.querySelector('button').click()")
     browser.js("new Promise(done => setTimeout(done, 20))")
-    assert ids(browser) == "p0 p1 p2 p3 p4 p5" and counts(browser)["wrong"] == 3
+    assert ids(browser) == "p0 p1 p2 p3 p4 p5"
 
 
 def test_keyboard(browser, small):
-    """Tab reaches every control in the order of the page, the focus is seen, Space ticks a box, and
-    the first stop leads straight to the posts."""
+    """Tab reaches every control in the order of the page, Space ticks a box, and Enter in the
+    search leaves the page where it is."""
     browser.open(small)
     stops = []
     while len(stops) < 40:
         browser.key("Tab", 9)
-        stop = browser.js("(e => e == document.body ? null : [e.localName, (e.value || e"
-                          ".textContent).slice(0, 14), getComputedStyle(e).outlineStyle])"
+        stop = browser.js("(e => e == document.body ? null : e.name || e.value || e.localName)"
                           "(document.activeElement)")
-        if stop is None or stop in stops:
+        if stop is None or stop in stops[2:]:
             break
         stops.append(stop)
-    assert all(style == "solid" for *_, style in stops), stops
-    assert stops[0][:2] == ["a", "skip to the po"]
-    kinds = [kind for kind, *_ in stops]
-    assert kinds.count("input") == 12 and {"a", "summary", "button", "div"} <= set(kinds)
+    boxes = [*scores.FLAGS, *(f"gold:{x}" for x in LABELS), *(f"label:{x}" for x in LABELS)]
+    assert stops == ["pre", "pre", "search", *boxes, "button"]
     browser.open(small)
-    browser.key("Tab", 9)
-    browser.key("Enter", 13, "\r")
-    assert browser.js("location.hash") == "#posts"
-    for _ in range(3):  # search, clear, first box
+    for _ in range(4):  # two tables, search, first box
         browser.key("Tab", 9)
     browser.key(" ", 32, " ")
     assert ids(browser) == "p1 p3 p5"
+    browser.js("document.querySelector('[name=search]').focus()")
+    browser.key("Enter", 13, "\r")
+    assert ids(browser) == "p1 p3 p5"
 
 
-def test_labels_and_landmarks(browser, small):
-    """Controls, images and charts have names; each landmark is there once."""
-    browser.open(small)
-    tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+def test_controls_and_images_have_names(browser, evil_page):
+    """For those who listen to the page."""
+    browser.open(evil_page)
     roles = {}
-    for node in tree:
+    for node in browser.call("Accessibility.getFullAXTree")["nodes"]:
         role, name = (node.get(k, {}).get("value") for k in ("role", "name"))
         roles.setdefault(role, []).append(name)
-    for role in ("banner", "main", "navigation", "search", "contentinfo"):
-        assert len(roles.get(role, [])) == 1, role
-    for role in ("checkbox", "searchbox", "button", "region", "link"):
+    for role in ("checkbox", "searchbox", "button"):
         assert roles.get(role) and all(roles[role]), role
+    assert browser.js("[...document.images].every(image => image.alt)")
     assert browser.js("document.documentElement.lang") == "en"
 
 
@@ -372,13 +324,10 @@ def test_text_can_be_read(browser, evil_page, scheme):
       const ground = e => { for (; e; e = e.parentElement) {
         const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] == 255) return c } };
       const low = {};
-      for (const q of ["h1", "h2", ".dim", "nav a", ".tiles b", ".tiles small", "th", "tbody th",
-                       "td", ".text", "mark", ".badge", "b.negative", "b.neutral", "b.positive",
-                       "dt", "dd", ".said span", "small", "legend", "label", ".legend li",
-                       "svg text", ".tiles small"]) {
+      for (const q of ["h1", "h2", ".wide", "figure", ".text", "mark", ".flags", "small", ".chain",
+                       "article b", "label", "output"]) {
         const e = document.querySelector(q); if (!e) continue;
-        const style = getComputedStyle(e), svg = e.namespaceURI.endsWith("svg");
-        const a = bright(rgb(svg ? style.fill : style.color)), b = bright(ground(e));
+        const a = bright(rgb(getComputedStyle(e).color)), b = bright(ground(e));
         const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
         if (ratio < 4.5) low[q] = ratio }
       return low })()""")
@@ -412,101 +361,73 @@ def test_three_thousand_posts(browser, tmp_path):
     began = time.time()
     browser.open(page)
     opened = time.time() - began
-    assert len(browser.js("document.querySelector('#left').textContent").split()) == 4
+    assert browser.js("document.querySelector('output').value") == "3000 of 3000 posts"
     took = browser.js("""(() => { const began = performance.now();
       document.querySelector("[value=wrong]").click();
-      document.querySelector("#search").value = "nr3 post";
+      document.querySelector("[name=search]").value = "nr3 post";
       document.querySelector("form").dispatchEvent(new Event("input"));
       document.querySelector("article").getBoundingClientRect();
       return performance.now() - began })()""")
     wrong = [i for i in range(3000) if i % 3 != i % 2 and i % 7 == 3]
-    left = browser.js("document.querySelector('#left').textContent")
+    left = browser.js("document.querySelector('output').value")
     assert left == f"{len(wrong)} of 3000 posts"
     assert len(ids(browser).split()) == len(wrong)
-    print(f"3,000 posts: open {opened:.2f} s, two filters {took:.0f} ms, {len(bare(page)):,} bytes")
+    print(f"3,000 posts: open {opened:.2f} s, two filters {took:.0f} ms")
     assert opened < 6 and took < 1500
 
 
 @pytest.fixture(scope="module")
 def toy_page(tmp_path_factory):
-    """200 posts of the embedded default with chains, references, probabilities and curves."""
+    """210 posts of the embedded default with chains, references, probabilities and curves."""
     folder = tmp_path_factory.mktemp("size")
-    posts = mulcot.toy_posts(folder / "images", {"test": 200})
-    teacher, rng, gold, rows = mulcot.ToyTeacher(), random.Random(0), [], []
+    posts = toy_posts(folder / "images", {"test": 210})
+    teacher, rng, gold, rows = ToyTeacher(), random.Random(0), [], []
     for post in posts:
         messages = mulcot.build_messages(post, "predict")
-        raw = [teacher(mulcot.Request(post, messages, t, 512)).text for t in (0.0, 0.7)]
+        raw = [teacher.answer(mulcot.Request(post, messages, t, 512)).text for t in (0.0, 0.7)]
         gold.append(post.row() | dict(cot=raw[0]))
         rows.append(dict(id=post.id, prediction=rng.choice(LABELS), raw=raw[1],
                          probs=[rng.random() for _ in LABELS]))
-    logs = [{"run": run, "step": step, "loss": rng.random()} | {
-        f"{kind}_{task}": rng.random() for kind in ("ce", "kl") for task in ("reason", "label")}
-        for run in ("base/assistant", "base/student", "assistant", "student") for step in range(20)]
-    logs += [dict(run="student", step=19, dev_accuracy=1.0)]
+    logs = [dict(run=run, step=step, loss=rng.random(), dev_accuracy=1.0, lr=0.1)
+            for run in ("base/student", "student") for step in range(20)]
     return report(folder, gold, rows, ["--logs", str(write(folder / "log.jsonl", logs))])
 
 
-def test_size(toy_page):
-    """At most 100 KB plus thumbnails for the default number of posts."""
-    assert cards(toy_page).count("<article") == 200
-    assert len(bare(toy_page)) < 100_000
-    urls = re.findall(r"data:image/jpeg;base64,[^\"]*", toy_page.read_text())
-    assert len(urls) == len(set(urls)) and all(len(url) < 20_000 for url in urls)
-
-
-def test_long_chains_leave_room_for_fewer_posts(tmp_path):
-    """Each of 300 posts with a chain of its own 240 words: below 100 KB, unless asked for more."""
-    rng = random.Random(0)
-    words = lambda: " ".join("".join(rng.choices("etaoinsr", k=6)) for _ in range(60))
-    posts = [dict(id=f"p{i:03}", text="t", label="neutral", cot=chain("neutral", words()))
-             for i in range(300)]
-    rows = [dict(id=f"p{i:03}", prediction="positive" if i == 299 else "neutral",
-                 raw=chain("neutral", words())) for i in range(300)]
-    page = report(tmp_path, posts, rows)
-    shown = re.findall("class=id>(p...)<", cards(page))
-    assert 20 < len(shown) < 200 and shown[:2] == ["p299", "p000"] and len(bare(page)) < 100_000
-    assert cards(report(tmp_path, posts, rows, ["--cards", "250"])).count("<article") == 250
-
-
 def test_images_and_curves_are_seen(browser, toy_page):
-    """Each post shows its own thumbnail; a chart for each training run."""
+    """200 posts by default, each with its own thumbnail; a chart for each curve of each run."""
     browser.open(toy_page)
     seen = browser.js("(async () => { const images = [...document.images];"
                       "await Promise.all(images.map(i => i.decode()));"
                       "return images.map(i => i.naturalWidth) })()")
     assert seen == [56] * 200
-    titles = browser.js("[...document.querySelectorAll('#training figcaption')]"
-                        ".map(e => e.textContent)")
-    assert titles == ["base/assistant", "base/student", "assistant", "student", "dev accuracy"]
+    titles = browser.js("[...document.querySelectorAll('figure')].map(e => e.innerText)")
+    assert [title.split("\n")[0] for title in titles] == [
+        "base/student: loss", "base/student: dev_accuracy", "student: loss",
+        "student: dev_accuracy"]
+    assert toy_page.stat().st_size < 1_500_000
 
 
 # ---- what it shows
 
 
 def test_a_case_by_hand(small):
-    """Verdicts, flags, field names and both chains of one post."""
-    inner = next(x for x in cards(small).split("</article>") if "p5" in x)
-    assert 'data-is="wrong conflict disagree gold-neutral label-positive"' in inner
-    text = " ".join(re.sub("<[^>]*>", " ", inner).split())
-    assert text.startswith("gold neutral label positive chain negative teacher neutral")
-    assert "negative&nbsp;25.0%" in text and "p5 wrong conflict disagree text 5 of Rex" in text
-    assert "Text analysis Text Zürich Text one two three" in text
-    assert "decided by <b>ubm</b>: entropy 0.10 &lt;= 0.30" in cards(small)
+    """Verdicts, flags, probabilities and both chains of one post."""
+    inner = next(x for x in small.read_text().split("<article")[1:] if ">p5<" in x)
+    assert 'data-marks="wrong conflict disagree gold:neutral label:positive"' in inner
+    text = " ".join(re.sub("<[^>]*>", " ", inner.partition(">")[2]).split())
+    assert text.startswith("p5 wrong conflict disagree gold neutral label positive chain negative "
+                           "teacher neutral 25.0% 50.0% 25.0% text 5 of Rex")
+    assert "Text Zürich" in text and "Text one two three" in text
 
 
-def test_wrong_posts_first_then_flagged(small):
-    """Wrong ones, then those with another flag, then the rest; as many as --cards says."""
-    assert re.findall(r"class=id>(p\d)", cards(small)) == ["p1", "p3", "p5", "p2", "p4", "p0"]
-
-
-def test_equal_fields_stand_once():
-    """A field that student and teacher word alike is shown once and says so."""
-    ours, theirs = (mulcot.parse_reasoning(chain("neutral", x)) for x in ("a", "b"))
-    assert scores.chain_list(ours, ours).count("<dd class=same>") == 5
-    assert scores.chain_list(ours, theirs).count("<dd class=told>") == 4
-    assert scores.chain_list(ours, None).count("<dd>") == 5
-    assert scores.chain_list(None, theirs).count("<dd class=told>") == 5
-    assert scores.chain_list(None, None) == ""
+def test_wrong_posts_first(small, tmp_path):
+    """Then the others, each in the order of the file; as many as --cards says."""
+    shown = re.findall(r"<small>(p\d)", small.read_text())
+    assert shown == ["p1", "p3", "p5", "p0", "p2", "p4"]
+    posts = [dict(id=f"p{i}", text="t", label="neutral") for i in range(6)]
+    rows = [dict(id=f"p{i}", prediction="positive" if i == 5 else "neutral") for i in range(6)]
+    page = report(tmp_path, posts, rows, ["--cards", "2"]).read_text()
+    assert re.findall(r"<small>(p\d)", page) == ["p5", "p0"]
 
 
 @pytest.mark.parametrize("aspect", ["amp", "lt", "quot", "x27", "R"])
@@ -515,7 +436,7 @@ def test_aspect_is_marked_without_breaking_the_text(tmp_path, aspect):
     text = "R & D <3 \"fun\" it's amp lt quot x27"
     page = report(tmp_path, [dict(id="1", text=text, aspect=aspect, label="neutral")],
                   [dict(id="1", prediction="neutral")])
-    inner = re.search("<p class=text>(.*?)</p>", cards(page))[1]
+    inner = re.search("<p class=text>(.*?)<pre", page.read_text())[1]
     assert inner.count(f"<mark>{aspect}</mark>") == 1
     assert html.unescape(re.sub("</?mark>", "", inner)) == text
 
@@ -525,75 +446,38 @@ def test_page_without_extras(browser, tmp_path):
     page = report(tmp_path, [dict(id="1", text="t", label="neutral")],
                   [dict(id="1", prediction="neutral")])
     browser.open(page)
-    assert browser.js("[...document.querySelectorAll('h2')].map(e => e.textContent)") == [
-        "Summary", "Runs", "Errors", "Posts"]
+    assert browser.js("document.querySelectorAll('figure, article img').length") == 0
     assert ids(browser) == "1"
 
 
-@pytest.mark.parametrize("top, steps", [
-    (1, [0, 0.25, 0.5, 0.75, 1]), (300, [0, 100, 200, 300]), (1.01, [0, 0.5, 1, 1.5]),
-    (0.03, [0, 0.01, 0.02, 0.03]), (9, [0, 2.5, 5, 7.5, 10]), (10, [0, 2.5, 5, 7.5, 10])])
-def test_ticks(top, steps):
-    """Round steps that reach the largest value."""
-    assert scores.ticks(top) == pytest.approx(steps)
+def test_tables(tmp_path):
+    """The runs' table as in table.md, and the confusion of the run whose posts are shown."""
+    posts = [dict(id="1", text="t", label="neutral"), dict(id="2", text="t", label="positive")]
+    page = report(tmp_path, posts, [dict(id="1", prediction="negative")])
+    text = html.unescape(page.read_text())
+    assert (tmp_path / "out" / "table.md").read_text() in text
+    rows = [line.strip("| ").split() for line in text.splitlines() if line.startswith("|")]
+    assert ["neutral", "|", "1", "|", "0", "|", "0", "|", "0"] in rows
+    assert ["positive", "|", "0", "|", "0", "|", "0", "|", "1"] in rows
 
 
-@pytest.mark.parametrize("values", [
-    [1.0], [1.0, 1.0], [1e-9, 1e9], [0.0, 2.0], [float("nan"), 3.0], [float("inf"), 3.0], [-1, 3.0],
-    [1e-300, 1e300], [9.99, 10.01]])
-@pytest.mark.parametrize("log", [False, True])
-def test_plot_keeps_points_within_its_frame(values, log):
-    """Whatever the numbers, every point drawn lies between the axes, and few ticks are."""
-    art = scores.plot("t", {"a": [(i, v, 0) for i, v in enumerate(values)]}, "x", "y", log=log)
-    points = [tuple(map(float, p.split(","))) for p in re.search('points="(.*?)"', art)[1].split()]
-    assert points and all(38 <= x <= 310 and 20 <= y <= 176 for x, y in points), points
-    assert art.count("<path class=grid") < 12 and "nan" not in art
+@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [1e-9, 1e9], [0.0, 2.0], [0.0, 0.0],
+                                    [1e-300, 1e300], [9.99, 10.01], [float("nan"), 3.0]])
+def test_curves_stay_within_their_frame(tmp_path, values):
+    """Whatever the numbers, every point drawn lies in the unit square; what is none is left out."""
+    log = write(tmp_path / "log.jsonl", [dict(step=i, loss=x) for i, x in enumerate(values)])
+    art = scores.training_charts([str(log)])
+    points = [point.split(",") for point in re.search('points="(.*?)"', art)[1].split()]
+    assert points and all(0 <= float(x) <= 1 and 0 <= float(y) <= 1 for x, y in points)
 
 
-def test_plots_say_what_they_are_given():
-    """A point at (0.5, 1) of a square plot, sizes by weight, the legend; nothing of nothing."""
-    art = scores.trust_plots({"a": TRUSTED, "b": {}})
-    assert "a (ECE 0.100)" in art and "a (AURC 0.200)" in art and ">b" not in art
-    assert '<circle cx=174.0 cy=113.6 r=3.7 />' in art
-    assert len(re.findall(r"[\d.]+,[\d.]+ ", art)) < 60  # 200 points are thinned
-    assert scores.plot("t", {"a": []}, "x", "y") == scores.trust_plots({"b": {}}) == ""
-
-
-def test_numbers_of_several_seeds():
-    """Means, even of counts, with intervals; a cell that is significantly best in bold."""
-    labels = dict(scores.majority_metrics(["neutral"]), intervals=dict(accuracy=[0.9, 0.975]))
-    post = mulcot.Post("1", "t", label="neutral")
-    page = scores.report({"majority": labels, "a": labels | dict(unparsed=1.5, seeds=[labels] * 3)},
-                         [["run", "accuracy"], ["a", "**0.9 ± 0.1**"]], ("a", {}, [post]), {}, 9,
-                         {"bleu4": "how <it> is done"}, {}).decode()
-    assert "<b>1.5</b>" in page and "95 %: 90.0% to 97.5%" in page and "3 seeds" in page
-    assert "<td><b>0.9 ± 0.1</b>" in page and "<li>how &lt;it&gt; is done" in page
-
-
-def test_cost_of_a_cascade(tmp_path):
-    """The table and the curve of NAME.cascade.json, and what each stage said of a post."""
-    stages = dict(ubm=dict(prediction="neutral", uncertainty=0.5), mllm="HTTP <500>")
-    about = dict(routes=dict(ubm=1), curve=[[0, 0.5], [1, 0.25]], runs=dict(
-        cascade=dict(passes=0.5, seconds=0.002, gflops=0.125, error=0.375),
-        ubm=dict(passes=0, seconds=0.001, gflops=0.1)))
-    (tmp_path / "said.cascade.json").write_text(json.dumps(about))
-    page = report(tmp_path, [dict(id="1", text="t", label="neutral")],
-                  [dict(id="1", prediction="neutral", route="ubm", reason="sure", stages=stages)])
-    text = page.read_text()
-    assert "<tr><th scope=row>run: cascade<td>0.50<td>2.0<td>0.125<td>0.375" in text
-    assert "<tr><th scope=row>run: ubm<td>0.00<td>1.0<td>0.100<td>" in text
-    assert "error by cost" in text and "run: each budget" in text and "run: 1 by ubm" in text
-    assert "ubm neutral, uncertainty 0.5; mllm failed" in cards(page)
-
-
-@pytest.mark.parametrize("content", ['{"loss": 1}', '{"step": "1"}', "[1]", "nonsense",
-                                     '{"step": -1}'])
+@pytest.mark.parametrize("content", ['{"loss": 1}', '{"step": "1"}', "[1]", "nonsense"])
 def test_bad_log(tmp_path, capsys, content):
     """A log that is none: exit code 2 and one line; so for a file that is not there."""
     log = tmp_path / "log.jsonl"
     gold = write(tmp_path / "g.jsonl", [dict(id="1", text="t", label="neutral")])
-    said = write(tmp_path / "s.jsonl", [dict(id="1", prediction="neutral")])
-    run = [str(said), "--gold", str(gold), "--out", str(tmp_path / "out"), "--logs", f"a={log}"]
+    rows = write(tmp_path / "s.jsonl", [dict(id="1", prediction="neutral")])
+    run = [str(rows), "--gold", str(gold), "--out", str(tmp_path / "out"), "--logs", f"a={log}"]
     assert scores.main(run) == 2
     log.write_text(content + "\n")
     assert scores.main(run) == 2
@@ -601,8 +485,9 @@ def test_bad_log(tmp_path, capsys, content):
 
 
 def test_logs_are_named(tmp_path):
-    """By NAME=, else by the row's own run, else by the folder."""
+    """By the row's own run, else by NAME=, else by the folder."""
     log = write(tmp_path / "log.jsonl", [dict(step=1, loss=1.0)])
-    both = write(tmp_path / "both.jsonl", [dict(step=1, run="x"), dict(step=2, run="y")])
-    assert list(scores.training_logs([f"a={log}", str(log), str(both)])) == [
-        "a", tmp_path.name, "x", "y"]
+    both = write(tmp_path / "both.jsonl", [dict(step=1, run="x", loss=1), dict(step=2, run="y",
+                                                                               loss=2)])
+    art = scores.training_charts([f"a={log}", str(log), f"b={both}"])
+    assert re.findall("<figure>(.*?): loss", art) == ["a", tmp_path.name, "x", "y"]

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import generate
-import mulcot
-from mulcot import (FIELDS, Answer, Endpoint, InputError, Post, Request, ToyTeacher, answer_all,
-                    build_messages, parse_reasoning, read_rows, render_reasoning, toy_posts,
-                    two_stage_cot)
+import toy
+from mulcot import (FIELDS, Answer, Endpoint, InputError, Post, Request, build_messages, data_url,
+                    parse_reasoning, read_rows, render_reasoning, sibling, two_stage_cot)
 
 POST = Post("1", "so lovely", None, "Rex", "positive")
 
@@ -27,18 +26,18 @@ def chain(label):
 RIGHT, WRONG, PART = chain("positive"), chain("negative"), '"Text_analysis": "x"'
 
 
-def drive(answers, post=POST, **options):
-    """Plays a scripted teacher -> (the requests it got, the row)."""
-    dialogue, asked, answers = two_stage_cot(post, **options), [], iter(answers)
-    request = next(dialogue)
-    while True:
-        asked.append(request)
-        answer = next(answers)
-        try:
-            request = dialogue.send(answer if isinstance(answer, Answer) else Answer(answer))
-        except StopIteration as end:
-            assert next(answers, None) is None, "the script has answers left"
-            return asked, end.value
+def drive(answers, **options):
+    """Plays a scripted teacher of one post -> (the requests it got, the row)."""
+    asked, script = [], iter(answers)
+
+    def ask(requests):
+        asked.extend(requests)
+        answer = next(script)
+        return [answer if isinstance(answer, Answer) else Answer(answer)]
+
+    (row,) = two_stage_cot([POST], ask, **options)
+    assert next(script, None) is None, "the script has answers left"
+    return asked, row
 
 
 def stages(asked):
@@ -51,7 +50,7 @@ def stages(asked):
 
 
 def test_right_at_once():
-    """A right answer is kept after one question, and the question does not tell the label."""
+    """A right answer is kept after one question, and the question does not hold the label."""
     asked, row = drive([RIGHT])
     assert stages(asked) == [1] and asked[0].temperature == 0.0 and asked[0].post is POST
     assert (row["stage"], row["tries"], row["problem"]) == (1, 1, None)
@@ -96,13 +95,14 @@ def test_stage_two_contradiction_is_asked_again_then_set_aside():
     assert row["cot"] is None and row["prediction"] is None and row["tries"] == 4
     assert [a["raw"] for a in row["attempts"]] == [WRONG, WRONG, chain("neutral"), PART]
     assert [a["stage"] for a in row["attempts"]] == [1, 2, 2, 2]
+    assert [a["temperature"] for a in row["attempts"]] == [0.0, 0.0, 0.4, 0.8]
     assert [a["problem"] for a in row["attempts"][:3]] == [
         f"predicts {x}, label is positive" for x in ("negative", "negative", "neutral")]
     assert row["problem"] == row["attempts"][-1]["problem"] and "Image" in row["problem"]
 
 
 def test_without_stage_two():
-    """The ablation stops after stage 1 and never tells the label."""
+    """The ablation stops after stage 1 and never gives the label."""
     asked, row = drive([WRONG], stage2=False)
     assert stages(asked) == [1] and row["cot"] is None and row["stage"] == 1
     assert drive([PART, RIGHT], stage2=False)[1]["cot"] == RIGHT
@@ -129,37 +129,39 @@ def test_kept_chain_has_the_one_written_form():
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    return toy_posts(tmp_path_factory.mktemp("many"), dict(train=500), seed=2)
+    return toy.toy_posts(tmp_path_factory.mktemp("many"), dict(train=500), seed=2)
 
 
-def ask_toy(teacher, post, task="predict", temperature=0.0):
-    gold = post.label if task == "explain" else None
-    return teacher(Request(post, build_messages(post, task, gold), temperature, 512))
+def ask_toy(teacher, posts, task="predict"):
+    """The texts of its answers."""
+    golds = [post.label if task == "explain" else None for post in posts]
+    answers = teacher([Request(post, build_messages(post, task, gold), 0.0, 512)
+                       for post, gold in zip(posts, golds)])
+    return [answer.text for answer in answers]
 
 
 def test_batched_equals_one_by_one(many):
-    """Driving many dialogues at once gives the rows of driving each alone, and asks in batches."""
-    posts, teacher, sizes = many[:60], ToyTeacher(seed=1), []
+    """Many posts at once give the rows of each alone, and are asked about in batches."""
+    posts, teacher, sizes = many[:60], toy.ToyTeacher(seed=1), []
 
     def ask(requests):
         sizes.append(len(requests))
-        return [teacher(r) for r in requests]
+        return teacher(requests)
 
-    together = dict(answer_all([two_stage_cot(p) for p in posts], ask))
-    alone = [dict(answer_all([two_stage_cot(p)], ask))[0] for p in posts]
-    assert [together[i] for i in range(len(posts))] == alone
+    together = two_stage_cot(posts, ask)
     assert sizes[0] == 60 > sizes[1] > 0
+    assert together == [row for post in posts for row in two_stage_cot([post], ask)]
 
 
-def test_answer_all_wants_one_answer_each():
+def test_one_answer_for_each_request():
     """A teacher that answers too few requests is a broken invariant, not a shifted row."""
-    with pytest.raises(AssertionError):
-        list(answer_all([two_stage_cot(POST), two_stage_cot(POST)], lambda rs: [Answer(RIGHT)]))
+    with pytest.raises(ValueError, match="shorter"):
+        two_stage_cot([POST, Post("2", "t", label="positive")], lambda requests: [Answer(RIGHT)])
 
 
-def test_toy_teacher_is_right_on_its_share(many):
+def test_toy_teacher_is_right_as_its_skill_says(many):
     """About 60 % right unaided; some answers are malformed."""
-    parsed = [parse_reasoning(ask_toy(ToyTeacher(), p).text) for p in many]
+    parsed = [parse_reasoning(text) for text in ask_toy(toy.ToyTeacher(), many)]
     right = sum(r.complete and r.prediction == p.label for r, p in zip(parsed, many)) / len(many)
     assert 0.52 < right < 0.68
     assert 5 < sum(not r.complete for r in parsed) < 60
@@ -167,25 +169,25 @@ def test_toy_teacher_is_right_on_its_share(many):
 
 def test_toy_teacher_sometimes_contradicts_the_given_label(many):
     """Given the label it nearly always follows it, but not always."""
-    parsed = [parse_reasoning(ask_toy(ToyTeacher(), p, "explain").text) for p in many]
+    parsed = [parse_reasoning(text) for text in ask_toy(toy.ToyTeacher(), many, "explain")]
     odd = sum(r.complete and r.prediction != p.label for r, p in zip(parsed, many))
     assert 5 < odd < 60
 
 
 def test_toy_teacher_is_deterministic(many):
     """The same seed answers alike, another seed or skill does not."""
-    said = {key: [ask_toy(ToyTeacher(*key), p).text for p in many[:50]]
-            for key in ((0.6, 0), (0.6, 1), (1.0, 0))}
-    assert said[0.6, 0] == [ask_toy(ToyTeacher(0.6, 0), p).text for p in many[:50]]
-    assert len({tuple(texts) for texts in said.values()}) == 3
-    labels = [parse_reasoning(t).prediction for t in said[1.0, 0]]
+    texts = {key: ask_toy(toy.ToyTeacher(*key), many[:50])
+             for key in ((0.6, 0), (0.6, 1), (1.0, 0))}
+    assert texts[0.6, 0] == ask_toy(toy.ToyTeacher(0.6, 0), many[:50])
+    assert len(set(map(tuple, texts.values()))) == 3
+    labels = [parse_reasoning(text).prediction for text in texts[1.0, 0]]
     assert all(x in (p.label, None) for x, p in zip(labels, many))
 
 
 def test_toy_teacher_refuses_other_posts():
     """It can only answer for posts whose drawn facts it knows."""
     with pytest.raises(InputError, match="post 1: .*--endpoint"):
-        ask_toy(ToyTeacher(), POST)
+        ask_toy(toy.ToyTeacher(), [POST])
 
 
 # ---- a server on this machine
@@ -405,15 +407,15 @@ def test_allowed_urls(url):
 def data(tmp_path_factory):
     """posts.jsonl with 150 training and 10 test posts, and one bad row."""
     folder = tmp_path_factory.mktemp("data")
-    posts = toy_posts(folder / "images", dict(train=150, test=10), seed=4)
+    posts = toy.toy_posts(folder / "images", dict(train=150, test=10), seed=4)
     lines = [json.dumps(p.row()) for p in posts]
     (folder / "posts.jsonl").write_text("\n".join([*lines, '{"id": "bad"}']) + "\n")
     return folder / "posts.jsonl"
 
 
 def teach(data, out, *more):
-    return generate.main(["teacher", "--data", str(data), "--model", "toy", "--out", str(out),
-                          "--max-tries", "1", "--batch", "16", *more])
+    return toy.main(["teacher", "--data", str(data), "--out", str(out), "--max-tries", "1",
+                     "--batch", "16", *more])
 
 
 def untimed(path):
@@ -425,14 +427,14 @@ def test_stage_writes_chains_and_rejects(data, tmp_path, capsys):
     """Every training post ends in one of the two files, whole; test posts are never sent."""
     out = tmp_path / "chains.jsonl"
     assert teach(data, out) == 0
-    kept, aside = read_rows(out), read_rows(mulcot.beside(out, "rejects.jsonl"))
+    kept, aside = read_rows(out), read_rows(sibling(out, "rejects.jsonl"))
     unread, refused = aside[0], aside[1:]
     assert unread["where"].endswith(":161") and "empty text" in unread["problem"]
     assert {r["id"] for r in kept + refused} == {f"train-{i:04d}" for i in range(150)}
     assert len(kept) + len(refused) == 150 and refused
     for row in kept:
         assert parse_reasoning(row["cot"]).prediction == row["prediction"] == row["label"]
-        assert (row["source"], row["model"], row["problem"]) == ("teacher", "toy", None)
+        assert (row["source"], row["model"], row["problem"]) == ("teacher", "toy-0.6", None)
         assert row["stage"] in (1, 2) and row["tries"] == row["stage"] and row["raw"]
     assert all(a["raw"] and a["problem"] for r in refused for a in r["attempts"])
     assert all("cot" not in r and r["problem"] for r in refused)
@@ -475,8 +477,7 @@ def test_stage_resumes_lost_rejects(data, tmp_path):
 def test_stage_keeps_ids_unique(data, tmp_path):
     """Files that share ids give each id one row (or are refused): ids name posts later on."""
     out = tmp_path / "c.jsonl"
-    code = generate.main(["teacher", "--data", str(data), str(data), "--model", "toy",
-                          "--out", str(out)])
+    code = toy.main(["teacher", "--data", str(data), str(data), "--out", str(out)])
     ids = [r["id"] for r in read_rows(out)]
     assert code == 2 or (code == 0 and len(ids) == len(set(ids)) > 100)
 
@@ -488,7 +489,7 @@ def test_stage_needs_posts_it_can_use(data, tmp_path, capsys):
     own = tmp_path / "own.jsonl"
     own.write_text('{"id": 1, "text": "t", "label": "neutral"}\n')
     assert teach(own, tmp_path / "d") == 2
-    assert "the toy teacher only knows posts of" in capsys.readouterr().err
+    assert "the toy teacher only knows toy posts" in capsys.readouterr().err
 
 
 def test_stage_over_the_wire(serve, tmp_path):
@@ -513,5 +514,5 @@ def test_no_comment_travels_with_an_image(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png", pnginfo=text)
     for name in ("a.jpg", "b.png"):
         assert b"at home" in (tmp_path / name).read_bytes()
-        sent = mulcot.data_url(tmp_path / name).partition("base64,")[2]
+        sent = data_url(tmp_path / name).partition("base64,")[2]
         assert b"at home" not in base64.b64decode(sent)

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 import generate
-import mulcot
+from mulcot import Endpoint, Post, Request, parse_reasoning, read_rows, sibling, write_rows
+from toy import ToyTeacher, toy_posts
 
 KEY = "sk-very-secret-0123456789"
 
@@ -38,8 +39,8 @@ class Teacher(BaseHTTPRequestHandler):
             return self.send(fault, f"no, says {fault}; key {self.headers['Authorization']}",
                              {"Retry-After": "0.05"} if fault == 429 else {})
         post = server.posts[next(t for t in server.posts if f"Text: {t}\n" in text)]
-        request = mulcot.Request(post, body["messages"], body["temperature"], body["max_tokens"])
-        chain = post.extra.get("chain") or mulcot.ToyTeacher()(request).text
+        request = Request(post, body["messages"], body["temperature"], body["max_tokens"])
+        chain = post.columns.get("chain") or ToyTeacher().answer(request).text
         content = {"null": None, "html": "<html>"}.get(fault, chain)
         reply = dict(choices=[dict(message=dict(content=content), finish_reason="stop")],
                      usage=dict(prompt_tokens=100, completion_tokens=50))
@@ -64,15 +65,13 @@ class Teacher(BaseHTTPRequestHandler):
 def world(tmp_path_factory):
     """40 toy posts with texts of their own, without facts, as a user's file."""
     folder = tmp_path_factory.mktemp("world")
-    posts = mulcot.toy_posts(folder / "images", {"train": 40, "test": 2}, seed=5)
-    lines, by_text = [], {}
-    for n, post in enumerate(posts):
+    rows, by_text = [], {}
+    for n, post in enumerate(toy_posts(folder / "images", {"train": 40, "test": 2}, seed=5)):
         post.text += f" no{n}"
         by_text[post.text] = post
-        row = post.row()
-        del row["facts"]
-        lines.append(json.dumps(row) + "\n")
-    (folder / "posts.jsonl").write_text("".join(lines))
+        rows.append(post.row())
+        del rows[-1]["facts"]
+    write_rows(folder / "posts.jsonl", rows)
     return folder, by_text
 
 
@@ -81,8 +80,8 @@ def serve(world, monkeypatch):
     """serve(fault=function of the prompt, delay) -> (server, URL)."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    servers, real = [], mulcot.Endpoint.pause
-    monkeypatch.setattr(mulcot.Endpoint, "pause", lambda self, s: real(self, min(s, 0.05)))
+    servers, real = [], Endpoint.pause
+    monkeypatch.setattr(Endpoint, "pause", lambda self, s: real(self, min(s, 0.05)))
 
     def start(fault=lambda text: None, delay=0.0):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
@@ -103,8 +102,12 @@ def command(world, url, out, *more):
             "--out", str(out), *more]
 
 
-def ids(path):
-    return [row["id"] for row in mulcot.read_rows(path)]
+def kept(out):
+    return [row["id"] for row in read_rows(out)]
+
+
+def aside(out):
+    return kept(sibling(out, "rejects.jsonl"))
 
 
 def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_path, capsys):
@@ -113,14 +116,15 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     rng = random.Random(1)
     kinds = ["reset", "half", "html", "null", 408, 409, 429, 500, 502, 503]
     server, url = serve(lambda text: rng.choice(kinds) if rng.random() < 0.2 else None)
-    assert generate.main(command(world, url, tmp_path / "c.jsonl", "--workers", "8")) == 0
-    kept, aside = ids(tmp_path / "c.jsonl"), ids(tmp_path / "c.rejects.jsonl")
-    assert len(kept) + len(aside) == 40 == len({*kept, *aside}) and len(kept) > 36
-    said = capsys.readouterr()
+    out = tmp_path / "c.jsonl"
+    assert generate.main(command(world, url, out, "--workers", "8")) == 0
+    ids = kept(out) + aside(out)
+    assert len(ids) == 40 == len(set(ids)) and len(kept(out)) > 36
+    printed = capsys.readouterr()
     files = b"".join(p.read_bytes() for p in tmp_path.iterdir())
-    assert KEY not in said.out + said.err and KEY.encode() not in files
-    assert "retries: HTTP 429" in said.out and "answers a minute" in said.out
-    for row in mulcot.read_rows(tmp_path / "c.jsonl"):
+    assert KEY not in printed.out + printed.err and KEY.encode() not in files
+    assert "retries: HTTP 429" in printed.out and "answers a minute" in printed.out
+    for row in read_rows(out):
         assert {"stage", "tries", "model", "tokens_in", "seconds", "prompt"} <= row.keys()
         assert row["label_conditioned"] == (row["stage"] == 2) and "attempts" not in row
 
@@ -139,8 +143,8 @@ def test_killed_and_rerun_pays_for_nothing_twice(serve, world, tmp_path):
     process.wait()
     time.sleep(0.2)
     assert generate.main(command(world, url, out, "--workers", "4")) == 0
-    done = ids(out) + ids(mulcot.beside(out, "rejects.jsonl"))
-    assert len(done) == 40 == len(set(done))
+    ids = kept(out) + aside(out)
+    assert len(ids) == 40 == len(set(ids))
     twice = [call for call, n in Counter(server.calls).items() if n > 1]
     assert len(twice) <= 4
     before = len(server.calls)
@@ -157,9 +161,9 @@ def test_ctrl_c_finishes_what_is_in_flight(serve, world, tmp_path):
     while len(server.calls) < 12:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 130 and "run the same command again" in said
-    assert len(mulcot.read_rows(mulcot.beside(out, "calls.jsonl"))) == len(server.calls)
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == 130 and "run the same command again" in printed
+    assert len(read_rows(sibling(out, "calls.jsonl"))) == len(server.calls)
 
 
 def test_refused_post_is_set_aside_and_bad_key_stops(serve, world, tmp_path, capsys):
@@ -167,12 +171,12 @@ def test_refused_post_is_set_aside_and_bad_key_stops(serve, world, tmp_path, cap
     bad = next(iter(world[1]))
     server, url = serve(lambda text: 400 if f"Text: {bad}\n" in text else None)
     assert generate.main(command(world, url, tmp_path / "a.jsonl")) == 0
-    aside = mulcot.read_rows(tmp_path / "a.rejects.jsonl")
-    assert "no, says 400" in next(r["problem"] for r in aside if r["text"] == bad)
+    (row,) = [r for r in read_rows(tmp_path / "a.rejects.jsonl") if r["text"] == bad]
+    assert "no, says 400" in row["problem"]
     server, url = serve(lambda text: 401)
     assert generate.main(command(world, url, tmp_path / "b.jsonl", "--workers", "2")) == 2
-    said = capsys.readouterr().err
-    assert "no, says 401" in said and KEY not in said and len(server.calls) <= 4
+    printed = capsys.readouterr().err
+    assert "no, says 401" in printed and KEY not in printed and len(server.calls) <= 4
 
 
 def test_a_server_that_refuses_every_post_stops_the_stage(serve, world, tmp_path, capsys):
@@ -181,7 +185,7 @@ def test_a_server_that_refuses_every_post_stops_the_stage(serve, world, tmp_path
     for more in ((), ("--max-posts", "3")):
         assert generate.main(command(world, url, tmp_path / "a.jsonl", *more)) == 2
         assert "no, says 400" in capsys.readouterr().err
-        assert ids(tmp_path / "a.rejects.jsonl") == []
+        assert aside(tmp_path / "a.jsonl") == []
 
 
 def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, world, tmp_path):
@@ -189,33 +193,37 @@ def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, wor
     answering = []
     server, url = serve(lambda text: None if answering else 503)
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--workers", "2")) == 2
-    assert ids(tmp_path / "a.jsonl") == ids(tmp_path / "a.rejects.jsonl") == []
+    assert kept(tmp_path / "a.jsonl") == aside(tmp_path / "a.jsonl") == []
     answering.append(True)
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--workers", "2")) == 0
-    assert len(ids(tmp_path / "a.jsonl")) > 36
+    assert len(kept(tmp_path / "a.jsonl")) > 36
 
 
 def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
-    """--budget-tokens and --max-posts stop early and go on later; --dry-run sends nothing."""
+    """--budget-tokens and --max-posts stop early and go on later; --dry-run sends nothing and
+    leaves no file."""
     server, url = serve()
     out = tmp_path / "a.jsonl"
     assert generate.main(command(world, url, out, "--dry-run")) == 0
-    said = capsys.readouterr().out
-    assert server.calls == [] and "---- explain ----" in said and "tokens in all" in said
+    printed = capsys.readouterr().out
+    assert "---- explain ----" in printed and "tokens in all" in printed
+    assert server.calls == [] == list(tmp_path.iterdir())
     assert generate.main(command(world, url, out, "--max-posts", "5")) == 0
-    assert len(ids(out)) + len(ids(mulcot.beside(out, "rejects.jsonl"))) == 5
+    assert len(kept(out) + aside(out)) == 5
     assert generate.main(command(world, url, out, "--budget-tokens", "3000", "--workers", "1")) == 0
     spent = 150 * len(server.calls)
     assert 3000 <= spent <= 3000 + 150 * 8 and "--budget-tokens 3000" in capsys.readouterr().out
     assert generate.main(command(world, url, out)) == 0
-    assert len(ids(out)) + len(ids(mulcot.beside(out, "rejects.jsonl"))) == 40
+    assert len(kept(out) + aside(out)) == 40
 
 
 def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsys):
     """Split test needs a flag; by default only split train is asked about."""
     server, url = serve()
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--split", "test")) == 2
-    assert "--allow-test" in capsys.readouterr().err and server.calls == []
+    printed, errors = capsys.readouterr()
+    assert "--allow-test" in errors and "left out   40 of split train" in printed
+    assert server.calls == []
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--split", "test",
                                  "--allow-test")) == 0
     assert len(server.calls) >= 2
@@ -236,7 +244,7 @@ def test_retry_after_holds_back_every_worker(serve, world, tmp_path, monkeypatch
         return None
 
     server.fault = fault
-    monkeypatch.setattr(mulcot, "_retry_after", lambda said: 1.0 if said else 0.0)
+    monkeypatch.setattr("mulcot._retry_after", lambda header: 1.0 if header else 0.0)
     assert generate.main(command(world, url, tmp_path / "a.jsonl", "--workers", "4")) == 0
     assert not [t for t in times if first[0] + 0.15 < t < first[0] + 0.95]
 
@@ -245,21 +253,19 @@ def test_real_chains_are_accepted_and_contradicting_ones_asked_again(serve, twit
     """Real chains in all their forms, served by the endpoint: kept after one call each, but for
     those that contradict their label, which are asked for again in both stages and set aside."""
     rows = json.loads((twitter / "dev_chains.json").read_text())
-    whole = [r for r in rows if mulcot.parse_reasoning(r["cot"]).complete]
-    odd = {r["id"] for r in whole if mulcot.parse_reasoning(r["cot"]).prediction != r["label"]}
+    whole = [r for r in rows if parse_reasoning(r["cot"]).complete]
+    odd = {r["id"] for r in whole if parse_reasoning(r["cot"]).prediction != r["label"]}
     fair = [r for r in whole if r["id"] not in odd]
     rows = [r for r in whole if r["id"] in odd][:10] + fair[:150]
     server, url = serve()
-    server.posts = {f"{r['text']} no{r['id']}": mulcot.Post("1", "x", extra={"chain": r["cot"]})
-                    for r in rows}
-    server.posts = {" ".join(text.split()): post for text, post in server.posts.items()}
-    data = tmp_path / "posts.jsonl"
-    data.write_text("".join(json.dumps(dict(
-        id=r["id"], text=f"{r['text']} no{r['id']}", label=r["label"])) + "\n" for r in rows))
+    server.posts = {}
+    for row in rows:
+        row["text"] = " ".join(f"{row['text']} no{row['id']}".split())
+        server.posts[row["text"]] = Post("1", "x", columns={"chain": row["cot"]})
+    write_rows(tmp_path / "posts.jsonl", [{k: r[k] for k in ("id", "text", "label")} for r in rows])
     out = tmp_path / "c.jsonl"
-    assert generate.main(["teacher", "--data", str(data), "--endpoint", url, "--model", "big",
-                          "--out", str(out)]) == 0
-    aside = mulcot.read_rows(mulcot.beside(out, "rejects.jsonl"))
-    assert len(ids(out)) == 150 and {int(r["id"]) for r in aside} <= odd and len(aside) == 10
-    assert all(r["tries"] == 4 and len(r["attempts"]) == 4 for r in aside)
+    assert generate.main(command([tmp_path], url, out)) == 0
+    refused = read_rows(sibling(out, "rejects.jsonl"))
+    assert len(kept(out)) == 150 and {int(r["id"]) for r in refused} <= odd and len(refused) == 10
+    assert all(r["tries"] == 4 and len(r["attempts"]) == 4 for r in refused)
     assert len(server.calls) == 150 + 4 * 10

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AlbertConfig, AlbertModel, ModernBertConfig, ModernBertModel, ResNetConfig, ResNetModel,
-    ViTConfig, ViTModel)
+    AlbertConfig, AlbertModel, ModernBertConfig, ModernBertModel, ViTConfig, ViTModel)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import eval as judge
 import generate
 import mulcot
+import toy as world
 import train
 
 
@@ -38,22 +38,31 @@ def test_cleaning(tweet, clean):
     ("what (a|b)* is", "(a|b)*", "what * (a|b)* * is"),
     ("no such word", "Rex", "no such word"), ("none", None, "none")])
 def test_the_aspect_is_marked_in_place(text, aspect, marked):
-    said, named, (start, end) = mulcot.mark_aspect(mulcot.Post("1", text, aspect=aspect))
-    assert said == marked
-    assert said[start:end] == (named if "* " in marked else said)
+    got, named, (start, end) = mulcot.mark_aspect(mulcot.Post("1", text, aspect=aspect))
+    assert got == marked
+    assert got[start:end] == (named if "* " in marked else got)
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A folder with a random tiny BERT, as train.py makes it."""
-    args = train.parse_args(["ubm", "--data", "x", "--dev", "x", "--text-encoder", "tiny", "--out",
-                             str(tmp_path_factory.mktemp("encoder"))])
-    words = "Kanye loves such a day , Rex is dull but Mia shines # tbt @ user ( )".split()
-    return train.tiny_encoder(args, [mulcot.Post("1", " ".join(words), aspect="Rex")])
+def encoders(tmp_path_factory, posts):
+    """A folder with a random tiny BERT, ResNet and ViT."""
+    folder = tmp_path_factory.mktemp("encoders")
+    words = "Kanye loves such a day , Rex is dull but Mia shines # tbt @ user ( )"
+    world.tiny_encoders(folder, [*posts, mulcot.Post("1", words, aspect="Rex")])
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32,
+                       num_attention_heads=2, image_size=32)
+    ViTModel(config).save_pretrained(folder / "vit")
+    ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(folder / "vit")
+    return folder
 
 
 @pytest.fixture
-def posts(tmp_path):
+def encoder(encoders):
+    return str(encoders / "text")
+
+
+@pytest.fixture
+def three(tmp_path):
     Image.new("RGB", (30, 50), "red").save(tmp_path / "a.png")
     return [mulcot.Post("1", "Rex is dull but Mia shines", aspect="Rex", label="negative"),
             mulcot.Post("2", "Rex is dull but Mia shines", aspect="Mia", label="positive"),
@@ -61,14 +70,14 @@ def posts(tmp_path):
                         image=str(tmp_path / "a.png"))]
 
 
-def test_the_head_reads_the_aspect(encoder, posts):
+def test_the_head_reads_the_aspect(encoder, three):
     """Same words, other aspect: the head's second part is the mean over that aspect's pieces."""
     model = mulcot.new_ubm(encoder).eval()
     seen = []
     member = model.members[0]
     member.head.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     with torch.no_grad():
-        model(model.inputs(posts))
+        model(model.inputs(three))
         ids = model.tokenizer("* Rex * is dull but Mia shines", "Rex", return_tensors="pt")
         hidden = member.text(**ids).last_hidden_state[0]
     pieces = model.tokenizer.convert_ids_to_tokens(ids.input_ids[0])
@@ -77,55 +86,42 @@ def test_the_head_reads_the_aspect(encoder, posts):
     assert torch.allclose(seen[0][0, 64:], hidden[stars[0] + 1 : stars[1]].mean(0), atol=1e-5)
 
 
-def test_batches_do_not_matter_and_tweets_hold_no_control_tokens(encoder, posts):
+def test_batches_do_not_matter_and_tweets_hold_no_control_tokens(encoder, encoders, three):
     """One by one equals together, with and without images; `[SEP]` in a tweet is plain text."""
-    model = mulcot.new_ubm(encoder, images="small")
-    together = model.probs(posts)
-    assert torch.allclose(together, torch.cat([model.probs([p]) for p in posts]), atol=1e-5)
-    posts[2].image = None
-    assert not torch.allclose(together[2], model.probs(posts)[2], atol=1e-4)
-    ids = model.tokenizer(mulcot.mark_aspect(posts[2])[0], split_special_tokens=True).input_ids
+    model = mulcot.new_ubm(encoder, image=str(encoders / "image"))
+    together = model.probs(three)
+    assert torch.allclose(together, torch.cat([model.probs([p]) for p in three]), atol=1e-5)
+    three[2].image = None
+    assert not torch.allclose(together[2], model.probs(three)[2], atol=1e-4)
+    ids = model.tokenizer(mulcot.mark_aspect(three[2])[0], split_special_tokens=True).input_ids
     assert ids.count(model.tokenizer.sep_token_id) == 1
 
 
-def test_members_answer_together(encoder, posts):
+def test_members_answer_together(encoder, three):
     """The mean of the members' probabilities, then the temperature."""
     model = mulcot.new_ubm(encoder, members=3).eval()
     with torch.no_grad():
-        each = torch.stack([m(m.inputs(posts)).softmax(-1) for m in model.members])
+        each = torch.stack([m(m.inputs(three)).softmax(-1) for m in model.members])
     assert (each[0] - each[1]).abs().max() > 1e-3
-    assert torch.allclose(model.probs(posts), each.mean(0), atol=1e-6)
+    assert torch.allclose(model.probs(three), each.mean(0), atol=1e-6)
     model.temperature = 2.0
     root = each.mean(0).sqrt()
-    assert torch.allclose(model.probs(posts), root / root.sum(1, keepdim=True), atol=1e-6)
+    assert torch.allclose(model.probs(three), root / root.sum(1, keepdim=True), atol=1e-6)
 
 
 # ---- files
 
 
-@pytest.fixture
-def looks(tmp_path):
-    """Folders of a tiny ViT and a tiny ResNet with their image processor."""
-    models = dict(vit=ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32,
-                                         num_attention_heads=2, image_size=32)),
-                  resnet=ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16],
-                                                  depths=[1, 1], layer_type="basic")))
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(tmp_path / name)
-    return {name: str(tmp_path / name) for name in models}
-
-
-@pytest.mark.parametrize("images", [None, "small", "vit", "resnet"])
-def test_saved_and_loaded(encoder, posts, images, looks, tmp_path):
+@pytest.mark.parametrize("image", [None, "vit", "image"])
+def test_saved_and_loaded(encoder, encoders, three, image, tmp_path):
     """The folder holds all it needs; the loaded model says the same."""
-    images = looks.get(images, images)
-    model = mulcot.new_ubm(encoder, mulcot.SCORES, images, members=2)
+    image = image and str(encoders / image)
+    model = mulcot.new_ubm(encoder, mulcot.SCORE_BINS, image, members=2)
     model.temperature = 1.7
     mulcot.save_ubm(model, tmp_path / "ubm")
     again = mulcot.load_ubm(tmp_path / "ubm")
-    assert again.classes == mulcot.SCORES and again.target == "score" and not again.training
-    assert torch.equal(again.probs(posts), model.probs(posts))
+    assert again.classes == mulcot.SCORE_BINS and again.target == "score" and not again.training
+    assert torch.equal(again.probs(three), model.probs(three))
 
 
 def test_top_layers_drawn_anew(encoder):
@@ -143,11 +139,11 @@ def test_top_layers_drawn_anew(encoder):
     assert top.intermediate.dense.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not top.intermediate.dense.bias.any() and (top.output.LayerNorm.weight == 1).all()
     for count in (3, -1):
-        with pytest.raises(mulcot.InputError, match=f"has 2 layers, not {count} to draw"):
+        with pytest.raises(mulcot.InputError, match=f"no {count} layers of its own"):
             mulcot.reinit_layers(text, count)
     shared = AlbertModel(AlbertConfig(vocab_size=20, hidden_size=8, num_attention_heads=1,
                                       intermediate_size=8, num_hidden_layers=3))
-    with pytest.raises(mulcot.InputError, match="shares its layers"):
+    with pytest.raises(mulcot.InputError, match="layers of its own"):
         mulcot.reinit_layers(shared, 1)
     bare = ModernBertModel(ModernBertConfig(vocab_size=20, hidden_size=8, num_attention_heads=1,
                                             intermediate_size=8, num_hidden_layers=2,
@@ -158,7 +154,7 @@ def test_top_layers_drawn_anew(encoder):
 
 def test_bad_folders(encoder, tmp_path):
     """Each tells what to do."""
-    with pytest.raises(mulcot.InputError, match="no UBM folder"):
+    with pytest.raises(mulcot.InputError, match="no folder of train.py ubm"):
         mulcot.load_ubm(tmp_path)
     mulcot.save_ubm(mulcot.new_ubm(encoder), tmp_path / "ubm")
     file = tmp_path / "ubm" / "ubm.safetensors"
@@ -189,9 +185,9 @@ def test_temperature_undoes_overconfidence():
 
 def test_score_targets_have_the_score_as_expectation():
     posts = [mulcot.Post("1", "x", score=s) for s in (1.4, -3, 0, 2.75, 9.0)]
-    targets = mulcot.class_targets(posts, mulcot.SCORES)
+    targets = mulcot.class_targets(posts, mulcot.SCORE_BINS)
     assert torch.allclose(targets.sum(1), torch.ones(5))
-    mean = targets @ torch.tensor(mulcot.SCORES, dtype=torch.float)
+    mean = targets @ torch.tensor(mulcot.SCORE_BINS, dtype=torch.float)
     assert torch.allclose(mean, torch.tensor([1.4, -3, 0, 2.75, 3.0]))
 
 
@@ -199,43 +195,46 @@ def test_logits_are_in_the_posts_order(encoder):
     """They are computed by length."""
     posts = [mulcot.Post(str(n), "so good " * n + "but bad") for n in (3, 1, 2)]
     model = mulcot.new_ubm(encoder)
-    said = train.ubm_logits(model, posts)
+    logits = train.ubm_logits(model, posts)
     with torch.no_grad():
         alone = torch.cat([model(model.inputs([post])) for post in posts])
-    assert torch.allclose(said, alone, atol=1e-5)
-    assert not torch.allclose(said, alone[[1, 2, 0]], atol=1e-4)
+    assert torch.allclose(logits, alone, atol=1e-5)
+    assert not torch.allclose(logits, alone[[1, 2, 0]], atol=1e-4)
 
 
 # ---- training
 
 
-def command(toy, out, *more):
+@pytest.fixture
+def command(toy, encoders):
+    """command(out, *flags): a short run on the toy posts."""
     data = str(toy / "posts.jsonl")
-    return ["ubm", "--data", data, "--dev", data, "--text-encoder", "tiny", "--image-encoder",
-            "small", "--out", str(out), "--members", "2", "--epochs", "2", "--batch", "4", "--lr",
-            "0.001", *more]
+    return lambda out, *more: [
+        "ubm", "--data", data, "--dev", data, "--text-encoder", str(encoders / "text"),
+        "--image-encoder", str(encoders / "image"), "--out", str(out), "--members", "2", "--epochs",
+        "2", "--batch", "4", "--lr", "0.001", *more]
 
 
-def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
+def test_training_resumes_with_the_same_result(command, tmp_path, monkeypatch):
     """Stopped in the last epoch of the second member and rerun: the same weights, bit for bit;
     test posts are never trained on; another setting is refused."""
-    assert train.main(command(toy, tmp_path / "whole")) == 0
-    steps, run, calls = train.epoch_steps, train.ubm_run, []
+    assert train.main(command(tmp_path / "whole")) == 0
+    batches, run, calls = train.deterministic_batches, train.train_member, []
 
     def stop_at_the_fourth(*args, **kwargs):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return steps(*args, **kwargs)
+        return batches(*args, **kwargs)
 
     def on_train_alone(args, k, model, posts, *rest):
         assert {p.split for p in posts} == {"train"}
         return run(args, k, model, posts, *rest)
 
-    monkeypatch.setattr(train, "epoch_steps", stop_at_the_fourth)
-    monkeypatch.setattr(train, "ubm_run", on_train_alone)
-    assert train.main(command(toy, tmp_path / "cut")) == 130
-    assert train.main(command(toy, tmp_path / "cut")) == 0
+    monkeypatch.setattr(train, "deterministic_batches", stop_at_the_fourth)
+    monkeypatch.setattr(train, "train_member", on_train_alone)
+    assert train.main(command(tmp_path / "cut")) == 130
+    assert train.main(command(tmp_path / "cut")) == 0
     assert len(calls) == 4 + 2  # the stopped member is run anew
     whole, cut = (mulcot.load_ubm(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
@@ -243,12 +242,12 @@ def test_training_resumes_with_the_same_result(toy, tmp_path, monkeypatch):
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for m in (0, 1) for row in
              mulcot.read_rows(tmp_path / name / f"member-{m}.jsonl")] for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 4
-    assert train.main(command(toy, tmp_path / "cut", "--lr", "0.1")) == 2
+    assert train.main(command(tmp_path / "cut", "--lr", "0.1")) == 2
 
 
-def test_adversarial_steps(toy, tmp_path, monkeypatch):
-    """Each batch is seen twice: the second time with each post's word embeddings moved by --push
-    along the gradient of the first."""
+def test_adversarial_steps(command, tmp_path, monkeypatch):
+    """Each batch is seen twice: the second time with each post's word embeddings moved by
+    --adv-epsilon along the gradient of the first."""
     seen, forward = [], mulcot.UBMMember.forward
 
     def watched(self, inputs):
@@ -264,7 +263,7 @@ def test_adversarial_steps(toy, tmp_path, monkeypatch):
         return logits
 
     monkeypatch.setattr(mulcot.UBMMember, "forward", watched)
-    assert train.main(command(toy, tmp_path / "ubm", "--epochs", "1", "--push", "0.5")) == 0
+    assert train.main(command(tmp_path / "ubm", "--epochs", "1", "--adv-epsilon", "0.5")) == 0
     assert len(seen) == 2 * 3 * 2  # two members, twelve posts in fours
     for plain, moved in zip(seen[::2], seen[1::2]):
         for b in range(4):
@@ -273,50 +272,51 @@ def test_adversarial_steps(toy, tmp_path, monkeypatch):
             assert torch.allclose(step, 0.5 * uphill, atol=1e-5) and step.norm() > 0.49
 
 
-def test_running_statistics_are_kept(toy, looks, tmp_path):
+def test_running_statistics_are_kept(command, tmp_path):
     """BatchNorm's means are no parameters: the kept average has those that training left."""
-    assert train.main(command(toy, tmp_path / "ubm", "--image-encoder", looks["resnet"])) == 0
-    kept = mulcot.load_ubm(tmp_path / "ubm").members[0].images.embedder.embedder.normalization
+    assert train.main(command(tmp_path / "ubm")) == 0
+    kept = mulcot.load_ubm(tmp_path / "ubm").members[0].image.embedder.embedder.normalization
     assert kept.num_batches_tracked > 0 and kept.running_mean.any()
 
 
-def test_it_learns_and_its_rows_are_read(toy, tmp_path, capsys):
+def test_it_learns_and_its_rows_are_read(tmp_path, capsys):
     """The drawn world's words and pictures are learnt; predict writes rows that eval.py reads."""
     data = tmp_path / "toy"
-    assert generate.main(["toy", "--out", str(data), "--train", "300", "--dev", "60",
-                          "--test", "40", "--warmup", "2"]) == 0
-    posts, out = str(data / "posts.jsonl"), str(tmp_path / "ubm")
-    assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", "tiny",
-                       "--image-encoder", "small", "--members", "1", "--epochs", "12", "--lr",
-                       "0.003", "--head-lr", "0.003", "--batch", "16", "--push", "0", "--out",
-                       out]) == 0
-    said = str(tmp_path / "said.jsonl")
+    assert world.main(["posts", "--out", str(data), "--train", "300", "--dev", "60", "--test", "40",
+                       "--warmup", "2"]) == 0
+    posts, out, encoders = str(data / "posts.jsonl"), str(tmp_path / "ubm"), str(tmp_path / "tiny")
+    assert world.main(["encoders", "--data", posts, "--out", encoders]) == 0
+    assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", f"{encoders}/text",
+                       "--image-encoder", f"{encoders}/image", "--members", "1", "--epochs", "7",
+                       "--lr", "0.003", "--head-lr", "0.003", "--batch", "16", "--adv-epsilon", "0",
+                       "--out", out]) == 0
+    predictions = str(tmp_path / "ubm.jsonl")
     assert generate.main(["predict", "--model", out, "--data", posts, "--split", "dev", "--out",
-                          said]) == 0
-    for row in mulcot.read_rows(said):
+                          predictions]) == 0
+    for row in mulcot.read_rows(predictions):
         assert row["source"] == "ubm" and 0 <= row["uncertainty"] <= 1
         assert row["prediction"] == mulcot.LABELS[row["probs"].index(max(row["probs"]))]
-    assert judge.main([said, "--gold", posts, "--out", str(tmp_path / "results")]) == 0
+    assert judge.main([predictions, "--gold", posts, "--out", str(tmp_path / "results")]) == 0
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
-    assert metrics["said"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
+    assert metrics["ubm"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
     post = ["--text", "lovely Rex", "--aspect", "Rex"]
     assert generate.main(["predict", "--model", out, *post]) == 0
     assert "label: " in capsys.readouterr().out
 
 
-def test_bins_learn_scores(toy, tmp_path, capsys):
+def test_bins_learn_scores(command, toy, tmp_path, capsys):
     """--bins 7 needs scores, and predicts their expectation."""
-    assert train.main(command(toy, tmp_path / "no", "--bins", "7")) == 2
-    assert "has a score" in capsys.readouterr().err
+    assert train.main(command(tmp_path / "no", "--bins", "7")) == 2
+    assert "no row that this stage can use" in capsys.readouterr().err
     rows = [json.loads(x) for x in (toy / "posts.jsonl").read_text().splitlines()]
     for n, row in enumerate(rows):
         row["score"] = n % 13 / 2 - 3
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    argv = command(toy, tmp_path / "bins", "--bins", "7", "--images", str(toy / "images"))
+    argv = command(tmp_path / "bins", "--bins", "7", "--images", str(toy / "images"))
     argv = [str(tmp_path / "posts.jsonl") if x.endswith("posts.jsonl") else x for x in argv]
     assert train.main(argv) == 0
-    assert mulcot.load_ubm(tmp_path / "bins").classes == mulcot.SCORES
-    assert "dev_mae" in capsys.readouterr().out
+    assert mulcot.load_ubm(tmp_path / "bins").classes == mulcot.SCORE_BINS
+    assert "dev_neg_mae" in capsys.readouterr().out
     assert generate.main(["predict", "--model", str(tmp_path / "bins"), "--text", "so dull"]) == 0
     assert -3 <= float(capsys.readouterr().out.split("score: ")[1]) <= 3
     rows[0]["score"] = -rows[0]["score"]  # a corrected label is other data

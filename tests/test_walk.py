@@ -1,0 +1,110 @@
+"""How far a reader walks: which of our functions one training step, one predicted batch and the
+teacher stage go through. `python -m pytest -s tests/test_walk.py` prints them."""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import generate
+import mulcot
+import toy as toy_world
+import train
+
+OURS = {module.__file__: Path(module.__file__).stem for module in (mulcot, train, generate)}
+
+
+class Walk:
+    """Within the block: the distinct functions of ours that are called, in order, in all threads.
+    Comprehensions and lambdas are part of the function around them."""
+
+    def __enter__(self):
+        self.functions = {}
+        threading.setprofile(self.see)
+        sys.setprofile(self.see)
+        return self
+
+    def see(self, frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename in OURS and code.co_name[0] != "<":
+            self.functions[f"{OURS[code.co_filename]}.{code.co_qualname}"] = None
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def check(self, name, about):
+        """Prints the functions; about as many as when this was written, or the house has grown."""
+        print(f"\n{name}: {len(self.functions)} functions\n  " + "\n  ".join(self.functions))
+        assert about / 1.5 <= len(self.functions) <= 1.5 * about
+
+
+@pytest.fixture(scope="module")
+def chains(toy, tmp_path_factory):
+    """The toy teacher's chains and a random assistant's soft labels."""
+    folder = tmp_path_factory.mktemp("walk")
+    assert toy_world.main(["teacher", "--data", f"{toy}/posts.jsonl", "--out",
+                           f"{folder}/chains.jsonl"]) == 0
+    assert generate.main(["soft", "--data", f"{folder}/chains.jsonl", "--images", f"{toy}/images",
+                          "--model", f"{toy}/assistant", "--out", f"{folder}/soft"]) == 0
+    return folder
+
+
+def test_a_training_step(toy, chains):
+    """Of the student: from an item to its gradient."""
+    args = train.parse_args(["student", "--data", f"{chains}/chains.jsonl", "--images",
+                             f"{toy}/images", "--soft", f"{chains}/soft", "--dev", "-", "--model",
+                             f"{toy}/student", "--out", f"{chains}/run", "--workers", "0"])
+    processor = mulcot.load_processor(args.model)
+    stage = train.ChainStage(args, processor)
+    items, _ = mulcot.training_items(args.data, args.images, stage.targets)
+    model = train.build_model(args, items)
+    steps = iter(train.step_loader(args, items, processor, 0, 1))
+    with Walk() as walk:
+        step = next(steps)
+        counts = train.step_counts(step)
+        for batch, examples in step:
+            loss, _ = stage.loss(model, batch, examples, counts)
+            loss.backward()
+    walk.check("a student's training step", 31)
+
+
+def test_a_predicted_batch(student, posts):
+    """Labels by scoring and chains, from posts to rows."""
+    with Walk() as walk:
+        generate.predict(*student, posts[:3], max_new_tokens=4)
+    walk.check("a predicted batch", 27)
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """A whole chain, positive whatever the post."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        fields = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
+        message = dict(content=json.dumps(fields))
+        data = json.dumps(dict(choices=[dict(message=message)])).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_teacher_stage(toy, tmp_path, monkeypatch):
+    """The whole command against an endpoint on this machine, both stages."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Teacher) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with Walk() as walk:
+            code = generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
+                                  "--endpoint", f"http://127.0.0.1:{server.server_port}/v1",
+                                  "--max-tries", "1", "--out", f"{tmp_path}/chains.jsonl"])
+        server.shutdown()
+    assert code == 0
+    walk.check("the teacher stage", 71)
