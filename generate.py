@@ -30,16 +30,15 @@ from pathlib import Path
 import torch
 
 from mulcot import (
-    FORMATS, LABELS, REASON_FORMAT, Answer, Endpoint, Help, InputError, Post, Refused, Request,
-    RowWriter, SoftLabels, Unreachable, answer_verdict, barrier, best_thresholds, build_messages,
-    cascade_route, check_answer, check_at_least, check_settings, class_branches, collate,
-    count_parameters, digest, encode, encode_batch, fingerprint, forward_branches, gather,
-    generate_text, get_rank, get_world_size, init_distributed, load_image, load_trained, load_ubm,
+    BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
+    Post, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier,
+    best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
+    collate, digest, encode, encode_batch, fingerprint, forward_branches, gather, generate_text,
+    get_rank, get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
     mark_aspect, post_prompt, predict, progress, read_dev_posts, read_out, read_posts, read_rows,
-    refuse_ranks, render_reasoning, report_rejects, run_info, run_stage,
-    score_labels, second_pass_prompt, select_split, sibling, stages_asked, threshold_grid,
-    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
-    write_rows)
+    refuse_ranks, render_reasoning, report_rejects, run_info, run_stage, score_labels,
+    second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, tokenizer_hash,
+    training_branches, training_items, two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -71,8 +70,6 @@ def parse_args(argv=None):
         p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "batch", "workers", "max_tries")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
-    if args.stage == "soft" and args.temperature == 0:
-        p.error("argument --temperature: must be above 0")
     if args.stage == "cascade":
         args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
         if bool(args.mllm) == bool(args.endpoint) or not args.model:
@@ -96,8 +93,9 @@ def shared_flags(flag, stage):
     flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
     flag("--max-pixels", type=int, default=0,
          help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
-    split = "all" if stage in ("predict", "cascade") else "train"
-    flag("--split", default=split, help="only posts of this split, where posts have one, or all")
+    if stage != "soft":
+        flag("--split", default="all" if stage in ("predict", "cascade") else "train",
+             help="only posts of this split, where posts have one, or all")
 
 
 def endpoint_flags(flag):
@@ -122,7 +120,6 @@ def own_flags(flag, stage):
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
     elif stage == "soft":
-        flag("--temperature", type=float, default=2.0, help="τ (paper: 2)")
         flag("--kl-positions", choices=("response", "all"), default="response",
              help="all: prompt and image positions too, near to what the authors' script does")
         flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
@@ -305,7 +302,7 @@ def local_teacher(args):
             prompt = request.messages[-1]["content"][-1]["text"]
             examples.append(encode(request.post, [("", None)], processor, prompt))
         batch = collate(examples, processor.pad_id).to(model.device)
-        budget = max(request.max_tokens for request in requests)
+        budget = max(request.max_tokens for request in requests)  # the batch shares the largest
         texts = generate_text(model, processor, batch, budget, requests[0].temperature)
         return [Answer(text, finish, len(example), len(processor.text_ids(text)))
                 for example, (text, finish) in zip(examples, texts)]
@@ -352,9 +349,10 @@ def files_digest(post):
     return digest(*[Path(file).read_bytes() for file in post.images + sound])
 
 
-def from_endpoint(args, posts, done, counts, respond):
-    """(post, respond(post, ask)) as they are finished, --workers posts at once. A post that the
-    server refuses is set aside; when it answers none, or the budget is spent, the stage stops."""
+def from_endpoint(args, posts, done, counts, dialogue):
+    """(post, dialogue(post, ask)) as they are finished, --workers posts at once; a dialogue may ask
+    as often as it likes. A post that the server refuses is set aside; when it answers none, or the
+    budget is spent, the stage stops."""
     calls = PaidCalls(args, done)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
@@ -362,7 +360,7 @@ def from_endpoint(args, posts, done, counts, respond):
 
     def timed(post):
         began = time.time()
-        result = respond(post, calls.ask)
+        result = dialogue(post, calls.ask)
         return result | dict(seconds=round(time.time() - began, 4))
 
     with bar, ThreadPoolExecutor(args.workers) as pool:
@@ -381,6 +379,8 @@ def from_endpoint(args, posts, done, counts, respond):
                     except (Refused, Unreachable) as e:  # this post's fault, or the server's?
                         failed.append((post, e))
                         if len(failed) > max(8, args.workers):
+                            if calls.file.done:  # the server does answer: what it refuses is done
+                                yield from refused_posts(failed, counts)
                             raise InputError(f"{len(failed)} posts in a row failed: {e}") from None
                         continue
                     yield from refused_posts(failed, counts)
@@ -451,11 +451,11 @@ def soft(args):
     """The assistant's distributions for both tasks of every row, taken in eval mode: its last
     hidden states, and its output matrix once."""
     model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
-    targets = partial(training_branches, processor=processor, max_answer=args.max_answer)
-    rows, _ = training_items(args.data, args.images, targets)
+    branches_of = partial(training_branches, processor=processor, max_answer=args.max_answer)
+    rows, _ = training_items(args.data, args.images, branches_of)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
-    config = dict(stage="soft", assistant=fingerprint(model), temperature=args.temperature,
-                  tokenizer=tokenizer_hash(processor.tokenizer), positions=args.kl_positions)
+    config = dict(stage="soft", assistant=fingerprint(model), positions=args.kl_positions,
+                  tokenizer=tokenizer_hash(processor.tokenizer))
     if get_rank() == 0:
         begun = any(Path(args.out).glob("*.safetensors"))
         check_settings(Path(args.out, "soft.json"), config, begun, run=args.run)
@@ -553,32 +553,33 @@ def cascade(args):
     second time where it is unsure and contradicts the UBM."""
     ubm = load_ubm(args.ubm, args.device)
     config = Path(args.model).parent / "config.json"  # of train.py, beside best/
-    trained = json.loads(config.read_text()).get("stage") if config.exists() else None
+    trained = None
+    if args.mllm and config.exists():
+        trained = json.loads(config.read_text()).get("stage")
     if trained == "readout" or (trained in ("assistant", "student") and ubm.classes != LABELS):
         raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
                          f"{', '.join(map(str, ubm.classes))}: choose another of the two")
     posts, rejects = select_posts(args)
     dev = read_dev_posts(args.dev, args.images, ubm.target)
     output = Output(args, rejects)
-    cascade = Cascade(args, ubm)
+    steps = CascadeSteps(args, ubm)
 
     def error(answer, n):  # of scores their distance, 6 for none
         if ubm.target == "label":
             return float(answer is None or answer["prediction"] != dev[n].label)
         return abs(answer["predicted_score"] - dev[n].score) if answer else 6.0
 
-    grid = threshold_grid(cascade.verdicts(dev, -1, -1), error)
+    grid = threshold_grid(steps.verdicts(dev, -1, -1), error)
     passes, dev_error, *taus = best_thresholds(grid, args.budget)
     print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
           f"error {dev_error:.3f}, on {len(dev)} dev posts")
     rows = []
-    for post, verdicts in zip(posts, cascade.verdicts(posts, *taus)):
+    for post, verdicts in zip(posts, steps.verdicts(posts, *taus)):
         rows.append(new_row(post, args, "cascade", cascade_fields(verdicts, taus)))
     routes = Counter(row["route"] for row in rows)
     costs = dict(passes=sum(len(row["stages"]) - 1 for row in rows) / len(rows))
-    for key in ("seconds", "gflops"):
-        spent = [v.get(key, 0) for row in rows for v in row["stages"].values() if type(v) is dict]
-        costs[key] = sum(spent) / len(rows)
+    answered = [v for row in rows for v in row["stages"].values() if isinstance(v, dict)]
+    costs["seconds"] = sum(v["seconds"] for v in answered) / len(rows)
     write_json(sibling(args.out, "cascade.json"), dict(
         taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
         dev_error=dev_error, routes=routes, costs=costs))
@@ -595,18 +596,19 @@ def cascade_fields(verdicts, taus):
     asked = stages_asked(verdicts, *taus)
     fields = dict(answer or dict(prediction=None), route=route, reason=reason,
                   stages=dict(zip(("ubm", "mllm", "second_pass")[:asked], verdicts)))
-    for cost in ("tokens", "seconds", "gflops"):  # they are the stages'
+    for cost in ("tokens", "seconds"):  # they are the stages'
         fields.pop(cost, None)
     return fields
 
 
-class Cascade:
+class CascadeSteps:
     """Asks the stages for their verdicts. The MLLM's are kept in NAME.asked.jsonl as they come:
     killed and rerun, also with another --budget, nothing is asked twice."""
 
     def __init__(self, args, ubm):
         self.args, self.ubm, self.mllm = args, ubm, None
-        self.branches = class_branches(ubm.classes)
+        prompt = LABEL_FORMAT if ubm.classes == LABELS else BIN_FORMAT
+        self.branches = label_branches(ubm.classes, prompt)
         self.settings = settings_of(args), ubm.classes
         self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
         self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
@@ -639,7 +641,7 @@ class Cascade:
         except InputError as e:
             return str(e)
         tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
-        return answer | pass_cost(self.ubm, tokens, time.time() - began)
+        return answer | dict(tokens=tokens, seconds=round(time.time() - began, 4))
 
     def ask_model(self, questions):
         """(key, verdict or why there is none) of [(key, post, prompt), …]: a local model scores all
@@ -661,9 +663,9 @@ class Cascade:
             if examples:
                 batch = collate(list(examples.values()), processor.pad_id).to(args.device)
                 probs = score_labels(model, batch).exp().cpu()
-                seconds = (time.time() - began) / len(examples)
+                seconds = round((time.time() - began) / len(examples), 4)
                 for (key, example), p in zip(examples.items(), probs):
-                    cost = pass_cost(model, len(example), seconds)
+                    cost = dict(tokens=len(example), seconds=seconds)
                     yield key, verdict(p, self.ubm.classes) | cost
         bar.close()
 
@@ -671,7 +673,7 @@ class Cascade:
         """The same from an endpoint, with the teacher stage's client, retries and stops."""
         by_id = {post.id: (key, prompt) for key, post, prompt in questions}
 
-        def respond(post, ask):
+        def dialogue(post, ask):
             messages = build_messages(post, "label")
             messages[-1]["content"][-1]["text"] = by_id[post.id][1] + self.branches[0][0]
             (answer,) = ask([Request(post, messages, 0.0, 32, self.args.logprobs)])
@@ -679,17 +681,11 @@ class Cascade:
                         tokens=answer.tokens_in + answer.tokens_out)
 
         posts = [post for _, post, _ in questions]
-        for post, result in from_endpoint(self.args, posts, set(), Counter(), respond):
+        for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
             answer = result.get("verdict", result.get("problem"))
             if isinstance(answer, dict):
                 answer |= dict(tokens=result["tokens"], seconds=result["seconds"])
             yield by_id[post.id][0], answer
-
-
-def pass_cost(model, tokens, seconds):
-    """What a pass cost; FLOPs: 2 x parameters x tokens."""
-    gflops = 2e-9 * count_parameters(model) * tokens
-    return dict(tokens=tokens, seconds=round(seconds, 4), gflops=round(gflops, 4))
 
 
 def main(argv=None, ask=None):

@@ -20,7 +20,8 @@ P prefix tokens, T tokens, V vocabulary, D width, R rank, N supervised tokens, C
 
 Departures from the paper and from the authors' released scripts
  1. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
-    it. Equal to two passes (tested); the authors run each task by itself.
+    it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
+    prefix's draw; the authors run each task by itself.
  2. Task weights 0.8 / 0.2 as the paper says; the released scripts sum the tasks 1 : 1.
  3. The KL term covers response tokens; the released script also averages prompt, image and padding
     positions. `generate.py soft --kl-positions all` adds prompt and image, never padding.
@@ -29,7 +30,7 @@ Departures from the paper and from the authors' released scripts
  5. LoRA adapts the language model only; suffix matching, as the authors do, also hits the vision
     tower's MLPs. `--scope all` is theirs.
  6. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
-    states at the supervised positions and its output matrix, which is exact; the authors run it
+    states at the supervised positions (in 16 bits) and its output matrix; the authors run it
     beside the student at each step.
  7. Chains are brought into one written form before training; those that contradict their label
     after all retries are set aside, label-conditioned ones too. The authors keep what came.
@@ -53,6 +54,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -911,16 +913,16 @@ class Processor:
     def __init__(self, tokenizer, image_processor, extractor=None):
         self.tokenizer, self.extractor = tokenizer, extractor
         self.image_processor, self.merge_size = image_processor, image_processor.merge_size
-        ids = tokenizer.convert_tokens_to_ids
-        self.im_end_id, self.pad_id = ids(IM_END), ids(PAD_TOKEN)
-        self.image_ids = ids(list(OMNI_IMAGE_TOKENS if extractor else IMAGE_TOKENS))
-        self.audio_ids = ids(list(OMNI_AUDIO_TOKENS)) if extractor else []
+        to_id = tokenizer.convert_tokens_to_ids
+        self.im_end_id, self.pad_id = to_id(IM_END), to_id(PAD_TOKEN)
+        self.image_ids = to_id(list(OMNI_IMAGE_TOKENS if extractor else IMAGE_TOKENS))
+        self.audio_ids = to_id(list(OMNI_AUDIO_TOKENS)) if extractor else []
         self.never_generated = [i for i, token in tokenizer.added_tokens_decoder.items()
                                 if token.special and i not in (self.im_end_id, self.pad_id)]
         head = f"{IM_START}system\n{SYSTEM}{IM_END}\n{IM_START}user\n"
         answer = f"{IM_END}\n{IM_START}assistant\n"
         ids = tokenizer([head, answer], add_special_tokens=False).input_ids
-        self.head_ids, self.answer_ids = ids
+        self.head_ids, self.turn_ids = ids
 
     def text_ids(self, text):
         """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a special
@@ -984,7 +986,7 @@ def encode(post, branches, processor, prompt=None):
     encoded = []
     for question, answer in branches:
         ids = [] if answer is None else processor.text_ids(answer) + [processor.im_end_id]
-        encoded.append((processor.text_ids(question) + processor.answer_ids + ids, len(ids)))
+        encoded.append((processor.text_ids(question) + processor.turn_ids + ids, len(ids)))
     positions = rope_positions(prefix, placeholder, grids, processor.merge_size)
     return Example(prefix, positions, encoded, torch.cat(pixels) if pixels else None,
                    torch.stack(grids) if grids else None, audio, post)
@@ -1053,13 +1055,13 @@ def collate(examples, pad_id):
         position_ids[:, b, :at] = example.positions
         branch_ids[b, :at] = 0
         first = int(example.positions.max()) + 1  # every branch's positions start behind the prefix
-        for k, (ids, answer) in enumerate(example.branches, 1):
+        for k, (ids, n_answer) in enumerate(example.branches, 1):
             end = at + len(ids)
             input_ids[b, at:end] = torch.tensor(ids)
             position_ids[:, b, at:end] = torch.arange(first, first + len(ids))
             branch_ids[b, at:end] = k
-            if answer:  # the only shift in the house: position t is trained to predict token t + 1
-                targets[b, end - answer - 1 : end - 1] = input_ids[b, end - answer : end]
+            if n_answer:  # the only shift in the house: position t learns to predict token t + 1
+                targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             at = end
     batch = Batch(input_ids, position_ids, branch_ids, targets)
     with_images = [example for example in examples if example.pixel_values is not None]
@@ -1246,8 +1248,8 @@ def load_adapter(model, folder):
         report = model.load_state_dict(state, strict=False)
     missing = [key for key in report.missing_keys if ".lora_" in key]
     if missing or report.unexpected_keys:
-        raise InputError(f"{folder} leaves adapters unfilled ({missing[:1]}) or has keys too many "
-                         f"({report.unexpected_keys[:1]})")
+        raise InputError(f"{folder} leaves {missing[:1]} unfilled, or has keys too many: "
+                         f"{report.unexpected_keys[:1]}")
     quantized = is_quantized(model)
     if adapter_nf4(folder) not in (None, quantized):
         print(f"note: {folder} was trained with nf4 {not quantized}, here it is {quantized}",
@@ -1287,8 +1289,9 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     (N,) with reduction "none"; "mean" and "sum" are over N.
 
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
-    1503.02531, §2), who have it. Both sides are cut to the ids they share before the softmax
-    (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936)."""
+    1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
+    (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); soft labels come cut to the tokenizer's
+    ids (departure 12)."""
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     log_p = F.log_softmax(teacher_logits[:, :V].float() / temperature, dim=-1)
     log_q = F.log_softmax(student_logits[:, :V].float() / temperature, dim=-1)
@@ -1430,7 +1433,8 @@ def forward_branches(model, batch, cache=None):
     embeds = core.get_input_embeddings()(batch.input_ids)  # (B, T, D)
     if batch.pixel_values is not None:
         pixels = batch.pixel_values.to(embeds.dtype)
-        features = torch.cat(core.get_image_features(pixels, batch.image_grid).pooler_output)
+        features = core.get_image_features(pixels, batch.image_grid).pooler_output
+        features = torch.cat(features)  # one tensor per image
         at = batch.input_ids == model.config.image_token_id
         embeds = embeds.masked_scatter(at[..., None], features.to(embeds.dtype))
     if batch.audio is not None:
@@ -1439,7 +1443,7 @@ def forward_branches(model, batch, cache=None):
         embeds = embeds.masked_scatter(at[..., None], features.last_hidden_state.to(embeds.dtype))
     out = core.language_model(inputs_embeds=embeds, position_ids=batch.position_ids,
                               use_cache=cache is not None, past_key_values=cache,
-                              attention_mask=branch_mask(batch.branch_ids, embeds.dtype))
+                              attention_mask=branch_mask(batch.branch_ids, embeds.dtype))  # as is
     return out.last_hidden_state
 
 
@@ -1467,18 +1471,18 @@ def training_branches(post, processor, max_answer=512, reasoning=True):
     if problem:
         return None, f"chain unfit: {problem}"
     chain = render_reasoning(parsed.fields)
-    if len(processor.text_ids(chain)) >= max_answer:
+    if len(processor.text_ids(chain)) >= max_answer:  # with <|im_end|>
         return None, f"chain longer than --max-answer {max_answer} tokens"
     return [(REASON_FORMAT, chain), label_task], None
 
 
-def training_items(paths, images, targets):
-    """([(post, branches)], [(where, why it was set aside)]) of rows; targets(post) -> (branches,
-    None), (None, why not), or (None, None) where a row is left out on purpose."""
+def training_items(paths, images, branches_of):
+    """([(post, branches)], [(where, why it was set aside)]) of rows; branches_of(post) ->
+    (branches, None), (None, why not), or (None, None) where a row is left out on purpose."""
     items, rejects = [], []
     for path in paths:
         for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
-            branches, problem = targets(post)
+            branches, problem = branches_of(post)
             if problem:
                 rejects.append((f"{path}: {post.id}", problem))
             elif branches is not None:
@@ -1492,9 +1496,9 @@ def training_items(paths, images, targets):
 # ---- labels
 
 
-def label_branches():
+def label_branches(classes=LABELS, prompt=LABEL_FORMAT):
     """The label prompt with each of its answers, as branches."""
-    return [(LABEL_FORMAT, render_label(label)) for label in LABELS]
+    return [(prompt, render_label(label)) for label in classes]
 
 
 def label_example(post, processor):
@@ -1886,8 +1890,8 @@ def count_parameters(model):
 
 
 # ================================================================================================
-# §9 UBM and cascade (arXiv 2509.04459) [needs: json, math, re, Path, np, torch, F, Image,
-#    load_file, nn, LABELS, InputError, reading, write_json, write_tensors, §1, §2]
+# §9 UBM and cascade (arXiv 2509.04459) [needs: itertools, json, math, re, Path, np, torch, F,
+#    Image, load_file, nn, LABELS, InputError, reading, write_json, write_tensors, §1, §2]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2197,11 +2201,10 @@ def cascade_route(ubm, mllm, second_pass, tau1, tau2):
         return "ask second_pass", None, "the MLLM is unsure and contradicts the UBM"
     if not isinstance(second_pass, str):
         return "second_pass", second_pass, "asked again with both answers in the prompt"
-    if mllm["uncertainty"] is None:  # choice: the larger one's
-        return "mllm", mllm, f"the second pass failed: {second_pass}"
-    if ubm["uncertainty"] < mllm["uncertainty"]:
-        return "ubm", ubm, f"the surer of two; the second pass failed: {second_pass}"
-    return "mllm", mllm, f"the surer of two; the second pass failed: {second_pass}"
+    surer = ("mllm", mllm)  # choice: also where its uncertainty is unknown
+    if mllm["uncertainty"] is not None and ubm["uncertainty"] < mllm["uncertainty"]:
+        surer = ("ubm", ubm)
+    return *surer, f"the surer of two; the second pass failed: {second_pass}"
 
 
 def stages_asked(verdicts, tau1, tau2):
@@ -2227,15 +2230,13 @@ def _mean_verdict(ubm, mllm):
                          float(np.average(u, weights=weights)))
 
 
-def threshold_grid(verdicts, error, taus=None):
+def threshold_grid(verdicts, error):
     """[(passes per post, mean error, τ1, τ2), …] for `verdicts`, a list of (ubm, mllm, second_pass)
-    of posts that were all asked, at given pairs `taus`, else at all pairs of the quantiles of u.
-    error(answer or None, n) -> the cost of an answer to post n."""
-    if taus is None:
-        levels = [_uncertainty_levels([v[stage] for v in verdicts]) for stage in (0, 1)]
-        taus = [(tau1, tau2) for tau1 in levels[0] for tau2 in levels[1]]
+    of posts that were all asked, at all pairs of the quantiles of u. error(answer or None, n): what
+    an answer to post n costs."""
     grid = []
-    for tau1, tau2 in taus:
+    levels = [_uncertainty_levels([v[stage] for v in verdicts]) for stage in (0, 1)]
+    for tau1, tau2 in itertools.product(*levels):
         passes = wrong = 0.0
         for n, stages in enumerate(verdicts):
             passes += stages_asked(stages, tau1, tau2) - 1
@@ -2276,12 +2277,6 @@ def _in_words(answer):
     if answer["uncertainty"] is None:
         return words
     return f"{words} (uncertainty {answer['uncertainty']:.2f} of 1)"
-
-
-def class_branches(classes):
-    """The label prompt, or that of a score's bin, with each of its answers, as branches."""
-    prompt = LABEL_FORMAT if tuple(classes) == LABELS else BIN_FORMAT
-    return [(prompt, render_label(answer)) for answer in classes]
 
 
 # ================================================================================================
@@ -2411,7 +2406,7 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
 
 class SoftLabels:
     """The assistant's last hidden states at the distilled positions, in `folder`, and its output
-    matrix `head` (V, D'): teacher logits are their product, exactly. `soft.json` says what they are
+    matrix `head` (V, D'): their product are the teacher's logits. `soft.json` says what they are
     valid for; part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example,
     named by a hash of its token ids, its prefix and its files, so that a stale or foreign one is
     not found."""
@@ -2422,7 +2417,7 @@ class SoftLabels:
             raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
                              "train with --no-soft")
         self.config = json.loads((self.folder / "soft.json").read_text())
-        self.parts = {}  # the open file of each entry
+        self.parts, self.head = {}, None  # the open file of each entry; set by the student
         for path in sorted(self.folder.glob("part-*.safetensors")):
             part = safe_open(path, "pt")
             self.parts.update(dict.fromkeys(part.keys(), part))

@@ -41,15 +41,14 @@ from mulcot import (
     confusion_scores, confusion_table, count_parameters, digest, distill_kl, encode,
     fit_temperature, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, load_processor, load_trained, multitask_loss, new_ubm, predict, progress,
-    read_dev_posts, read_out, read_rows, readout_branches, readout_loss,
-    regression_metrics, reinit_layers, render_score, run_info, run_stage,
-    save_adapter, save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash,
-    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
-    write_tensors)
+    read_dev_posts, read_out, read_rows, readout_branches, readout_loss, regression_metrics,
+    reinit_layers, render_score, run_info, run_stage, save_adapter, save_readout, save_ubm, say,
+    show_tokens, student_loss, tokenizer_hash, training_branches, training_items, without_inputs,
+    write_atomic, write_json, write_rows, write_tensors)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 DEV_BATCH = 16  # posts
-LOGITS = 2**24  # held at once by a loss: 64 MiB in fp32, 110 positions of Qwen's vocabulary
+CHUNK_LOGITS = 2**24  # of one (n, V) tensor: 64 MiB in fp32; a KL holds several
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -83,6 +82,8 @@ def parse_args(argv=None):
         p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "epochs", "batch", "accumulate", "log_every", "rank", "members")
     check_at_least(p, args, 0, "max_pixels", "workers", "save_every", "reinit_layers")
+    if args.stage == "student" and not args.temperature > 0:
+        p.error("argument --temperature: must be above 0")
     if args.stage == "student" and not args.no_soft and not args.soft:
         p.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
     if args.stage == "readout" and (args.target, args.readout) == ("label", "generative"):
@@ -154,6 +155,7 @@ def chain_flags(flag, stage):
         flag("--augment", action=YES_NO, default=True,
              help="--no-augment leaves the assistant's chains out (ablation)")
         flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
+        flag("--temperature", type=float, default=2.0, help="τ, softens both sides (paper: 2)")
         flag("--t-squared", action=YES_NO, default=False, help="Hinton's τ² on the KL (paper: off)")
 
 
@@ -191,7 +193,7 @@ class ChainStage:
         if args.stage == "student" and not args.no_soft and args.lam > 0:
             self.soft = open_soft_labels(args, processor)
 
-    def targets(self, post):
+    def branches_of(self, post):
         """(branches or None, why there are none)."""
         args, source = self.args, post.columns.get("source")
         if post.split in ("dev", "test"):
@@ -201,15 +203,18 @@ class ChainStage:
         # rows without a chain have no soft labels: generate.py soft passes over them
         chain_needed = args.reasoning or self.soft is not None
         branches, problem = training_branches(post, self.processor, args.max_answer, chain_needed)
-        return branches if args.reasoning or problem else branches[-1:], problem
+        if branches and not args.reasoning:
+            branches = branches[-1:]
+        return branches, problem
 
     def loss(self, model, batch, examples, counts):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
         hidden = forward_branches(model, batch)  # (B, T, D)
+        loss_of = partial(task_loss, self, model, hidden, batch, examples, counts)
         if not self.args.reasoning:
-            return task_loss(self, model, hidden, batch, examples, counts, 1, "label")
-        reason, terms = task_loss(self, model, hidden, batch, examples, counts, 1, "reason")
-        label, more = task_loss(self, model, hidden, batch, examples, counts, 2, "label")
+            return loss_of(branch=1, task="label")
+        reason, terms = loss_of(branch=1, task="reason")
+        label, more = loss_of(branch=2, task="label")
         loss = multitask_loss(reason, label, self.args.reasoning_weight, self.args.label_weight)
         return loss, terms | more
 
@@ -225,9 +230,9 @@ def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
     """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
     Positions go by in chunks, so that no (N, V) logits are held."""
     args, soft = stage.args, stage.soft
-    positions = soft.config["positions"] if soft else "response"
-    at = batch.attended(branch) if positions == "all" else batch.supervised(branch)  # (B, T)
-    targets = batch.targets[at].masked_fill(batch.branch_ids[at] != branch, -100)  # (N,)
+    where = soft.config["positions"] if soft else "response"  # that is, the supervised ones
+    at = batch.attended(branch) if where == "all" else batch.supervised(branch)  # (B, T)
+    targets = batch.targets[at]  # (N,), -100 in the prefix
     terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
     if soft:
         terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
@@ -242,12 +247,12 @@ def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
         if not soft:
             return hard
         teacher_logits = F.linear(teacher_hidden[part], soft.head)  # (n, V')
-        kl = distill_kl(logits, teacher_logits, soft.config["temperature"], args.t_squared,
-                        reduction="sum") / counts[positions, branch]
+        kl = distill_kl(logits, teacher_logits, args.temperature, args.t_squared,
+                        reduction="sum") / counts[where, branch]
         terms[f"kl_{task}"] += kl.detach()
         return student_loss(hard, kl, args.lam)
 
-    return in_chunks(loss_of, hidden[at], max(1, LOGITS // model.lm_head.out_features)), terms
+    return in_chunks(loss_of, hidden[at], max(1, CHUNK_LOGITS // model.lm_head.out_features)), terms
 
 
 def open_soft_labels(args, processor):
@@ -270,7 +275,7 @@ class ReadoutStage:
     def __init__(self, args, processor):
         self.args, self.processor = args, processor
 
-    def targets(self, post):
+    def branches_of(self, post):
         """(branches or None, why there are none)."""
         if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
             return None, None
@@ -284,7 +289,7 @@ class ReadoutStage:
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
         hidden = forward_branches(model, batch)  # (B, T, D)
         if self.args.readout == "generative":
-            return task_loss(self, model, hidden, batch, examples, counts, 1, "score")
+            return task_loss(self, model, hidden, batch, examples, counts, branch=1, task="score")
         config = model.readout.config
         if self.args.target == "score":
             gold = [float(example.post.score) for example in examples]
@@ -378,7 +383,7 @@ def deterministic_batches(lengths, size, epoch, seed, window=4):
     return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
 
 
-def step_loader(args, items, processor, first, total):
+def step_loader(args, items, processor, first):
     """A DataLoader of the optimiser steps from `first` on: each a list of this process's
     micro-batches (Batch, its examples). Its workers decode the images."""
     size = args.batch * args.accumulate
@@ -417,8 +422,9 @@ class TrainingState:
         for name, p in self.trained.items():
             groups[name.startswith("readout.")]["params"].append(p)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(  # trap: its threshold is
-            self.optimizer, "max", factor=0.5, patience=2, threshold=0, min_lr=1e-6)  # relative
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, "max", factor=0.5, patience=2, min_lr=1e-6,
+            threshold=0)  # trap: the default threshold is relative, and -MAE is negative
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"]
         self.step, self.best, self.sums = 0, dict(step=0, metrics={}), Counter()
@@ -438,8 +444,8 @@ class TrainingState:
 
     def restore(self):
         """Everything as it was, if there is something; log rows behind it are written anew."""
-        if not self.file.exists():
-            return
+        if not self.file.exists():  # a run killed before its first resume point begins anew
+            return Path(self.args.out, "log.jsonl").unlink(missing_ok=True)
         values = torch.load(self.file, weights_only=True, map_location="cpu")
         self.step, self.best = values["step"], values["best"]
         for name, p in self.trained.items():
@@ -503,7 +509,7 @@ def train(args):
     args.device = init_distributed(args.device)
     processor = load_processor(args.model, args.max_pixels)
     stage = (ReadoutStage if args.stage == "readout" else ChainStage)(args, processor)
-    items, rejects = training_items(args.data, args.images, stage.targets)
+    items, rejects = training_items(args.data, args.images, stage.branches_of)
     if args.stage == "readout":
         items = [(without_inputs(post, args.without), branches) for post, branches in items]
     for post, branches in items[: args.show]:
@@ -515,15 +521,16 @@ def train(args):
     begin(args, items, rejects, dev, begun=Path(args.out, "state.pt").exists())
     per_epoch = math.ceil(len(items) / (args.batch * args.accumulate))
     total = per_epoch * args.epochs
-    print(f"data       {len(items)} rows, {len(dev)} dev posts, {per_epoch} steps an epoch, "
-          f"{total} in all, {get_world_size()} processes")
+    images, audio = sum(bool(p.images) for p, _ in items), sum(bool(p.audio) for p, _ in items)
+    print(f"data       {len(items)} rows ({images} with images, {audio} with audio), {len(dev)} "
+          f"dev posts, {per_epoch} steps an epoch, {total} in all, {get_world_size()} processes")
     if per_epoch < 10:
         print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
               "posts: a lower --accumulate gives more")
     model = build_model(args, items)
     state = TrainingState(args, model)
     if state.step < total:
-        train_loop(args, stage, model, processor, state, items, dev, per_epoch, total)
+        train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
         print(f"finished   {args.out} is complete; delete it to train anew")
     numbers = [f"{name} {value:.3f}" for name, value in state.best["metrics"].items()]
@@ -532,49 +539,51 @@ def train(args):
           f"{state.best['step']}: {args.out}/best")
 
 
-def train_loop(args, stage, model, processor, state, items, dev, per_epoch, total):
+def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     """Rate -> micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
     on_gpu = str(args.device).startswith("cuda")
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
     logged_at = time.time()
-    for step in step_loader(args, items, processor, state.step, total):
+    for micro in step_loader(args, items, stage.processor, state.step):
         set_learning_rate(args, state, total)
-        counts = step_counts(step)
-        for batch, examples in step:
+        counts = step_counts(micro)
+        for batch, examples in micro:
+            # LoRA's fp32 weights multiply in bf16 here, in fp32 where a stage only predicts
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
                 loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
             loss.backward()
             values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
-            state.sums.update(dict(zip(("loss", *terms), values)))
+            state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
             state.sums["tokens"] += sum(len(example) for example in examples)
         all_reduce_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
         if not math.isfinite(norm + state.sums["loss"]):
-            raise InputError(f"step {state.step + 1}: loss {state.sums['loss']}, gradient norm "
-                             f"{norm}: training diverged; lower --lr or set --clip; the last whole "
-                             f"state is in {args.out}")
+            raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since the last log "
+                             f"{state.sums['loss']}: training diverged; lower --lr or set --clip; "
+                             f"the last whole state is in {args.out}")
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        state.sums["steps"] += 1
         bar.update()
         if state.step % args.log_every == 0 or state.step == total:
             sums = sum_over_processes(state.sums)
             speed = round(sums.pop("tokens") / (time.time() - logged_at))
-            steps = (state.step - 1) % args.log_every + 1
+            steps = sums.pop("steps") / get_world_size()
             log_row(args, step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
                     lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed,
                     **{name: value / steps for name, value in sums.items()})
             state.sums.clear()
             logged_at = time.time()
         if state.step % per_epoch == 0:
-            evaluate_and_save(args, stage, model, processor, state, dev)
+            evaluate_and_save(args, stage, model, state, dev)
         if state.step % per_epoch == 0 or (args.save_every and state.step % args.save_every == 0):
             state.save()
     bar.close()
 
 
-def evaluate_and_save(args, stage, model, processor, state, dev):
+def evaluate_and_save(args, stage, model, state, dev):
     """The dev metrics into the log and the plateau schedule, the adapter into last/ and best/."""
     model.eval()
     metrics = stage.metrics(model, dev)
@@ -583,12 +592,12 @@ def evaluate_and_save(args, stage, model, processor, state, dev):
     if args.schedule == "plateau":
         state.plateau.step(next(iter(metrics.values())))
     folders = [Path(args.out, "last")]
-    if list(metrics.values()) > list(state.best["metrics"].values()):
+    if list(metrics.values()) > list(state.best["metrics"].values()):  # the first beats []
         state.best = dict(step=state.step, metrics=metrics)
         folders.append(Path(args.out, "best"))
     for folder in folders if get_rank() == 0 else []:
         save_adapter(model, folder)
-        processor.image_processor.save_pretrained(folder)  # the image size it was trained with
+        stage.processor.image_processor.save_pretrained(folder)  # the image size of training
         if args.stage == "readout":
             save_readout(model.readout, folder)
 
@@ -602,12 +611,12 @@ def ubm(args):
     args.device, out = init_distributed(args.device), Path(args.out)
     classes, target = (SCORE_BINS, "score") if args.bins else (LABELS, "label")
 
-    def targets(post):
+    def branches_of(post):
         if post.split in ("dev", "test"):
             return None, None
         return [], f"no {target}" if getattr(post, target) is None else None
 
-    items, rejects = training_items(args.data, args.images, targets)
+    items, rejects = training_items(args.data, args.images, branches_of)
     posts, dev = [post for post, _ in items], read_dev_posts(args.dev, args.images, target)
     begin(args, items, rejects, dev, begun=(out / "config.json").exists())
     torch.manual_seed(args.seed)

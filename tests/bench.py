@@ -431,7 +431,7 @@ def data(args):
         began = time.time()
         processor = mulcot.load_processor(options.model)
         stage = train_script.chain_stage(options, processor, None)
-        items, _ = train_script.training_items(options, stage.targets)
+        items, _ = train_script.training_items(options, stage.branches_of)
         read, began = time.time() - began, time.time()
         posts = real = held = 0
         for ((batch, _),) in train_script.StepLoader(options, items, processor, 0, 60).loader:

@@ -77,7 +77,6 @@ def test_a_pass_that_failed_was_made():
             ((unsure, "broke down", None), 2), ((unsure, unsure, None), 2),
             ((unsure, other, "broke down"), 3), (("no image", "broke down", None), 2)):
         assert mulcot.stages_asked(verdicts, 0.5, 0.5) == stages
-        assert mulcot.threshold_grid([verdicts], lambda *_: 0.0, [(0.5, 0.5)])[0][0] == stages - 1
     assert mulcot.stages_asked((unsure, other, other), 1, 0.5) == 1
 
 
@@ -114,8 +113,9 @@ def test_thresholds_keep_the_budget():
     for budget, wrong in ((0, 0.4), (0.2, 0.2), (0.4, 0.0), (1.0, 0.0)):
         passes, least, tau1, tau2 = mulcot.best_thresholds(grid, budget)
         assert passes <= budget + 1e-9 and least == pytest.approx(wrong)
-        same = mulcot.threshold_grid(answers, error, [(tau1, tau2)])
-        assert same == [(passes, least, tau1, tau2)]
+        assert (passes, least, tau1, tau2) in grid
+        asked = [mulcot.stages_asked(v, tau1, tau2) - 1 for v in answers]
+        assert passes == pytest.approx(sum(asked) / 10)
     passes, _, _, tau2 = mulcot.best_thresholds(grid, 0.7)
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice
 
@@ -144,14 +144,6 @@ def test_endpoint_answers():
     assert minus == score
     for text in ("-7", "2 or 3", "much"):
         assert "no score" in mulcot.answer_verdict(answer(text), mulcot.SCORE_BINS)
-
-
-def test_flops_count_quantised_weights():
-    """A weight in NF4 is multiplied like any other, though it is no parameter."""
-    dense = torch.nn.Linear(64, 32)
-    packed = mulcot.NF4Linear(torch.nn.Linear(64, 32))
-    costs = [generate.pass_cost(layer, 1000, 0)["gflops"] for layer in (packed, dense)]
-    assert costs[0] == costs[1] > 0
 
 
 def test_shuffled_pictures_of_clips(tmp_path):
@@ -209,7 +201,7 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch):
         assert (row["route"], row["reason"]) == (route, reason)
         assert row["prediction"] == answer["prediction"] and row["source"] == "cascade"
         assert len(row["stages"]) == 1 + passes_of[route]
-        assert all(stage["gflops"] > 0 for stage in row["stages"].values())
+        assert all(stage["tokens"] > 0 for stage in row["stages"].values())
     passes = sum(passes_of[r["route"]] for r in rows) / 6
     assert summary["costs"]["passes"] == pytest.approx(passes)
     monkeypatch.setattr(generate, "load_trained", None)  # would fail if anything were asked

@@ -217,14 +217,14 @@ def examples(toy, rows, student):
 
 @pytest.fixture(scope="module")
 def soft_of(toy, rows, tmp_path_factory):
-    """soft_of(positions): a folder of soft labels at temperature 3."""
+    """soft_of(positions): a folder of soft labels."""
     made = {}
 
     def make(positions):
         if positions not in made:
             made[positions] = tmp_path_factory.mktemp("soft") / positions
             assert make_soft(toy, rows, made[positions], "--kl-positions", positions,
-                             "--temperature", "3", "--batch", "3") == 0
+                             "--batch", "3") == 0
         return made[positions]
 
     return make
@@ -290,21 +290,19 @@ def test_stale_soft_labels_are_not_found(toy, rows, student, soft_of):
 
 
 def test_soft_labels_of_other_settings_are_not_mixed(toy, rows, soft_of, capsys):
-    """The same folder again is fine, with another temperature or positions it is refused."""
+    """The same folder again is fine, with other positions it is refused."""
     folder, options = soft_of("response"), ["--batch", "3"]
     before = sorted(p.name for p in folder.iterdir())
-    assert make_soft(toy, rows, folder, "--temperature", "3", *options) == 0
-    for changed, word in ((["--temperature", "2"], "temperature"),
-                          (["--temperature", "3", "--kl-positions", "all"], "positions")):
-        assert make_soft(toy, rows, folder, *options, *changed) == 2
-        assert f"begun with {word} =" in capsys.readouterr().err
+    assert make_soft(toy, rows, folder, *options) == 0
+    assert make_soft(toy, rows, folder, *options, "--kl-positions", "all") == 2
+    assert "begun with positions =" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
 def test_soft_labels_of_another_tokenizer_are_refused(student, soft_of):
     """The same ids would be other words."""
     args = student_args("--soft", str(soft_of("response")))
-    assert train.open_soft_labels(args, student[1]).config["temperature"] == 3
+    assert train.open_soft_labels(args, student[1]).config["positions"] == "response"
     alien = SimpleNamespace(tokenizer=tiny_tokenizer(["quite other words " * 9], 500))
     with pytest.raises(InputError, match="another tokenizer"):
         train.open_soft_labels(args, alien)
@@ -355,7 +353,7 @@ def test_one_batch_equals_eight_micro_batches(learner, student, examples, soft_o
         ["assistant", "--data", "d", "--dev", "d", "--model", "m", "--out", "o"])
     whole, parts, uneven = (run_step(args, learner, examples, size, student[1])
                             for size in (8, 1, 3))
-    monkeypatch.setattr(train, "LOGITS", 9000)
+    monkeypatch.setattr(train, "CHUNK_LOGITS", 9000)
     with Largest() as seen:
         chunked = run_step(args, learner, examples, 8, student[1])
     for vocab in (learner[0].lm_head.out_features, len(student[1].tokenizer)):
@@ -397,7 +395,7 @@ def test_step_by_hand(toy, learner, student, examples, soft_of, positions, optio
     """Temperature, masks, weights and lambda end where the formula has them."""
     assistant, few = mulcot.load_model(toy / "assistant")[0], examples[1:4]
     want = by_hand(learner, student, assistant, few, positions, options)
-    args = student_args("--soft", str(soft_of(positions)), *options)
+    args = student_args("--soft", str(soft_of(positions)), "--temperature", "3", *options)
     got = run_step(args, learner, few, 2, student[1])
     assert got[0] == pytest.approx(want[0], rel=2e-3)
     assert (got[1] - want[1]).norm() < 2e-3 * want[1].norm()

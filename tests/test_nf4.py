@@ -450,3 +450,9 @@ def test_train_and_predict(toy, tmp_path, capsys):
     assert generate.main([*predict, "--no-nf4"]) == 0 and "note:" in capsys.readouterr().err
     a, b = (mulcot.read_rows(tmp_path / f"{name}.jsonl") for name in ("nf4", "dense"))
     assert [r["id"] for r in a] == [r["id"] for r in b] and a != b
+
+
+def test_parameters_in_four_bits_are_counted():
+    """A weight in NF4 is a parameter like any other, though torch does not call it one."""
+    dense = torch.nn.Linear(64, 32)
+    assert mulcot.count_parameters(mulcot.NF4Linear(dense)) == mulcot.count_parameters(dense)

@@ -568,7 +568,7 @@ def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
     args = train_args(road, tmp_path / "t", "--no-soft", "--no-reasoning", "--epochs", "1")
     args[2] = f"{road}/posts.jsonl"
     assert train.main(args) == 0
-    assert "24 rows, 6 dev posts" in capsys.readouterr().out
+    assert "24 rows (24 with images, 0 with audio), 6 dev posts" in capsys.readouterr().out
     aside = json.loads((tmp_path / "t/set_aside.json").read_text())
     assert sum("split test is not for training" in why for _, why in aside) == 12
 

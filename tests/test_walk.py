@@ -60,9 +60,9 @@ def test_a_training_step(toy, chains):
                              f"{toy}/student", "--out", f"{chains}/run", "--workers", "0"])
     processor = mulcot.load_processor(args.model)
     stage = train.ChainStage(args, processor)
-    items, _ = mulcot.training_items(args.data, args.images, stage.targets)
+    items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
     model = train.build_model(args, items)
-    steps = iter(train.step_loader(args, items, processor, 0, 1))
+    steps = iter(train.step_loader(args, items, processor, 0))
     with Walk() as walk:
         step = next(steps)
         counts = train.step_counts(step)
