@@ -33,12 +33,13 @@ from mulcot import (
     BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
     Post, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier,
     best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
-    collate, digest, encode, encode_batch, fingerprint, forward_branches, gather, generate_text,
-    get_rank, get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
-    mark_aspect, post_prompt, predict, progress, read_dev_posts, read_out, read_posts, read_rows,
-    refuse_ranks, render_reasoning, report_rejects, run_info, run_stage, score_labels,
-    second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, tokenizer_hash,
-    training_branches, training_items, two_stage_cot, verdict, write_json, write_rows)
+    chunks, collate, digest, encode, encode_batch, fingerprint, forward_branches, gather,
+    generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
+    load_trained, load_ubm, mark_aspect, post_prompt, predict, progress, read_dev_posts, read_out,
+    read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects, row_text, run_info,
+    run_stage, score_labels, second_pass_prompt, select_split, sibling, stages_asked,
+    threshold_grid, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict,
+    write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -176,8 +177,11 @@ KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_ima
 
 def settings_of(args):
     """What decides the rows of a stage, the adapter's weights among it."""
-    files = [Path(args.model, f"{name}.safetensors") for name in ("adapter_model", "head", "ubm")]
-    weights = [file.read_bytes() for file in files if file.exists()]
+    weights = []
+    for name in ("adapter_model", "head", "ubm"):
+        file = Path(args.model, f"{name}.safetensors")
+        if file.exists():
+            weights.append(file.read_bytes())
     settings = {key: value for key, value in vars(args).items() if key in KEPT}
     return settings | dict(adapter=digest(*weights) if weights else None)
 
@@ -219,7 +223,7 @@ def in_batches(args, posts, done, respond):
     make-up depends on all posts, not on what is left, so that a resumed or divided run pads,
     samples and rounds as an unbroken one."""
     order = sorted(posts, key=lambda post: len(post.cot or post.text))
-    batches = [order[a : a + args.batch] for a in range(0, len(order), args.batch)]
+    batches = chunks(order, args.batch)
     bar = progress(len(posts), args.stage, "post")
     for first in range(0, len(batches), get_world_size()):
         n = first + get_rank()
@@ -265,18 +269,23 @@ def teacher(args, ask=None):
         return dry_run(args, posts)
     output, counts, began = Output(args, rejects), Counter(), time.time()
 
-    def chains(posts, ask):
-        return two_stage_cot(posts, ask, args.max_tries, args.max_new_tokens, args.stage2)
+    options = (args.max_tries, args.max_new_tokens, args.stage2)
+
+    def dialogue(post, ask):
+        return two_stage_cot([post], ask, *options)[0]
+
+    def respond(posts, _):
+        return two_stage_cot(posts, ask, *options)
 
     if args.endpoint:
-        results = from_endpoint(args, posts, output.done, counts,
-                                lambda post, ask: chains([post], ask)[0])
+        results = from_endpoint(args, posts, output.done, counts, dialogue)
     else:
         ask = ask or local_teacher(args)
-        results = in_batches(args, posts, output.done, lambda batch, _: chains(batch, ask))
+        results = in_batches(args, posts, output.done, respond)
     for post, result in results:
-        problems = [attempt["problem"] for attempt in result.get("attempts", ())]
-        counts.update(f"answers: {problem.split()[0]}" for problem in problems if problem)
+        for attempt in result.get("attempts", ()):
+            if attempt["problem"]:
+                counts[f"answers: {attempt['problem'].split()[0]}"] += 1
         row = new_row(post, args, "teacher", result)
         kept = "cot" in row
         if kept:
@@ -286,7 +295,7 @@ def teacher(args, ask=None):
         counts.update({"answers": row["tries"], "asked again": max(0, row["tries"] - row["stage"]),
                        "tokens in": row["tokens_in"], "tokens out": row["tokens_out"]})
     counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
-    print("this run   " + "  ".join(f"{k} {v}" for k, v in sorted(counts.items())))
+    print(f"this run   {row_text(dict(sorted(counts.items())))}")
     output.close()
 
 
@@ -468,7 +477,7 @@ def soft(args):
     for start in starts:
         examples = [encode(*row, processor) for row in rows[start : start + args.batch]]
         names = [SoftLabels.names(example) for example in examples]
-        if any(name not in labels.parts for row in names for name in row):
+        if not all(labels.parts.keys() >= set(own) for own in names):
             labels.write_part(soft_entries(model, processor, examples, names, args.kl_positions))
         bar.update()
     bar.close()
@@ -509,13 +518,19 @@ def responder(args):
     """respond(posts, batch number) -> list of dicts: of a UBM its verdicts, of a model with a
     readout what that reads, else labels and chains."""
     if Path(args.model, "ubm.json").exists():
-        args.source, ubm = "ubm", load_ubm(args.model, args.device)
-        return lambda posts, _=0: [verdict(probs, ubm.classes) for probs in ubm.probs(posts)]
-    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
-    if hasattr(model, "readout"):
-        return lambda posts, _=0: read_out(model, processor, posts)
-    return lambda posts, _=0: predict(model, processor, posts, args.chain, args.decode,
-                                      args.max_new_tokens)
+        args.source = "ubm"
+        model, processor = load_ubm(args.model, args.device), None
+    else:
+        model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+
+    def respond(posts, _=0):
+        if processor is None:
+            return [verdict(probs, model.classes) for probs in model.probs(posts)]
+        if hasattr(model, "readout"):
+            return read_out(model, processor, posts)
+        return predict(model, processor, posts, args.chain, args.decode, args.max_new_tokens)
+
+    return respond
 
 
 def controlled(posts, args):
@@ -577,15 +592,18 @@ def cascade(args):
     for post, verdicts in zip(posts, steps.verdicts(posts, *taus)):
         rows.append(new_row(post, args, "cascade", cascade_fields(verdicts, taus)))
     routes = Counter(row["route"] for row in rows)
-    costs = dict(passes=sum(len(row["stages"]) - 1 for row in rows) / len(rows))
-    answered = [v for row in rows for v in row["stages"].values() if isinstance(v, dict)]
-    costs["seconds"] = sum(v["seconds"] for v in answered) / len(rows)
+    costs = dict(passes=0.0, seconds=0.0)  # of a post
+    for row in rows:
+        costs["passes"] += (len(row["stages"]) - 1) / len(rows)
+        for answer in row["stages"].values():
+            if isinstance(answer, dict):
+                costs["seconds"] += answer["seconds"] / len(rows)
     write_json(sibling(args.out, "cascade.json"), dict(
         taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
         dev_error=dev_error, routes=routes, costs=costs))
     write_rows(args.out, rows)
     for name, numbers in (("routes", routes), ("a post", costs)):
-        print(f"{name:10s} " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        print(f"{name:10s} {row_text(numbers)}")
     output.close()
 
 

@@ -247,7 +247,10 @@ def read_dev_posts(path, images, target):
 
 
 def safe_path(name, folder):
-    """A manifest's file name as a path inside `folder`; anything that leads outside is refused."""
+    """A manifest's file name as a path inside `folder` (None of none); what leads outside is
+    refused."""
+    if not name:
+        return None
     root = os.path.realpath(folder)
     is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
     if is_url or "\\" in name or "\0" in name or os.path.isabs(name):
@@ -315,9 +318,9 @@ def _to_post(columns, folder):
     text, aspect = _checked_text(row.get("text"), row.get("aspect"))
     label, score = _checked_gold(row.get("label"), row.get("score"))
     image = row.get("image") or row.get("image_path") or row.get("image_id")
-    return Post(row["id"], text, safe_path(image, folder) if image else None, aspect, label, score,
+    return Post(row["id"], text, safe_path(image, folder), aspect, label, score,
                 row.get("split"), row.get("cot"), clip_frames(row.get("frames"), folder),
-                safe_path(row["audio"], folder) if row.get("audio") else None, columns)
+                safe_path(row.get("audio"), folder), columns)
 
 
 def _checked_text(text, aspect):
@@ -355,8 +358,9 @@ def _open_rows(path, images):
     if path.suffix == ".csv":
         return _csv_rows(path, Path(images or path.parent))
     if not images:
-        images = path.parent / "images"
-        images = images if images.is_dir() else path.parent
+        images = path.parent
+        if (images / "images").is_dir():
+            images = images / "images"
     if path.suffix == ".jsonl":
         return _lines(path), json.loads, images
     if path.suffix == ".json":
@@ -718,13 +722,14 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
     budget = dict.fromkeys(attempts, max_tokens)
     pending = posts
     for retry in range(max_tries):
+        if not pending:
+            break
         requests = []
         for post in pending:
             messages = build_messages(post, task, post.label if task == "explain" else None)
             requests.append(Request(post, messages, 0.4 * retry, budget[post.id]))
-        answers = ask(requests) if requests else []
         pending = []
-        for request, answer in zip(requests, answers, strict=True):
+        for request, answer in zip(requests, ask(requests), strict=True):
             post = request.post
             parsed, problem = check_answer(answer.text, post.label, answer.finish)
             attempts[post.id].append(_attempt(task, request, answer, parsed, problem))
@@ -738,8 +743,10 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
 def _attempt(task, request, answer, parsed, problem):
     """One try as it is kept; a try without a problem holds the chain in its one written form."""
     prompt = request.messages[-1]["content"][-1]["text"]
-    return dict(cot=None if problem else render_reasoning(parsed.fields), raw=answer.text,
-                prediction=None if problem else parsed.prediction, problem=problem,
+    cot = prediction = None
+    if problem is None:
+        cot, prediction = render_reasoning(parsed.fields), parsed.prediction
+    return dict(cot=cot, raw=answer.text, prediction=prediction, problem=problem,
                 stage=1 if task == "predict" else 2, label_conditioned=task == "explain",
                 prompt=hashlib.sha256(prompt.encode()).hexdigest()[:16],
                 temperature=request.temperature, max_tokens=request.max_tokens,
@@ -808,7 +815,9 @@ class Endpoint:
         """One call. Raises Unreachable for a status that is worth another try."""
         if not hasattr(self._thread, "session"):
             self._thread.session = requests.Session()
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         reply = self._thread.session.post(self.url, json=body, headers=headers,
                                           timeout=self.timeout, allow_redirects=False)
         status = reply.status_code
@@ -951,10 +960,10 @@ class Example:
     prefix: list
     positions: torch.Tensor
     branches: list  # of (ids, number of answer tokens)
-    pixel_values: torch.Tensor | None  # patches of all its images
-    image_grid: torch.Tensor | None  # (images, 3)
-    audio: torch.Tensor | None  # log-mel features (frames, mel bins)
     post: Post
+    pixel_values: torch.Tensor | None = None  # patches of all its images
+    image_grid: torch.Tensor | None = None  # (images, 3)
+    audio: torch.Tensor | None = None  # log-mel features (frames, mel bins)
 
     def __len__(self):
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
@@ -973,23 +982,27 @@ def encode(post, branches, processor, prompt=None):
         pixels.append(patches)
         grids.append(grid)
         prefix += [start] + [placeholder] * (int(grid.prod()) // processor.merge_size**2) + [end]
-    audio = None
+    example = Example(prefix, None, [], post)
+    if pixels:
+        example.pixel_values, example.image_grid = torch.cat(pixels), torch.stack(grids)
     if post.audio:
         if processor.extractor is None:
             raise InputError(f"post {post.id} has audio, and this model hears nothing: take "
                              "Qwen2.5-Omni, or leave audio out (train.py readout --without audio)")
-        audio = processor.audio(post.audio)
+        example.audio = processor.audio(post.audio)
         start, audio_placeholder, end = processor.audio_ids
-        pooled = (len(audio) + 1) // 2 // 2  # as the audio tower pools
+        pooled = (len(example.audio) + 1) // 2 // 2  # as the audio tower pools
         prefix += [start] + [audio_placeholder] * pooled + [end]
-    prefix += processor.text_ids(post_prompt(post) if prompt is None else prompt)
-    encoded = []
+    if prompt is None:
+        prompt = post_prompt(post)
+    prefix += processor.text_ids(prompt)
+    example.positions = rope_positions(prefix, placeholder, grids, processor.merge_size)
     for question, answer in branches:
         ids = [] if answer is None else processor.text_ids(answer) + [processor.im_end_id]
-        encoded.append((processor.text_ids(question) + processor.turn_ids + ids, len(ids)))
-    positions = rope_positions(prefix, placeholder, grids, processor.merge_size)
-    return Example(prefix, positions, encoded, torch.cat(pixels) if pixels else None,
-                   torch.stack(grids) if grids else None, audio, post)
+        n_answer = len(ids)
+        ids = processor.text_ids(question) + processor.turn_ids + ids
+        example.branches.append((ids, n_answer))
+    return example
 
 
 def rope_positions(ids, placeholder, grids, merge_size):
@@ -1201,10 +1214,11 @@ def save_adapter(model, folder):
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
     base = model.config._name_or_path
+    if os.path.isdir(base):
+        base = os.path.abspath(base)
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=layer.rank, lora_alpha=layer.alpha,
                   lora_dropout=layer.dropout.p, bias="none", target_modules=sorted(layers),
-                  base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
-                  inference_mode=True)
+                  base_model_name_or_path=base, inference_mode=True)
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors, format="pt")
     write_json(os.path.join(folder, "adapter_config.json"), config)
     write_json(os.path.join(folder, "mulcot.json"), {"nf4": is_quantized(model)})
@@ -1238,7 +1252,8 @@ def load_adapter(model, folder):
     names = sorted({key.removesuffix(".lora_A").removesuffix(".lora_B") for key in state})
     for name in names:
         base, lora_A = modules.get(name), state.get(f"{name}.lora_A")
-        base = base.base if isinstance(base, LoRALinear) else base
+        if isinstance(base, LoRALinear):
+            base = base.base
         if lora_A is None or not hasattr(base, "in_features"):
             raise InputError(f"{folder}: {name} fits no linear layer here, or lacks its lora_A: "
                              "wrong base model?")
@@ -1780,14 +1795,15 @@ def regression_metrics(gold, predicted):
     for name, limit in (("acc7", 3), ("acc5", 2)):
         same = np.round(np.clip(g, -limit, limit)) == np.round(np.clip(p, -limit, limit))
         metrics[name] = float(same.sum() / len(gold))
-    for name, kept in (("has0", gold >= -math.inf), ("non0", gold != 0)):
-        sign = np.greater_equal if name == "has0" else np.greater
-        signs = [bool(s) if known else None
-                 for s, known in zip(sign(predicted, 0)[kept], parsed[kept])]
-        table = confusion_table(sign(gold, 0)[kept].tolist(), signs, classes=(False, True))
-        scores = confusion_scores(table)
-        metrics[f"acc2_{name}"] = float(scores["accuracy"]) if kept.any() else None
-        metrics[f"f1_{name}"] = float(scores["weighted_f1"]) if kept.any() else None
+    for name, kept, sign in (("has0", gold == gold, np.greater_equal),
+                             ("non0", gold != 0, np.greater)):
+        metrics[f"acc2_{name}"] = metrics[f"f1_{name}"] = None
+        if kept.any():
+            signs = np.where(parsed, sign(predicted, 0), -1)[kept].tolist()  # -1: of neither class
+            table = confusion_table(sign(gold, 0)[kept].tolist(), signs, classes=(False, True))
+            scores = confusion_scores(table)
+            metrics[f"acc2_{name}"] = float(scores["accuracy"])
+            metrics[f"f1_{name}"] = float(scores["weighted_f1"])
     return metrics
 
 
@@ -2521,6 +2537,16 @@ def all_reduce_gradients(parameters):
 
 
 # ---- command lines
+
+
+def chunks(items, size):
+    """A list in parts of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def row_text(row):
+    """A row for the terminal."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

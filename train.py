@@ -37,18 +37,23 @@ from safetensors.torch import load_file
 
 from mulcot import (
     LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, SoftLabels, add_lora,
-    all_reduce_gradients, barrier, check_at_least, check_settings, class_targets, collate,
+    all_reduce_gradients, barrier, check_at_least, check_settings, chunks, class_targets, collate,
     confusion_scores, confusion_table, count_parameters, digest, distill_kl, encode,
     fit_temperature, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, load_processor, load_trained, multitask_loss, new_ubm, predict, progress,
     read_dev_posts, read_out, read_rows, readout_branches, readout_loss, regression_metrics,
-    reinit_layers, render_score, run_info, run_stage, save_adapter, save_readout, save_ubm, say,
-    show_tokens, student_loss, tokenizer_hash, training_branches, training_items, without_inputs,
-    write_atomic, write_json, write_rows, write_tensors)
+    reinit_layers, render_score, row_text, run_info, run_stage, save_adapter, save_readout,
+    save_ubm, say, show_tokens, student_loss, tokenizer_hash, training_branches, training_items,
+    without_inputs, write_atomic, write_json, write_rows, write_tensors)
+
+# How to read this file: `train` sets up and calls `train_loop`, which knows no stage. A stage is a
+# class of three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage for
+# MulCoT-RD's assistant and student, ReadoutStage for paper 3. The losses themselves are the pure
+# functions of mulcot.py §6, called in `task_loss`. `ubm` (paper 2) is a small loop of its own.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 DEV_BATCH = 16  # posts
-CHUNK_LOGITS = 2**24  # of one (n, V) tensor: 64 MiB in fp32; a KL holds several
+CHUNK_LOGITS = 2**25  # of one (n, V) tensor: 128 MiB in fp32, 220 positions of Qwen's vocabulary
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -186,7 +191,8 @@ def ubm_flags(flag):
 
 
 class ChainStage:
-    """`assistant` and `student`: the reasoning and the label task."""
+    """`assistant` and `student`: the reasoning and the label task of a post, two branches of one
+    prefix. The student also learns from the assistant's soft labels, unless --no-soft."""
 
     def __init__(self, args, processor):
         self.args, self.processor, self.soft = args, processor, None
@@ -208,7 +214,8 @@ class ChainStage:
         return branches, problem
 
     def loss(self, model, batch, examples, counts):
-        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
+        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
+        L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
         loss_of = partial(task_loss, self, model, hidden, batch, examples, counts)
         if not self.args.reasoning:
@@ -221,14 +228,17 @@ class ChainStage:
     def metrics(self, model, posts):
         """{name: number}, more is better; the first selects, the second breaks ties."""
         rows = []
-        for start in range(0, len(posts), DEV_BATCH):
-            rows += predict(model, self.processor, posts[start : start + DEV_BATCH], chain=False)
+        for part in chunks(posts, DEV_BATCH):
+            rows += predict(model, self.processor, part, chain=False)
         return label_scores(self.args, rows, posts)
 
 
 def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
     """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
-    Positions go by in chunks, so that no (N, V) logits are held."""
+
+    L_rea or L_cls is the cross-entropy summed over the supervised positions of this branch and
+    divided by their number in the whole optimiser step; the KL likewise. Positions go by in chunks,
+    so that no (N, V) logits are held. `examples` name the soft labels' entries."""
     args, soft = stage.args, stage.soft
     where = soft.config["positions"] if soft else "response"  # that is, the supervised ones
     at = batch.attended(branch) if where == "all" else batch.supervised(branch)  # (B, T)
@@ -236,11 +246,12 @@ def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
     terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
     if soft:
         terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
-        names = [soft.names(example)[branch - 1] for example in examples]
-        teacher_hidden = torch.cat([soft.read(name) for name in names])  # (N, D')
-        teacher_hidden = teacher_hidden.to(soft.head)
+        entries = []
+        for example in examples:
+            entries.append(soft.read(soft.names(example)[branch - 1]))
+        teacher_hidden = torch.cat(entries).to(soft.head)  # (N, D')
 
-    def loss_of(h, part):
+    def loss_of(h, part):  # a chunk of the positions: h (n, D), which of them: slice
         logits = model.lm_head(h).float()  # (n, V)
         hard = F.cross_entropy(logits, targets[part], reduction="sum") / counts["response", branch]
         terms[f"ce_{task}"] += hard.detach()
@@ -256,7 +267,8 @@ def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
 
 
 def open_soft_labels(args, processor):
-    """The soft labels to train with; those of another tokenizer are refused."""
+    """The soft labels to train with, and the assistant's output matrix on our device; those of
+    another tokenizer are refused."""
     soft = SoftLabels(args.soft)
     if soft.config["tokenizer"] != tokenizer_hash(processor.tokenizer):
         raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
@@ -303,22 +315,25 @@ class ReadoutStage:
     def metrics(self, model, posts):
         """{name: number}, more is better; the first selects, the second breaks ties."""
         rows = []
-        for start in range(0, len(posts), DEV_BATCH):
-            rows += read_out(model, self.processor, posts[start : start + DEV_BATCH])
+        for part in chunks(posts, DEV_BATCH):
+            rows += read_out(model, self.processor, part)
         if self.args.target == "label":
             return label_scores(self.args, rows, posts)
         gold, scores = [post.score for post in posts], [row["score"] for row in rows]
+        metrics = regression_metrics(gold, scores)
+        parsed = len(gold) - metrics["unparsed"]
         # choice: no number is as far as can be
-        errors = [6.0 if s is None else abs(s - g) for s, g in zip(scores, gold)]
-        corr = regression_metrics(gold, scores)["corr"]
-        return dict(neg_mae=-statistics.mean(errors), corr=corr or 0.0)
+        errors = parsed * (metrics["mae"] or 0.0) + 6.0 * metrics["unparsed"]
+        return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
 def label_scores(args, rows, posts):
-    """{accuracy, the F1 that breaks ties} of predicted rows."""
+    """{accuracy, the F1 that breaks ties} of predicted rows; a row without a prediction is wrong.
+    paper: the best dev accuracy selects, ties by macro F1 (Twitter) or weighted F1 (MVSA)."""
     gold, predicted = [post.label for post in posts], [row["prediction"] for row in rows]
     scores = confusion_scores(confusion_table(gold, predicted))
-    return {name: float(scores[name]) for name in ("accuracy", f"{args.ties}_f1")}
+    f1 = f"{args.ties}_f1"
+    return {"accuracy": float(scores["accuracy"]), f1: float(scores[f1])}
 
 
 # ---- set-up ------------------------------------------------------------------------------------
@@ -330,7 +345,8 @@ FREE = ("run", "out", "show", "device", "images", "workers", "log_every", "save_
 
 
 def begin(args, items, rejects, dev, begun):
-    """Writes config.json and set_aside.json; refuses to go on with a run of other settings."""
+    """The first thing a run leaves behind, and the guard against mixing two of them: writes
+    config.json and set_aside.json; refuses to go on with a run of other settings."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
@@ -342,11 +358,14 @@ def begin(args, items, rejects, dev, begun):
         if rejects:
             write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
-    print("settings   " + "  ".join(f"{key}={value}" for key, value in settings.items()))
+    print(f"settings   {row_text(settings)}")
 
 
 def build_model(args, items):
-    """The model with adapters (and a readout) to train, in train mode."""
+    """The model with adapters (and a readout) to train, in train mode.
+
+    The base is frozen, in 16 bits on a GPU or in 4 with --nf4; what is trained is in fp32. A score
+    readout learns z-scores, so it keeps the mean and deviation of its training scores."""
     torch.manual_seed(args.seed)
     model, _ = load_trained(args.model, args.device, args.max_pixels, nf4=args.nf4)
     names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
@@ -379,13 +398,14 @@ def deterministic_batches(lengths, size, epoch, seed, window=4):
     steps = []
     for start in range(0, len(order), window * size):
         alike = sorted(order[start : start + window * size], key=lambda i: lengths[i])
-        steps += [alike[a : a + size] for a in range(0, len(alike), size)]
+        steps += chunks(alike, size)
     return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
 
 
 def step_loader(args, items, processor, first):
-    """A DataLoader of the optimiser steps from `first` on: each a list of this process's
-    micro-batches (Batch, its examples). Its workers decode the images."""
+    """A DataLoader of the optimiser steps from `first` to the last epoch's end: each a list of this
+    process's micro-batches (Batch, its examples). Its workers decode the images. Under torchrun
+    every process takes each world-size-th post of a step, so that the step is the same one."""
     size = args.batch * args.accumulate
     lengths = [sum(len(answer or "") for _, answer in branches) for _, branches in items]
     per_epoch = math.ceil(len(items) / size)
@@ -403,15 +423,16 @@ def step_loader(args, items, processor, first):
 def micro_batches(processor, size, items):
     """[(Batch, examples), …] of one step's items, like lengths together."""
     examples = sorted((encode(*item, processor) for item in items), key=len)
-    parts = [examples[a : a + size] for a in range(0, len(examples), size)]
-    return [(collate(part, processor.pad_id), part) for part in parts]
+    return [(collate(part, processor.pad_id), part) for part in chunks(examples, size)]
 
 
 # ---- the loop ----------------------------------------------------------------------------------
 
 
 class TrainingState:
-    """All that a killed run needs to go on as if nothing had happened."""
+    """All that a killed run needs to go on as if nothing had happened: trained weights, optimiser,
+    schedule, the step and the best so far, every process's random numbers and running sums. The
+    order of the data is a function of seed and step (deterministic_batches)."""
 
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
@@ -465,11 +486,11 @@ class TrainingState:
 
 
 def log_row(args, **row):
-    """A line for the terminal, the same row in log.jsonl."""
+    """A line for the terminal, the same row in log.jsonl: the first process's, numbers of all."""
     if get_rank() == 0:
         with open(Path(args.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(row) + "\n")
-        say("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        say(row_text(row))
 
 
 def sum_over_processes(counts):
@@ -494,7 +515,8 @@ def step_counts(step):
 
 
 def set_learning_rate(args, state, total):
-    """Warm-up and cosine; after the warm-up the plateau schedule sets its own rates."""
+    """Warm-up and cosine. After the warm-up the plateau schedule sets its own rates: it halves them
+    in evaluate_and_save when dev stops getting better."""
     factor = min(1.0, (state.step + 1) / max(1.0, args.warmup * total))
     if args.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * state.step / total))
@@ -521,9 +543,12 @@ def train(args):
     begin(args, items, rejects, dev, begun=Path(args.out, "state.pt").exists())
     per_epoch = math.ceil(len(items) / (args.batch * args.accumulate))
     total = per_epoch * args.epochs
-    images, audio = sum(bool(p.images) for p, _ in items), sum(bool(p.audio) for p, _ in items)
-    print(f"data       {len(items)} rows ({images} with images, {audio} with audio), {len(dev)} "
-          f"dev posts, {per_epoch} steps an epoch, {total} in all, {get_world_size()} processes")
+    inputs = Counter(images=0, audio=0)
+    for post, _ in items:
+        inputs.update(images=bool(post.images), audio=bool(post.audio))
+    print(f"data       {len(items)} rows ({inputs['images']} with images, {inputs['audio']} with "
+          f"audio), {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all, "
+          f"{get_world_size()} processes")
     if per_epoch < 10:
         print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
               "posts: a lower --accumulate gives more")
@@ -533,14 +558,17 @@ def train(args):
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
         print(f"finished   {args.out} is complete; delete it to train anew")
-    numbers = [f"{name} {value:.3f}" for name, value in state.best["metrics"].items()]
+    (first, value), (second, other) = state.best["metrics"].items()
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  config "
-          f"{args.out}/config.json\nbest dev {numbers[0]} ({numbers[1]}) at step "
+          f"{args.out}/config.json\nbest dev {first} {value:.3f} ({second} {other:.3f}) at step "
           f"{state.best['step']}: {args.out}/best")
 
 
 def train_loop(args, stage, model, state, items, dev, per_epoch, total):
-    """Rate -> micro-batches -> clip -> step -> log; at each epoch's end evaluate and save."""
+    """Rate -> micro-batches -> clip -> step -> log; at each epoch's end evaluate and save.
+
+    Losses are sums divided by the whole step's counts, so the micro-batches' gradients only add up:
+    1 x 8 posts, 8 x 1 and two processes are the same step."""
     on_gpu = str(args.device).startswith("cuda")
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
@@ -555,11 +583,11 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
             loss.backward()
             values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
             state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
-            state.sums["tokens"] += sum(len(example) for example in examples)
+            state.sums["tokens"] += int((batch.branch_ids >= 0).sum())
         all_reduce_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
         if not math.isfinite(norm + state.sums["loss"]):
-            raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since the last log "
+            raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since last log "
                              f"{state.sums['loss']}: training diverged; lower --lr or set --clip; "
                              f"the last whole state is in {args.out}")
         state.optimizer.step()
@@ -584,7 +612,9 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
 
 
 def evaluate_and_save(args, stage, model, state, dev):
-    """The dev metrics into the log and the plateau schedule, the adapter into last/ and best/."""
+    """The dev metrics into the log and the plateau schedule, the adapter into last/ and, if it is
+    the best so far, into best/. Every process evaluates all dev posts and so sees the same plateau;
+    the first one writes."""
     model.eval()
     metrics = stage.metrics(model, dev)
     model.train()
@@ -607,8 +637,10 @@ def evaluate_and_save(args, stage, model, state, dev):
 
 def ubm(args):
     """choice: an ensemble of `--members` short runs, its temperature fitted on dev. Under torchrun
-    each process trains some of the members."""
-    args.device, out = init_distributed(args.device), Path(args.out)
+    each process trains some of the members. A member that is done is on disk; a killed one starts
+    anew. paper: arXiv 2509.04459 asks for a small model whose entropy can be trusted."""
+    args.device = init_distributed(args.device)
+    out = Path(args.out)
     classes, target = (SCORE_BINS, "score") if args.bins else (LABELS, "label")
 
     def branches_of(post):
@@ -617,7 +649,8 @@ def ubm(args):
         return [], f"no {target}" if getattr(post, target) is None else None
 
     items, rejects = training_items(args.data, args.images, branches_of)
-    posts, dev = [post for post, _ in items], read_dev_posts(args.dev, args.images, target)
+    posts = [post for post, _ in items]
+    dev = read_dev_posts(args.dev, args.images, target)
     begin(args, items, rejects, dev, begun=(out / "config.json").exists())
     torch.manual_seed(args.seed)
     model = new_ubm(args.text_encoder, classes, args.image_encoder, args.members).to(args.device)
@@ -637,8 +670,8 @@ def ubm(args):
     save_ubm(model, out)
     print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/member-*.jsonl  "
           f"config {out}/config.json")
-    numbers = [f"{name} {value:.3f}" for name, value in ubm_metrics(classes, logits, dev).items()]
-    print(f"{args.members} members together: {'  '.join(numbers)}: {out}")
+    metrics = ubm_metrics(classes, logits, dev)
+    print(f"{args.members} members together: {row_text(metrics)}: {out}")
 
 
 @torch.no_grad()
@@ -647,8 +680,8 @@ def ubm_logits(model, posts):
     model.eval()
     order = sorted(range(len(posts)), key=lambda i: len(posts[i].text))
     parts = []
-    for start in range(0, len(order), 64):
-        batch = [posts[i] for i in order[start : start + 64]]
+    for part in chunks(order, 64):
+        batch = [posts[i] for i in part]
         parts.append(model(model.inputs(batch)).cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
@@ -665,7 +698,8 @@ def ubm_metrics(classes, logits, posts):
 
 
 class WordEmbeddings:
-    """Watches an encoder's word embeddings (B, T, D) and adds `offset` to them."""
+    """Watches an encoder's word embeddings (B, T, D) and adds `offset` to them: what an adversarial
+    step needs, as a forward hook, so that any Hugging Face encoder will do."""
 
     def __init__(self, encoder):
         self.handle = encoder.get_input_embeddings().register_forward_hook(self.hook)
@@ -683,10 +717,12 @@ class WordEmbeddings:
 
 def train_member(args, k, model, posts, dev, classes):
     """Trains member k: two rates, linear decay, each batch once more with the posts' word
-    embeddings moved uphill. Returns {name: tensor} of the weights' running average as of its best
-    dev epoch."""
+    embeddings moved uphill (adversarial training), the weights averaged as they go. Returns
+    {name: tensor} of the weights' running average as of its best dev epoch."""
     average, words = copy.deepcopy(model), WordEmbeddings(model.text)
-    encoders = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+    encoders = [*model.text.parameters()]
+    if model.image is not None:
+        encoders += model.image.parameters()
     optimizer = torch.optim.AdamW([dict(params=encoders, peak_lr=args.lr),
                                    dict(params=model.head.parameters(), peak_lr=args.head_lr)],
                                   lr=0.0, weight_decay=0.01, fused=True)
@@ -704,16 +740,18 @@ def train_member(args, k, model, posts, dev, classes):
         log.append(dict(member=k, epoch=epoch + 1, loss=loss, **metrics,
                         seconds=round(time.time() - began, 1)))
         write_rows(Path(args.out, f"member-{k}.jsonl"), log)
-        print("  ".join(f"{name} {number:.4g}" for name, number in log[-1].items()))
+        print(row_text(log[-1]))
         if statistics.mean(metrics.values()) > best:
             best = statistics.mean(metrics.values())
-            kept = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+            kept = copy.deepcopy(average.state_dict())
     words.handle.remove()
     return kept
 
 
 def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, classes):
-    """One epoch of a member, `steps` as deterministic_batches gives them; returns the mean loss."""
+    """One epoch of a member, `steps` as deterministic_batches gives them; returns the mean loss of
+    the plain passes. Each batch is read once and passed twice: plain, then with its word embeddings
+    moved by the first pass's gradient; both gradients add up before the step."""
     step, total, losses = epoch * len(steps), args.epochs * len(steps), []
     bar = progress(len(steps), f"epoch {epoch + 1}", "step")
     model.train()
@@ -721,7 +759,8 @@ def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, cl
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - step / total)
         batch = [posts[i] for i in rows]
-        inputs, targets = model.inputs(batch), class_targets(batch, classes).to(args.device)
+        inputs = model.inputs(batch)
+        targets = class_targets(batch, classes).to(args.device)
         words.offset = 0.0
         for adversarial in (False, True) if args.adv_epsilon else (False,):
             if adversarial:

@@ -200,7 +200,8 @@ FLAGS = "--data x --dev x --out x --model x --no-soft --device cpu".split()
 def our_step(model, batch, examples, soft=None):
     """train.py's own step: one forward pass, two chunked losses, one backward pass."""
     args = train_script.parse_args(["student", *FLAGS])
-    stage = train_script.chain_stage(args, None, soft)
+    stage = train_script.ChainStage(args, None)
+    stage.soft = soft
     counts = train_script.step_counts([(batch, examples)])
     stage.loss(model, batch, examples, counts)[0].backward()
 
@@ -245,7 +246,8 @@ def train(args):
 class Soft:
     """Soft labels at hand, as train.py reads them from files."""
 
-    config = dict(positions="response", temperature=2.0)
+    config = dict(positions="response")
+    names = staticmethod(mulcot.SoftLabels.names)
 
     def __init__(self, teacher, examples, pad):
         self.head = teacher.lm_head.weight.detach()
@@ -430,11 +432,12 @@ def data(args):
             "16", "--accumulate", "1", "--workers", "0"])
         began = time.time()
         processor = mulcot.load_processor(options.model)
-        stage = train_script.chain_stage(options, processor, None)
-        items, _ = train_script.training_items(options, stage.branches_of)
+        stage = train_script.ChainStage(options, processor)
+        items, _ = mulcot.training_items(options.data, options.images, stage.branches_of)
         read, began = time.time() - began, time.time()
         posts = real = held = 0
-        for ((batch, _),) in train_script.StepLoader(options, items, processor, 0, 60).loader:
+        options.epochs, few = 1, items[: 60 * 16]
+        for ((batch, _),) in train_script.step_loader(options, few, processor, 0):
             posts += len(batch)
             real += int((batch.branch_ids >= 0).sum())
             held += batch.input_ids.numel()
@@ -556,7 +559,7 @@ def ours(rows, references):
     """All chain metrics but Sim -> the means that the libraries have too."""
     from eval import chain_metrics
 
-    out = chain_metrics(rows, references)
+    out, _ = chain_metrics(list(rows.values()), [references[i] for i in rows])
     return [out[k] for k in ("bleu4", "bleu4_corpus", "rouge_l", "meteor")]
 
 
