@@ -7,16 +7,19 @@
 
 Last line: `wrote results/metrics.json, results/table.md and results/report.html`. A prediction row
 needs id and prediction; with `raw` (the chain) the chain is judged too, with `probs` its
-confidence, with `score` the number. Gold labels come from --gold, never from prediction rows. The
-only network that may run is Sim's sentence embedder. Files of one NAME are its seeds, shown as mean
-± deviation; NAME may be GROUP/NAME and is the file's without its ending if none is given. The
-report shows the first file's posts.
+confidence, with `score` the number. Gold labels come from --gold, never from prediction rows; all
+runs are judged on the same gold posts, those of --split. The only network that may run is Sim's
+sentence embedder. Files of one NAME are its seeds, shown as mean ± deviation; NAME may be
+GROUP/NAME and is the file's without its ending if none is given. The report shows the posts of the
+first run, beside the second.
 """
 
 import argparse
 import base64
 import hashlib
+import json
 import re
+import time
 from collections import Counter, defaultdict
 from functools import cache
 from html import escape
@@ -27,8 +30,8 @@ import torch
 
 from mulcot import (
     FIELDS, LABELS, Help, InputError, confusion_scores, confusion_table, data_url, parse_reasoning,
-    read_posts, read_rows, regression_metrics, report_rejects, run_info, run_stage, sibling,
-    write_json, write_text)
+    read_posts, read_rows, reading, regression_metrics, report_rejects, run_info, run_stage,
+    select_split, sibling, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -37,10 +40,11 @@ def parse_args(argv=None):
     p.add_argument("predictions", nargs="+", metavar="[NAME=]FILE", help="rows of generate.py")
     p.add_argument("--gold", required=True, help="labelled posts: a file or an MVSA folder")
     p.add_argument("--images", help="images folder (default: images/ beside the posts or theirs)")
+    p.add_argument("--split", help="judged posts (default: test where gold has such, else all)")
     p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot")
     p.add_argument("--chains", help="the teacher's rows, for their statistics")
-    p.add_argument("--logs", nargs="*", default=[], metavar="[NAME=]FILE", help="train.py's logs")
     p.add_argument("--cards", type=int, default=200, help="posts in the report, wrong ones first")
+    p.add_argument("--all-columns", action="store_true", help="print more than ten columns")
     p.add_argument("--baseline", metavar="NAME", help="column p: accuracy against this run's")
     p.add_argument("--wordnet", metavar="DIR", help="WordNet 3.0's files, for METEOR's synonyms")
     p.add_argument("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")
@@ -78,14 +82,13 @@ def classification_metrics(gold, predicted):
     assert len(gold) == len(predicted) and gold, (len(gold), len(predicted))
     table = confusion_table(gold, predicted)  # (3, 4)
     metrics = dict(n=len(gold), unparsed=predicted.count(None), confusion=table.tolist())
-    for name, value in confusion_scores(table).items():
-        metrics[name] = float(value)
+    metrics |= {name: float(value) for name, value in confusion_scores(table).items()}
     metrics["per_class"] = {}
     counts = np.stack([np.diagonal(table), table.sum(0)[:3], table.sum(1)]).tolist()
     for label, right, predictions, support in zip(LABELS, *counts):
         metrics["per_class"][label] = dict(
-            precision=right / max(predictions, 1), recall=right / max(support, 1), support=support,
-            f1=2 * right / max(predictions + support, 1))
+            precision=right / max(predictions, 1), recall=right / max(support, 1),
+            f1=2 * right / max(predictions + support, 1), support=support)
     return metrics
 
 
@@ -99,12 +102,10 @@ def calibration_metrics(gold, probs, bins=15):
     confidence = probs.max(-1)
     wrong = np.array(LABELS)[probs.argmax(-1)] != gold
     bin_of = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
-    reliability, ece = [], 0.0
-    for b in np.unique(bin_of):
-        inside = bin_of == b
-        point = float(confidence[inside].mean()), float(1 - wrong[inside].mean())
-        reliability.append([*point, int(inside.sum())])
-        ece += float(inside.mean()) * abs(point[0] - point[1])
+    _, bin_of, sizes = np.unique(bin_of, return_inverse=True, return_counts=True)
+    points = np.stack([np.bincount(bin_of, confidence), np.bincount(bin_of, ~wrong)]) / sizes
+    ece = float(abs(points[0] - points[1]) @ sizes / len(gold))
+    reliability = [[*point, size] for *point, size in zip(*points.tolist(), sizes.tolist())]
     # Posts of equal confidence have no order: each takes the mean error of its tie.
     _, tie, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
     errors = np.repeat(np.bincount(tie, wrong) / counts, counts)  # the most confident first
@@ -181,10 +182,9 @@ _13A = [("<skipped>|-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&
         (r"([^0-9])([\.,])", r"\1 \2 "), (r"([\.,])([^0-9])", r" \1 \2"), ("([0-9])(-)", r"\1 \2 ")]
 _TREEBANK = [
     ('^"', "``"), ("``", " `` "), (r"""([ ([{<])("|'')""", r"\1 `` "), (r"([:,])(\D)", r" \1 \2"),
-    ("[:,]$", r" \g<0> "), (r"\.\.\.|[;@#$%&]", r" \g<0> "), ("[?!]", r" \g<0> "),
-    (r"""([^.])(\.)([])}>"']*)[^\S\x1c-\x1f]*$""", r"\1 \2\3 "), ("([^'])' ", r"\1 ' "),
-    (r"[][(){}<>]|--", r" \g<0> "), (r"\A|\Z", " "), ("''|\"", " '' "),
-    ("([^' ])('[smd]|') ", r"\1 \2 "), ("([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
+    (r"[:,]$|\.\.\.|[;@#$%&?!]", r" \g<0> "), (r"""([^.])(\.)([])}>"']*)[^\S\x1c-\x1f]*$""",
+    r"\1 \2\3 "), ("([^'])' ", r"\1 ' "), (r"[][(){}<>]|--", r" \g<0> "), (r"\A|\Z", " "),
+    ("''|\"", " '' "), ("([^' ])('[smd]|') ", r"\1 \2 "), ("([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
     (r"\b(can(?=not)|gim(?=me)|lem(?=me)|gon(?=na)|wan(?=na\s)|got(?=ta)|d(?='ye)|more(?='n))"
      r"(not|me|na|ta|'ye|'n)\b", r" \1 \2 "), (r" ('t)(is|was)\b", r" \1 \2 ")]
 
@@ -293,10 +293,9 @@ _IRREGULAR = dict(skies="sky", dying="die", lying="lie", tying="tie", innings="i
 _UNCHANGED = "sky news inning outing canning howe proceed exceed succeed".split()
 # Porter's steps 2 to 4: (the measure to exceed, "ending:replacement …")
 _PORTER = [
-    (0, "alli:al"),
-    (0, "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble entli:ent eli:e ousli:ous "
-     "ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al "
-     "iviti:ive biliti:ble fulli:ful (?<=l)ogi:og"),
+    (0, "alli:al"), (0, "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble entli:ent "
+     "eli:e ousli:ous ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous "
+     "aliti:al iviti:ive biliti:ble fulli:ful (?<=l)ogi:og"),
     (0, "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"),
     (1, "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: (?<=[st])ion: ou: ism: ate: "
      "iti: ous: ive: ize:")]
@@ -507,9 +506,9 @@ def chain_metrics(rows, references, wordnet=None, similarity=None):
             values["meteor"][i] = meteor(texts[i], reference, wordnet)
             if similarity:
                 values["sim"][i] = similarity(texts[i], reference)
-    metrics = dict(chains=len(texts), unparsed_chains=texts.count(""))
-    texts = [text for text in texts if text]
-    metrics |= dict(distinct_1=distinct_n(texts, 1), distinct_2=distinct_n(texts, 2))
+    whole = [text for text in texts if text]
+    metrics = dict(chains=len(texts), unparsed_chains=texts.count(""),
+                   distinct_1=distinct_n(whole, 1), distinct_2=distinct_n(whole, 2))
     if reference_texts:
         # choice: Distinct is of the predictions; the authors' script measures the references.
         metrics |= dict(referenced=len(reference_texts),
@@ -547,9 +546,9 @@ def teacher_metrics(path):
     were given, at least: what came before a kept one is not on file."""
     rows = teacher_chains(path).values()
     rejects = read_rows(sibling(path, "rejects.jsonl"))
-    tries, concludes = [], defaultdict(list)  # the latter by stage
+    tries = [row.get("tries", 1) for row in rows]
+    concludes = defaultdict(list)  # by stage
     for row in rows:
-        tries.append(row.get("tries", 1))
         parsed = parse_reasoning(row["cot"])
         concludes[row.get("stage")].append(names_only(parsed, parsed.prediction))
     rejected = [str(attempt["problem"]).startswith("predicts ") for row in rejects
@@ -584,12 +583,14 @@ def diagnose(runs, teacher={}):
 # ---- runs and table ----------------------------------------------------------------------------
 
 COLUMNS = dict(
-    accuracy="accuracy", intervals="95 %", p="p", macro_f1="macro F1", weighted_f1="weighted F1",
-    unparsed="unparsed", mae="MAE", corr="Corr", acc7="Acc-7", acc2_non0="Acc-2", ece="ECE",
-    aurc="AURC", bleu4="BLEU-4", rouge_l="ROUGE-L", meteor="METEOR", sim="Sim", parse_rate="parsed",
-    agreement="chain = label", accuracy_agree="accuracy there", accuracy_disagree="elsewhere")
+    n="n", accuracy="accuracy, 95 %", p="p", macro_f1="macro F1", weighted_f1="weighted F1",
+    parse_rate="parsed", agreement="chain=label", accuracy_agree="acc. =",
+    accuracy_disagree="acc. ≠", meteor="METEOR", rouge_l="ROUGE-L", sim="Sim", mae="MAE",
+    corr="Corr", acc7="Acc-7", acc2_non0="Acc-2", unparsed="unparsed", ece="ECE", aurc="AURC",
+    bleu4="BLEU-4")
 # Names of no run, because metrics.json has its own entries of these names.
-RESERVED = {"", *"majority teacher command versions signatures comparisons diagnosis".split()}
+RESERVED = {"", *"majority teacher command versions signatures comparisons diagnosis date split n "
+            "seed warnings".split()}
 
 
 def sign_label(score):
@@ -619,23 +620,28 @@ def prediction_rows(path):
     return rows
 
 
-def read_gold(path, images, reference_files):
-    """Gold posts {id: post} that have a label; `cot` is their reference chain, from the reference
-    files or their own, and `columns["stage"]` the teacher's stage that it came from."""
-    references, rejects, gold = {}, [], {}
-    for file in reference_files:
+def read_gold(args):
+    """(gold posts of --split that have a label, the split); the default is test where there are
+    such posts, else all. `cot` is a post's reference chain, from the reference files or its own,
+    and `columns["stage"]` the teacher's stage that it came from."""
+    references, rejects, gold = {}, [], []
+    for file in args.references:
         references |= teacher_chains(file)
-    for post in read_posts(path, images, rejects):
+    for post in read_posts(args.gold, args.images, rejects):
         if post.id in references:
             post.cot = references[post.id]["cot"]
             post.columns["stage"] = references[post.id].get("stage")
         if post.score is not None:  # MOSI and MOSEI have scores and no labels
             post.label = post.label or sign_label(post.score)
         if post.label:
-            gold[post.id] = post
+            gold.append(post)
     report_rejects(rejects, "gold rows cannot be read and are in no number below")
-    require(gold, f"{path} has no post with label or score")
-    return gold
+    require(gold, f"{args.gold} has no post with label or score")
+    split = args.split or ("test" if any(post.split == "test" for post in gold) else "all")
+    posts = select_split(gold, split)
+    require(posts, f"{args.gold} has no labelled post of split {split!r}: try --split all")
+    print(f"judged: {len(posts)} gold posts, split {split}; {len(gold) - len(posts)} left out")
+    return posts, split
 
 
 def read_specs(specs):
@@ -651,15 +657,35 @@ def read_specs(specs):
     return files
 
 
-def covered_posts(path, rows, gold):
-    """The gold posts {id: post} of the splits that prediction rows cover, as a list."""
-    splits = {gold[i].split for i in rows.keys() & gold.keys()}
-    require(splits, f"{path}: no id occurs among the labelled gold posts: wrong --gold?")
-    posts = [post for post in gold.values() if post.split in splits]
-    missing = sum(post.id not in rows for post in posts)
-    foreign = len(rows.keys() - gold.keys())
-    print(f"{path}: {len(posts)} gold posts, {missing} lack a row (unparsed); {foreign} other rows")
-    return posts
+def read_json(path):
+    """The object in a JSON file of another stage, {} if there is no such file."""
+    with reading(f"{path} cannot be read"):
+        return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+
+
+def training_posts(model):
+    """{(id, text)} that a model was trained on, as far as train.py's config.json beside it and the
+    row files named there are at hand."""
+    config = read_json(Path(model).parent / "config.json")
+    found = set()
+    for file in [each for each in config.get("data", ()) if each.endswith(".jsonl")]:
+        found |= {(row.get("id"), row.get("text")) for row in read_rows(file)
+                  if row.get("split") not in ("dev", "test")}  # train.py sets these aside
+    return found
+
+
+def coverage_warnings(path, rows, posts):
+    """Lines on what makes the numbers of a file's rows too low or too high; prints how many of the
+    judged posts they cover."""
+    covered = [post for post in posts if post.id in rows]
+    require(covered, f"{path}: no id occurs among the judged gold posts: wrong --gold or --split?")
+    print(f"{path}: {len(covered)} of {len(posts)} judged posts; {len(rows) - len(covered)} others")
+    trained = training_posts(str(rows[covered[0].id].get("model")))
+    counts = Counter({"have no row and count as wrong": len(posts) - len(covered)})
+    for post in covered:
+        counts["are training posts"] += post.split == "train"
+        counts["are among its model's training rows"] += (post.id, post.text) in trained
+    return [f"{path}: {n} of {len(posts)} judged posts {what}" for what, n in counts.items() if n]
 
 
 def run_metrics(rows, posts, wordnet=None, similarity=None):
@@ -684,8 +710,7 @@ def run_metrics(rows, posts, wordnet=None, similarity=None):
         metrics |= calibration_metrics(*zip(*probs))
     if any(score is not None for _, score in scores):
         metrics["scores"] = regression_metrics(*zip(*scores))
-        for name in ("mae", "corr", "acc7", "acc2_non0"):
-            metrics[name] = metrics["scores"][name]
+        metrics |= {name: metrics["scores"][name] for name in ("mae", "corr", "acc7", "acc2_non0")}
     samples = bootstrap(labels, predictions, values)
     return metrics | dict(intervals=intervals(samples)), samples
 
@@ -697,36 +722,35 @@ def best_against_next(runs, samples):
     for key in COLUMNS:
         names = [name for name in samples if key in samples[name]]
         if len(names) > 1 and not key.startswith("accuracy_"):  # those are of other posts
-            names.sort(key=lambda name: -runs[name][key])
-            best, after = names[:2]
+            best, after, *_ = sorted(names, key=lambda name: -runs[name][key])
             tests[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
                               p=p_value(samples[best][key], samples[after][key], runs[best]["n"]))
     return tests
 
 
-def cell(metrics, key):
+def cell(metrics, key, is_best=False):
     """How a run's metric looks in a table."""
     value = metrics.get(key)
     if value is None:
         return ""
-    if key == "intervals":
-        return "–".join(f"{x:.2f}" for x in value["accuracy"])
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     if key in metrics.get("deviation", {}):
         text += f" ± {metrics['deviation'][key]:.3f}"
+    if is_best:
+        text = f"**{text}**"
+    if key == "accuracy" and "intervals" in metrics:
+        text += " {:.2f}–{:.2f}".format(*metrics["intervals"]["accuracy"])
     return text
 
 
-def table(runs, tests):
-    """{name: metrics} -> columns of cells, their titles first; **bold** is a best value that is
-    significantly better than the next."""
+def table(runs, tests, skipped=()):
+    """{name: metrics} -> columns of cells, their titles first, but the skipped and the empty ones;
+    **bold** is a best value that is significantly better than the next."""
     columns = [["run", *runs]]
     for key, title in COLUMNS.items():
-        cells = [cell(metrics, key) for metrics in runs.values()]
-        if key in tests and tests[key]["p"] < 0.05:
-            best = list(runs).index(tests[key]["best"])
-            cells[best] = f"**{cells[best]}**"
-        if any(cells):
+        best = tests[key]["best"] if key in tests and tests[key]["p"] < 0.05 else None
+        cells = [cell(metrics, key, name == best) for name, metrics in runs.items()]
+        if any(cells) and key not in skipped:
             columns.append([title, *cells])
     return columns
 
@@ -736,56 +760,69 @@ def markdown(columns, notes):
     padded = []
     for column in columns:
         cells = [cell.replace("|", "&#124;") for cell in column]
-        width = max(len(cell) for cell in cells)
+        width = max(2, *(len(cell) for cell in cells))
         cells.insert(1, "-" * (width - 1) + ":")
         padded.append([cell.rjust(width) for cell in cells])
-    lines = ["| " + " | ".join(row) + " |" for row in zip(*padded)]
+    lines = ["|" + " |".join(row) + " |" for row in zip(*padded)]
     return "\n- ".join(["\n".join(lines) + "\n", *notes]) + "\n"
 
 
 def evaluate(args):
     """Table, metrics.json, table.md and report.html of the given runs."""
     specs = read_specs(args.predictions)
-    charts = training_charts(args.logs)
-    gold = read_gold(args.gold, args.images, args.references)
+    require(args.baseline in (None, *specs), f"--baseline {args.baseline!r} is none of the runs")
+    posts, split = read_gold(args)
     similarity = load_embedder(args.embedder) if args.embedder else None
-    runs, samples, shown, comparable = {}, {}, None, True
+    runs, samples, rows_of, warnings = {}, {}, {}, []
     for name, paths in specs.items():
         seeds = []
         for path in paths:
             rows = prediction_rows(path)
-            posts = covered_posts(path, rows, gold)
-            shown = shown or (name, posts, rows)  # in the report
-            comparable &= posts == shown[1]
+            warnings += coverage_warnings(path, rows, posts)
             seeds.append(run_metrics(rows, posts, args.wordnet, similarity))
+            rows_of.setdefault(name, rows)
         runs[name], samples[name] = group_seeds(seeds)
-    tests = best_against_next(runs, samples) if comparable else {}
+    tests = best_against_next(runs, samples)
     if args.baseline:
-        require(args.baseline in runs, f"--baseline {args.baseline!r} must be one of the runs")
-        require(comparable, "--baseline: all runs must cover the same posts")
         base = samples[args.baseline]["accuracy"]
         for name in runs.keys() - {args.baseline}:
-            runs[name]["p"] = p_value(samples[name]["accuracy"], base, runs[name]["n"])
-    labels = [post.label for post in shown[1]]
+            runs[name]["p"] = p_value(samples[name]["accuracy"], base, len(posts))
+    labels = [post.label for post in posts]
     commonest = Counter(labels).most_common(1)[0][0]
     majority = classification_metrics(labels, [commonest] * len(labels))
     runs = dict(majority=majority | dict(label=commonest)) | runs
-    metrics = args.info | dict(signatures={}, comparisons=tests, teacher={})
-    for key, text in SIGNATURES.items():
-        if any(key in of_run for of_run in runs.values()):
-            synonyms = "WordNet 3.0 synonyms" if args.wordnet else "no synonyms"
-            metrics["signatures"][key] = text.format(synonyms=synonyms, embedder=args.embedder)
-    if args.chains:
-        metrics["teacher"] = teacher_metrics(args.chains)
-        print(f"teacher: {metrics['teacher']}")
-    metrics["diagnosis"] = diagnose(runs, metrics["teacher"])
-    # The same lines stand under the table in the console, in table.md and in the report.
-    notes = ["bold: better than the next best (paired bootstrap over posts, p < 0.05)"]
-    notes += [*metrics["signatures"].values(), *metrics["diagnosis"]]
-    text = markdown(table(runs, tests), notes)
+    teacher = teacher_metrics(args.chains) if args.chains else {}
+    settings = read_json(sibling(next(iter(specs.values()))[0], "settings.json"))
+    synonyms = "WordNet 3.0 synonyms" if args.wordnet else "no synonyms"
+    used = set().union(*runs.values())  # names of metrics
+    about = args.info | dict(
+        date=time.strftime("%Y-%m-%d %H:%M"), split=split, n=len(posts), seed=settings.get("seed"),
+        warnings=warnings, diagnosis=diagnose(runs, teacher), comparisons=tests, teacher=teacher,
+        signatures={key: text.format(synonyms=synonyms, embedder=args.embedder)
+                    for key, text in SIGNATURES.items() if key in used})
+    write_results(about, runs, posts, rows_of, args)
+
+
+def write_results(about, runs, posts, rows_of, args):
+    """The table in the console and in table.md, report.html, metrics.json. about: metrics.json's
+    entries that are no run; rows_of: {name: {id: row} of its first file}."""
+    # paper: macro F1 on Twitter-2015 and -2017, weighted F1 on MVSA, which is a folder
+    f1 = "weighted_f1" if Path(args.gold).is_dir() else "macro_f1"
+    hidden = {"macro_f1", "weighted_f1", "unparsed", "ece", "aurc", "bleu4"} - {f1}
+    short = table(runs, about["comparisons"], hidden)[:11]
+    full = table(runs, about["comparisons"])
+    notes = [f"n: gold posts of split {about['split']}", "acc. =, ≠: where chain=label, where not",
+             "bold: beats the next best, p < 0.05", *about["signatures"].values()]
+    lines = [*map("warning: {}".format, about["warnings"]),
+             *map("diagnosis: {}".format, about["diagnosis"])]
+    text = markdown(full if args.all_columns else short, notes + lines)
+    if about["teacher"]:
+        print(f"teacher: {about['teacher']}")
     print(text)
     write_text(Path(args.out, "table.md"), text)
-    write_text(Path(args.out, "report.html"), report(runs, text, shown, charts, args))
+    page = report(about, runs, (short, full), (notes, lines), f1, posts, rows_of, args.cards)
+    write_text(Path(args.out, "report.html"), page)
+    metrics = dict(about)
     for name, of_run in runs.items():  # base/student becomes {"base": {"student": …}}
         *groups, leaf = name.split("/")
         place = metrics
@@ -799,112 +836,203 @@ def evaluate(args):
 # ---- report ------------------------------------------------------------------------------------
 
 STYLE = """
-:root{color-scheme:light dark;--page:light-dark(#f4f5f7,#14161a);--card:light-dark(#fff,#1e2127);
---text:light-dark(#1c2026,#eee);--good:light-dark(#1e7a3e,#6cca8c);--bad:light-dark(#b93a30,#f98)}
-body{max-width:76rem;margin:auto;padding:0 1rem;background:var(--page);color:var(--text);
-font:15px/1.5 system-ui;overflow-wrap:anywhere}p{margin:.2rem 0}label{white-space:nowrap}
-.wide,figure,form,article{background:var(--card);border-radius:.6rem;padding:.7rem;margin:.7rem 0}
-.wide{overflow-x:auto}.chain{white-space:pre-wrap;font:inherit;margin:.5rem 0}img{width:9rem}
-figure{display:inline-block}svg{width:12rem;height:6rem;display:block}
-polyline{fill:none;stroke:var(--good);stroke-width:2;vector-effect:non-scaling-stroke}
-article{border-left:.4rem solid var(--good);content-visibility:auto}[hidden]{display:none}
-.wrong{border-color:var(--bad)}.flags{color:var(--bad)}@media(min-width:46rem){
-article:not([hidden]){display:grid;grid:auto 1fr/10rem 1fr 1fr;gap:.5rem 1rem}
-article>div{grid-row:span 2}.text{grid-column:2/-1}form{position:sticky;top:0;z-index:1}}
+:root{color-scheme:light dark;--card:light-dark(#fff,#1e2127);--text:light-dark(#1c2026,#eceef1);
+--dim:light-dark(#59606c,#a7aebb);--line:light-dark(#d8dbe2,#414752)}.neutral,.none{--c:var(--dim)}
+.negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}*{
+box-sizing:border-box;margin:0}body{max-width:78rem;margin:auto;padding:1rem;color:var(--text);
+background:light-dark(#f4f5f7,#14161a);font:15px/1.5 system-ui;overflow-wrap:anywhere}h1{
+font-size:1.5rem}h2{font-size:1.1rem;margin-top:1.4rem}p{margin:.3rem 0}a,mark{color:inherit}
+small,dt,th{color:var(--dim);font-size:.87rem;font-weight:400}.lead b{font-size:1.7rem;
+white-space:nowrap;margin-right:1rem}span,small[class]{color:var(--c);font-weight:600}
+.wide,.note,figure,form,article{background:var(--card);border:1px solid var(--line);margin:.5rem 0;
+border-radius:.6rem;padding:.6rem .9rem}.note,article{border-left:.4rem solid var(--c,var(--dim))}
+.pair,dl{display:flex;flex-wrap:wrap;gap:0 1rem}figure,dd{flex:1 1 17rem}.wide{overflow-x:auto;
+width:fit-content;max-width:100%}table{border-collapse:collapse;white-space:nowrap}td,th{
+padding:.2rem .5rem;text-align:right}th:first-child{text-align:left}tr+tr>*{
+border-top:1px solid var(--line)}figure{max-width:27rem}text{fill:var(--dim);font-size:11px}path{
+stroke:var(--line)}circle{fill:var(--run)}polyline{fill:none;stroke:var(--run);stroke-width:2}
+.faint{opacity:.5}.strong{--run:var(--text)}i{display:inline-block;width:1rem;height:.3rem;
+margin:.2rem;background:var(--run)}circle~polyline,[hidden]{display:none}label{white-space:nowrap;
+margin-right:.6rem}.text{font-size:1.1rem}mark{background:light-dark(#fd8,#654)}dt{width:100%}dd{
+white-space:pre-wrap}img{width:9rem}article{content-visibility:auto;
+contain-intrinsic-size:auto 20rem;scroll-margin-top:6rem}article:target{outline:3px solid}
+@media(min-width:46rem){article:not([hidden]){display:grid;gap:0 1rem;
+grid-template-columns:9rem 1fr}form{position:sticky;top:0;z-index:1}}
 """
 
 SCRIPT = """
 const all = query => [...document.querySelectorAll(query)], form = document.forms[0];
 form.onreset = () => setTimeout(form.oninput);
-form.oninput = () => {
+(form.oninput = () => {
   const words = form.search.value.toLowerCase().split(/\\s+/);
   const wanted = all("input:checked").map(box => box.value);
   for (const post of all("article")) {
-    const text = post.textContent.toLowerCase(), marks = post.dataset.marks.split(" ");
+    const text = post.textContent.toLowerCase(), marks = post.dataset.marks.split("|");
     post.hidden = !words.every(x => text.includes(x)) || !wanted.every(x => marks.includes(x));
   }
   form.left.value = `${all("article:not([hidden])").length} of ${all("article").length} posts`;
-};
-form.oninput();
+})();
 """
 
-# The label is not gold's; chain and label differ; there is no label, or the chain lacks a field;
-# the chain and the teacher's chain name different labels.
-FLAGS = ("wrong", "conflict", "unparsed", "disagree")
+# Of the first run's label and chain; the last is of two runs.
+FLAGS = ("wrong", "chain ≠ label", "unparsed", "chain ≠ teacher's", "only one of them right")
 
 
-def training_charts(specs):
-    """The curves of training logs [NAME=]FILE, each from 0 to its last step and its largest value.
-    A row that names its `run` belongs to that one."""
-    curves = defaultdict(list)
-    for spec in specs:
-        *given, path = spec.split("=", 1)
-        name = given[0] if given else Path(path).absolute().parent.name
-        for where, row in checked_rows(path, "train.py"):
-            require(is_number(row.get("step")), f"{where}: a log row needs a step")
-            for key, value in row.items():
-                if is_number(value) and re.match("(loss|dev_accuracy)$|ce_|kl_", key):
-                    curves[f"{row.get('run', name)}: {key}"].append((row["step"], value))
+def in_color(label, gold=None):
+    """A label in its class's colour; where gold is given, ✓ or ✗ beside it."""
+    mark = {None: "", label: " ✓"}.get(gold, " ✗")
+    return f"<span class={label or 'none'}>{label or 'none'}</span>{mark}"
+
+
+def html_table(rows, title):
+    """Rows of cells in a box that scrolls sideways: the first row and column are headings, labels
+    have their class's colour, **bold** is bold."""
+    html = f'<div class=wide tabindex=0 role=region aria-label="{title}"><table>'
+    for i, row in enumerate(rows):
+        html += "<tr>"
+        for j, text in enumerate(row):
+            tag = "td" if i and j else "th"
+            bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(str(text)))
+            html += f"<{tag}>{in_color(text) if text in LABELS else bold}"
+    return html + "</table></div>"
+
+
+def error_tables(metrics):
+    """Right and wrong labels where the chain names them and where not; the confusion matrix with
+    each class's scores."""
     html = ""
-    for name, curve in curves.items():
-        right, top = np.maximum(np.max(curve, axis=0), 1e-9)
-        points = " ".join(f"{x / right:.4f},{1 - y / top:.4f}" for x, y in curve)
-        html += (f'<figure>{escape(name)}<svg viewBox="0 0 1 1" preserveAspectRatio=none role=none>'
-                 f'<polyline points="{points}"/></svg>to step {right:g}, {top:.4g}</figure>')
-    return html
+    if "agreement" in metrics:
+        agree = round(metrics["agreement"] * metrics["n"])
+        rows = [["", "label right", "label wrong", "n", "accuracy"]]
+        for title, n, key in (("chain = label", agree, "accuracy_agree"),
+                              ("chain ≠ label", metrics["n"] - agree, "accuracy_disagree")):
+            right = round(n * metrics.get(key, 0))
+            rows.append([title, right, n - right, n, cell(metrics, key)])
+        html = html_table(rows, "chain and label")
+    rows = [["gold", *LABELS, "unparsed", "precision", "recall", "F1", "n"]]
+    for counts, (label, scores) in zip(metrics["confusion"], metrics["per_class"].items()):
+        rows.append([label, *counts, *(cell(scores, name) for name in scores)])
+    return html + html_table(rows, "confusion")
 
 
-def card(post, row):
-    """A post as HTML: image, verdicts and probabilities; its text with the aspect marked; its chain
-    and the teacher's."""
+def chart(title, runs, key, summary):
+    """The points metrics[key] of runs {name: metrics} as inline SVG: [[x, y, count], …] as dots of
+    that area, [[x, y], …] as a line; x from 0 to 1. The first run is strong, the others faint."""
+    # quarters of a multiple of 0.04 are short numbers
+    top = max(1, *(np.ceil(25 * np.max(m[key], axis=0)[1]) for m in runs.values())) / 25
+    art = '<path d="M40 174L300 14"/>' * (key == "reliability")  # confidence = accuracy
+    marks, legend = "", ""
+    for k in range(5):
+        y = 174 - 40 * k
+        art += (f'<path d="M40 {y}H300"/><text x=34 y={y + 4} text-anchor=end>{top * k / 4:g}'
+                f"</text><text x={40 + 65 * k} y=190 text-anchor=middle>{k / 4:g}</text>")
+    for i, (name, metrics) in enumerate(runs.items()):
+        look = f'class=faint style="--run:hsl({280 + 130 * i} 45% 50%)"' if i else "class=strong"
+        dots, line = "", ""
+        for x, y, *count in metrics[key]:
+            place = 40 + 260 * x, 174 - 160 * y / top
+            line += "{:.1f},{:.1f} ".format(*place)
+            radius = 2 + 10 * (sum(count) / metrics["n"]) ** 0.5
+            dots += "<circle cx={:.1f} cy={:.1f} r={:.1f} />".format(*place, radius) * len(count)
+        marks = f'<g {look}>{dots}<polyline points="{line}"/></g>{marks}'  # the first on top
+        legend += f"<i {look}></i><small>{escape(name)} {metrics[summary]:.3f}</small> "
+    return (f'<figure>{title}<svg viewBox="0 0 310 196" role=img aria-label="{title}">{art}{marks}'
+            f"</svg>{legend}</figure>")
+
+
+def chain_fields(texts):
+    """Chains {whose: text} field by field, equal fields once; one that lacks a field as it is."""
+    said = defaultdict(lambda: defaultdict(list))  # {heading: {text: whose}}
+    for who, text in texts.items():
+        chain = parse_reasoning(text)
+        parts = chain.fields if chain.complete else {chain.problem: text}
+        for heading, part in parts.items():
+            said[heading][part].append(who)
+    said.pop("Prediction", None)
+    html = ""
+    for heading, parts in said.items():
+        html += f"<dt>{escape(heading.replace('_', ' '))}"
+        for part, names in parts.items():
+            html += f"<dd><small>{escape(' = '.join(names))}:</small> {escape(part)}"
+    return f"<dl>{html}</dl>"
+
+
+def card(post, shown):
+    """A post as HTML with its rows {run: row}: of each run the label and the chain's, ✓ or ✗, its
+    probabilities, score and route; then the chains beside the teacher's."""
+    lines, texts, right = f"<p><b>gold</b> {in_color(post.label)}", {}, set()
+    for name, row in shown.items():
+        lines += f"<p><b>{escape(name)}</b> label {in_color(row.get('prediction'), post.label)}"
+        right.add(row.get("prediction") == post.label)
+        for label, p in zip(LABELS, row.get("probs") or ()):
+            lines += f" <small class={label}>{p:.1%}</small>"
+        if "raw" in row:
+            texts[name] = row["raw"]
+            lines += f" · chain {in_color(parse_reasoning(row['raw']).prediction, post.label)}"
+        if row.get("score") is not None:
+            lines += f" · score {row['score']:.2f}"
+        if "route" in row:
+            lines += escape(f" · route {row['route']}: {row.get('reason')}")
+    if post.cot:
+        texts["teacher"] = post.cot
+    name, row = next(iter(shown.items()))
+    label = row.get("prediction")
     chain = parse_reasoning(row.get("raw", ""))
     teacher = parse_reasoning(post.cot or "")
-    label = row.get("prediction")
-    holds = dict(wrong=label != post.label,
-                 conflict=len({label, chain.prediction} - {None}) == 2,
-                 unparsed=label is None or "raw" in row and not chain.complete,
-                 disagree=len({teacher.prediction, chain.prediction} - {None}) == 2)
-    flags = " ".join(flag for flag in FLAGS if holds[flag])
-    side = f"<small>{escape(post.id)}</small> <b class=flags>{flags}</b>"
-    if post.image:
-        side += f'<img alt="the post\'s image" src="{data_url(post.image, 160, 75)}">'
-    for who, verdict in dict(gold=post.label, label=label, chain=chain.prediction,
-                             teacher=teacher.prediction).items():
-        side += f"<p>{who} <b>{verdict}</b>"
-    side += f"<p><small>{' '.join(f'{p:.1%}' for p in row.get('probs') or ())}</small>"
+    holds = (label != post.label, len({label, chain.prediction} - {None}) == 2,
+             label is None or name in texts and not chain.complete,
+             len({teacher.prediction, chain.prediction} - {None}) == 2, len(right) == 2)
+    flags = [flag for flag, is_so in zip(FLAGS, holds) if is_so]
+    marks = "|".join([*flags, f"gold {post.label}", f"label {label}"])
+    image = "".join(f'<img alt=image src="{data_url(x, 160, 75)}">' for x in post.images[:1])
     pieces = post.text.split(post.aspect) if post.aspect else [post.text]
-    text = f"<mark>{escape(str(post.aspect))}</mark>".join(escape(piece) for piece in pieces)
-    return (f'<article class="{flags}" data-marks="{flags} gold:{post.label} label:{label}"><div>'
-            f"{side}</div><p class=text>{text}<pre class=chain>{escape(row.get('raw', ''))}</pre>"
-            f"<pre class=chain>{escape(post.cot or '')}</pre></article>\n")
+    text = f"<mark>{escape(str(post.aspect))}</mark>".join(map(escape, pieces))
+    name = escape(post.id)
+    return (f'<article class={post.label} id="{name}" data-marks="{marks}"><div>{image}</div><div>'
+            f'<a href="#{name}">{name}</a> <b>{" · ".join(flags)}</b><p class=text>{text}{lines}'
+            f"{chain_fields(texts)}</div></article>\n")
 
 
-def filters():
-    """The form above the posts: boxes for FLAGS, gold and predicted labels, and a text search."""
-    html = "<label>search <input type=search name=search></label>"
-    for mark in (*FLAGS, *(f"gold:{x}" for x in LABELS), *(f"label:{x}" for x in LABELS)):
-        html += f" <label><input type=checkbox value={mark}> {mark}</label>"
-    return f"<form>{html} <button type=reset>clear</button> <output name=left></output></form>"
-
-
-def report(runs, table_text, shown, charts, args):
-    """The self-contained page. runs: {name: metrics}; table_text: their table; shown: (name, gold
-    posts, {id: row}) of the run whose posts are shown; charts: HTML. Every string from data is
+def report(about, runs, tables, notes, f1, posts, rows_of, most):
+    """The self-contained page. runs: {name: metrics}; tables: their columns, the short one and the
+    full; about: metrics.json's other entries; notes: (how numbers are computed, what is wrong);
+    rows_of: {name: {id: row}}, of the first two so many posts are shown. Every string from data is
     escaped, and the page's policy lets nothing run but SCRIPT, and nothing load."""
-    name, posts, rows = shown
-    posts = sorted(posts, key=lambda post: rows.get(post.id, {}).get("prediction") == post.label)
-    cards = "".join(card(post, rows.get(post.id, {})) for post in posts[: args.cards])
-    confusion = [["gold", *LABELS]]
-    for label, counts in zip((*LABELS, "unparsed"), np.transpose(runs[name]["confusion"])):
-        confusion.append([label, *counts.astype(str)])
+    pair = dict(list(rows_of.items())[:2])
+    name = next(iter(pair))
+    metrics = runs[name]
+
+    def sureness_of_error(post):
+        row = pair[name].get(post.id, {})
+        return (row.get("prediction") != post.label) * (1 + max(row.get("probs") or [0]))
+
+    cards, charts, boxes = "", "", ""
+    for post in sorted(posts, key=sureness_of_error, reverse=True)[:most]:
+        cards += card(post, {run: rows.get(post.id, {}) for run, rows in pair.items()})
+    flags = FLAGS[: 3 + len(pair)]
+    for mark in (*flags, *map("gold {}".format, LABELS), *map("label {}".format, LABELS)):
+        boxes += f' <label><input type=checkbox value="{mark}"> {mark}</label>'
+    curves = {run: runs[run] for run in (name, *list(runs)[:7]) if "ece" in runs[run]}
+    if "ece" in metrics:
+        charts = chart("accuracy by confidence, area: posts; ECE", curves, "reliability", "ece")
+        charts += chart("error rate by coverage; AURC", curves, "risk_coverage", "aurc")
+    short, full = (html_table(zip(*columns), "runs") for columns in tables)
+    computed, lines = ("<p class=note>".join(["", *map(escape, each)]) for each in notes)
+    seeds = metrics.get("seeds", [metrics])
+    made = [about["date"], f"seed {about['seed']}", *map(" ".join, about["versions"].items())]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=\
 device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; \
 style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
 <title>MulCoT-RD: {escape(name)}</title><style>{STYLE}</style><h1>MulCoT-RD: {escape(name)}</h1>
-<pre class=wide tabindex=0>{escape(table_text)}</pre>
-<pre class=wide tabindex=0>{escape(markdown(confusion, []))}</pre>{charts}
-<h2>{len(posts):,} posts, wrong ones first</h2>{filters()}{cards}<script>{SCRIPT}</script></html>
+<p class=lead>{COLUMNS["accuracy"]}&nbsp;<b>{cell(metrics, "accuracy")}</b> {COLUMNS[f1]}&nbsp;<b>\
+{cell(metrics, f1)}</b> n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
+<p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}
+<div class=pair>{error_tables(seeds[0])}</div><h2>Runs</h2>{short}
+<details><summary>all columns, and how they are computed</summary>{full}{computed}</details>
+<div class=pair>{charts}</div><h2>{len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
+<form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
+<output name=left></output></form>{cards}<script>{SCRIPT}</script></html>
 """
     return page.encode("utf-8", "replace").decode()  # half a surrogate pair fits into no file
 

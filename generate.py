@@ -95,8 +95,8 @@ def shared_flags(flag, stage):
     flag("--max-pixels", type=int, default=0,
          help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
     if stage != "soft":
-        flag("--split", default="all" if stage in ("predict", "cascade") else "train",
-             help="only posts of this split, where posts have one, or all")
+        flag("--split", default=None if stage in ("predict", "cascade") else "train",
+             help="only posts of this split, where posts have one, or all (predict, cascade: test)")
 
 
 def endpoint_flags(flag):
@@ -154,6 +154,8 @@ def select_posts(args, labelled=False):
             raise InputError(f"--out {args.out} is one of the --data files: choose another")
         everyone += read_posts(path, args.images, rejects)
     report_rejects(rejects, "unreadable rows")
+    if args.split is None:  # what is judged later
+        args.split = "test" if any(post.split == "test" for post in everyone) else "all"
     posts = select_split(everyone, args.split)
     id, n = Counter(post.id for post in everyone).most_common(1)[0]
     if n > 1:

@@ -99,7 +99,7 @@ def demo_commands(out, seed):
         f"--out {runs['shuffled_images']}.jsonl",
         f"{predict} --no-chain --blank-text --model {student} --out {runs['blank_text']}.jsonl",
         f"eval.py {judged} --gold {posts} --chains {chains} --references {out}/references.jsonl "
-        f"--logs assistant={out}/assistant/log.jsonl student={out}/student/log.jsonl --out {out}",
+        f"--out {out}",
     ]
 
 

@@ -235,19 +235,21 @@ def test_baseline(gold, tmp_path, capsys):
     assert code == 0 and "p" not in metrics["a"]
     assert metrics["same"]["p"] == 1 and metrics["none"]["p"] < 0.1
     assert evaluate(gold, *files, more=["--baseline", "x"])[0] == 2
-    assert "--baseline 'x' must be one of the runs" in capsys.readouterr().err
+    assert "--baseline 'x' is none of the runs" in capsys.readouterr().err
 
 
 def test_how_it_was_made_is_kept(gold, tmp_path):
-    """The command line as typed and the versions stand in metrics.json."""
+    """The command line as typed, the versions, the date and the rows' seed: in metrics.json."""
     path = predictions(tmp_path / "s.jsonl", ALL)
-    _, metrics, _ = evaluate(gold, path, more=["--cards", "3"])
+    (tmp_path / "s.settings.json").write_text('{"seed": 7}')
+    _, metrics, page = evaluate(gold, path, more=["--cards", "3"])
+    assert metrics["seed"] == 7 and "seed 7" in page and metrics["date"] in page
     assert f"{path} --gold {gold}" in metrics["command"] and "--cards 3" in metrics["command"]
     assert set(metrics["versions"]) == {"python", "torch", "transformers", "numpy"}
 
 
 def test_program(gold, tmp_path, capsys):
-    """Numbers against the splits covered, beside always saying the commonest label."""
+    """Numbers against the gold posts, beside always saying the commonest label."""
     code, metrics, _ = evaluate(gold, predictions(tmp_path / "s.jsonl", ALL, raw=chain("positive")))
     m = metrics["s"]
     assert code == 0 and (m["n"], m["missing"], m["unparsed"], m["chains"]) == (6, 0, 1, 6)
@@ -256,7 +258,8 @@ def test_program(gold, tmp_path, capsys):
     assert metrics["majority"]["label"] == "positive" and metrics["majority"]["accuracy"] == 0.5
     assert {"bleu4", "rouge_l"} <= set(metrics["signatures"])
     out = capsys.readouterr().out
-    assert "6 gold posts, 0 lack a row" in out and "0.667" in out
+    assert "judged: 6 gold posts, split test; 1 left out" in out and "0.667" in out
+    assert "s.jsonl: 6 of 6 judged posts; 0 others" in out
     assert out.strip().split("\n")[-1].endswith("out/report.html")
 
 
@@ -295,12 +298,51 @@ def test_names_that_are_taken_are_refused(gold, tmp_path, name):
 
 
 def test_missing_predictions_count_as_unparsed(gold, tmp_path, capsys):
-    """A post without a row is wrong, and a line says how many there are."""
+    """A post without a row is wrong, and a warning says how many there are."""
     path = predictions(tmp_path / "s.jsonl", ALL[:2])
     m = evaluate(gold, path)[1]["s"]
     assert (m["n"], m["missing"], m["unparsed"]) == (6, 4, 4)
     assert m["accuracy"] == pytest.approx(2 / 6)
-    assert f"{path}: 6 gold posts, 4 lack a row (unparsed)" in capsys.readouterr().out
+    assert f"warning: {path}: 4 of 6 judged posts have no row" in capsys.readouterr().out
+
+
+def test_split(gold, tmp_path, capsys):
+    """Test posts are judged unless --split says otherwise; training posts are warned of, in the
+    console, metrics.json and the report."""
+    rows = [dict(id=i, prediction="neutral") for i in ("p0", "p5", "q")]
+    path = write(tmp_path / "s.jsonl", rows)
+    _, metrics, page = evaluate(gold, path)
+    assert (metrics["split"], metrics["n"], metrics["s"]["n"]) == ("test", 6, 6)
+    assert "training posts" not in page + capsys.readouterr().out
+    _, metrics, page = evaluate(gold, path, more=["--split", "all"])
+    line = f"{path}: 1 of 7 judged posts are training posts"
+    assert metrics["split"] == "all" and metrics["s"]["n"] == 7 and line in metrics["warnings"]
+    assert f"warning: {line}" in capsys.readouterr().out and f"warning: {line}" in page
+    _, metrics, _ = evaluate(gold, path, more=["--split", "train"])
+    assert metrics["s"]["n"] == 1 and metrics["s"]["accuracy"] == 1
+    assert evaluate(gold, path, more=["--split", "dev"])[0] == 2
+    assert "no labelled post of split 'dev'" in capsys.readouterr().err
+
+
+def test_gold_without_test_posts_is_judged_whole(tmp_path):
+    """Of a dev.tsv, or rows without a split, all."""
+    for split in ("dev", None):
+        gold = write(tmp_path / "gold.jsonl", [dict(id="p0", text="t", label="neutral",
+                                                    split=split)])
+        metrics = evaluate(gold, predictions(tmp_path / "s.jsonl", ["neutral"]))[1]
+        assert (metrics["split"], metrics["n"], metrics["warnings"]) == ("all", 1, [])
+
+
+@pytest.mark.parametrize("split, text, warned", [("train", "text 1", True), (None, "text 1", True),
+                                                 ("dev", "text 1", False), ("train", "x", False)])
+def test_rows_that_the_model_was_trained_on(gold, tmp_path, split, text, warned):
+    """They are found by the data named in the config beside the model; another post may have the
+    same id, and dev posts of the file are not trained on."""
+    data = write(tmp_path / "chains.jsonl", [dict(id="p1", text=text, split=split)])
+    write(tmp_path / "run" / "config.json", [dict(data=[str(data), "none.jsonl", "x.tsv"])])
+    path = predictions(tmp_path / "s.jsonl", ALL, model=str(tmp_path / "run" / "best"))
+    warnings = evaluate(gold, path)[1]["warnings"]
+    assert warnings == [f"{path}: 1 of 6 judged posts are among its model's training rows"] * warned
 
 
 def test_gold_labels_come_from_gold(gold, tmp_path):

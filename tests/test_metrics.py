@@ -561,7 +561,8 @@ def test_best_is_bold_only_if_significant(gold, tmp_path, capsys):
     _, metrics, markdown = evaluate(gold, f"a={forty}", f"b={five}")
     assert metrics["comparisons"]["accuracy"]["p"] < 0.05
     assert metrics["comparisons"]["accuracy"]["best"] == "b"
-    assert cells(markdown)["b"][1] == "**0.917**" and "**0.917**" in capsys.readouterr().out
+    assert cells(markdown)["b"][2].startswith("**0.917** 0.8")
+    assert "**0.917**" in capsys.readouterr().out
     _, metrics, markdown = evaluate(gold, f"a={six}", f"b={five}")
     assert metrics["comparisons"]["accuracy"]["p"] > 0.05
     assert "**" not in markdown and "**" not in capsys.readouterr().out
@@ -579,7 +580,8 @@ def test_seeds_share_a_name(gold, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("majority/x",), ("signatures/x",),
-                                   ("comparisons",), ("diagnosis",), ("command",)])
+                                   ("comparisons",), ("diagnosis",), ("command",),
+                                   ("warnings",), ("n/x",)])
 def test_names_that_would_overwrite_each_other(gold, tmp_path, names):
     """metrics.json has one place for each."""
     files = [predictions(tmp_path / f"{n}.jsonl", n) for n in range(len(names))]
@@ -592,14 +594,30 @@ def test_file_with_an_equals_sign(gold, tmp_path):
     assert "low" in evaluate(gold, f"low={path}")[1]
 
 
-def test_runs_over_other_posts_are_not_compared(gold, tmp_path):
-    """A run over another split stands in the table without a test of significance."""
-    rows = [json.loads(line) for line in gold.read_text().splitlines()]
-    write(gold, rows + [dict(r, id=f"t{r['id']}", split="train") for r in rows])
-    other = [dict(id=f"tp{i}", prediction="neutral") for i in range(60)]
-    train = write(tmp_path / "t.jsonl", other)
-    _, metrics, _ = evaluate(gold, predictions(tmp_path / "s.jsonl", 0), train)
-    assert metrics["comparisons"] == {} and metrics["t"]["n"] == 60
+def test_all_runs_are_judged_on_the_same_posts(gold, tmp_path):
+    """A run that lacks half of them is wrong on these, and compared."""
+    whole = predictions(tmp_path / "a.jsonl", 0)
+    half = write(tmp_path / "b.jsonl", [dict(id=f"p{i}", prediction=LABELS[i % 3])
+                                        for i in range(30)])
+    _, metrics, _ = evaluate(gold, whole, half)
+    assert metrics["b"]["n"] == 60 and metrics["b"]["accuracy"] == 0.5
+    assert metrics["comparisons"]["accuracy"]["best"] == "a"
+
+
+def test_columns(gold, tmp_path, embedder, capsys):
+    """At most ten in 120 columns of text, the F1 of the dataset among them; all when asked for."""
+    raw = lambda i: chain(LABELS[i % 3]) if i % 2 else None
+    probs = [0.2, 0.3, 0.5]
+    files = [f"shuffled_images={predictions(tmp_path / 's.jsonl', 9, raw=raw, probs=probs)}",
+             f"assistant={predictions(tmp_path / 'a.jsonl', 5, raw=raw, probs=probs)}"]
+    more = ["--embedder", str(embedder)]
+    table = cells(evaluate(gold, *files, more=more)[2])["run"]
+    assert table == ["run", "n", "accuracy, 95 %", "macro F1", "parsed", "chain=label",
+                     "acc. =", "acc. ≠", "METEOR", "ROUGE-L", "Sim"]
+    printed = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in printed if line.startswith("|")) <= 120
+    table = cells(evaluate(gold, *files, more=[*more, "--all-columns"])[2])["run"]
+    assert {"weighted F1", "unparsed", "ECE", "AURC", "BLEU-4"} < set(table)
 
 
 def test_faithfulness(gold, tmp_path):
@@ -630,7 +648,7 @@ def test_scores_and_probabilities(gold, tmp_path):
     m = metrics["s"]
     assert m["mae"] == m["scores"]["mae"] == 0.5 and m["scores"]["unparsed"] == 1
     assert m["ece"] == m["aurc"] == 0 and m["reliability"] == [[1, 1, 60]]
-    assert "MAE" in markdown and "AURC" in markdown and "ece" not in metrics["majority"]
+    assert "MAE" in markdown and "AURC" not in markdown and "ece" not in metrics["majority"]
 
 
 @pytest.mark.parametrize("score", ["good", True, [1]])
@@ -718,4 +736,5 @@ def test_diagnosis_is_printed(gold, tmp_path, capsys):
     bad, good = predictions(tmp_path / "b.jsonl", 9), predictions(tmp_path / "g.jsonl", 0)
     _, metrics, markdown = evaluate(gold, f"student={bad}", f"assistant={good}")
     (line,) = metrics["diagnosis"]
-    assert "15.0 points below" in line and line in markdown and line in capsys.readouterr().out
+    assert "15.0 points below" in line and f"- diagnosis: {line}" in markdown
+    assert f"- diagnosis: {line}" in capsys.readouterr().out

@@ -87,8 +87,8 @@ def test_two_processes_train_as_one(toy, chains, tmp_path):
 def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path):
     """predict and soft labels: the rows are the single run's, in its order, and those that a killed
     run wrote are kept."""
-    predict = ["predict", "--data", str(toy / "posts.jsonl"), "--model", str(toy / "student"),
-               "--batch", "4", "--max-new-tokens", "6", "--out"]
+    predict = ["predict", "--data", str(toy / "posts.jsonl"), "--split", "all", "--model",
+               str(toy / "student"), "--batch", "4", "--max-new-tokens", "6", "--out"]
     assert generate.main([*predict, str(tmp_path / "one.jsonl")]) == 0
     one = without_clock(tmp_path / "one.jsonl")
     mulcot.write_rows(tmp_path / "two.jsonl", [one[0] | dict(raw="kept from before")])

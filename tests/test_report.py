@@ -69,11 +69,18 @@ class Browser:
         return got["result"].get("value")
 
     def open(self, path):
-        """Loads a file and waits until its posts are there."""
+        """Loads a file and waits until its posts are there. Through an empty page, so that a busy
+        machine cannot take the page before, perhaps the same one, for it."""
+        self.call("Page.navigate", url="about:blank")
+        self.wait("location.href == 'about:blank'")
         self.events = []
         self.call("Page.navigate", url=f"file://{path}")
+        self.wait("document.readyState == 'complete' && document.forms[0]?.left.value")
+
+    def wait(self, condition):
+        """Until a JavaScript expression holds."""
         end = time.time() + 60
-        while not self.js("document.forms[0] && document.forms[0].left.value"):
+        while not self.js(condition):
             assert time.time() < end, self.js("document.body.innerText.slice(-300)")
             time.sleep(0.02)
 
@@ -106,11 +113,12 @@ def chain(label, words="one two three"):
     return render_reasoning({k: f"{k[:4]} {words}" for k in FIELDS} | {"Prediction": label})
 
 
-def report(folder, posts, rows, more=()):
-    """Runs eval.py on gold posts and prediction rows; the page's path."""
-    gold, predicted = write(folder / "gold.jsonl", posts), write(folder / "run.jsonl", rows)
-    files = [f"run={predicted}", "--gold", str(gold), "--out", str(folder / "out")]
-    assert scores.main([*files, *more]) == 0
+def report(folder, posts, rows, more=(), **others):
+    """Runs eval.py on gold posts and prediction rows, also of other runs; the page's path."""
+    gold, files = write(folder / "gold.jsonl", posts), []
+    for i, (name, own) in enumerate({"run": rows, **others}.items()):
+        files.append(f"{name}={write(folder / f'{i}.jsonl', own)}")
+    assert scores.main([*files, "--gold", str(gold), "--out", str(folder / "out"), *more]) == 0
     return folder / "out" / "report.html"
 
 
@@ -124,33 +132,34 @@ EVIL = [f"<script>{DO}</script>", f'"><img src=x onerror="{DO}">', f"'><svg onlo
         "%3Cb%3E", "&lt;b&gt; &amp; & &#60;", "<link rel=stylesheet href=http://x.example/a.css>",
         "<meta http-equiv=refresh content='0;url=http://x.example'>", "a\0b", "</title><b>x",
         "<iframe srcdoc='<script>parent.document.title=1</script>'>", "{}", "<b>bold</b>"]
-KNOWN = set("html head meta title style body h1 h2 pre figure svg polyline form label input button "
-            "output article div small b img p mark script".split())
+KNOWN = set("html head meta title style body h1 h2 p b br small code div span table tbody tr th td "
+            "details summary figure svg path text g circle polyline i form label input button "
+            "output article a img mark dl dt dd script".split())
 
 
 def evil_inputs(folder):
     """Every hostile string in every place that data can reach, and no others."""
     Image.new("RGB", (300, 200), "red").save(folder / "x.png")
-    posts, rows, logs = [], [], []
+    posts, rows = [], []
     for i, evil in enumerate(EVIL):
         post = dict(id=f"{i}{evil}", text=f"so {evil} !", aspect=evil, label="neutral",
                     image="x.png", cot=evil)
         posts += [post, post | dict(id=str(i), aspect="so", cot=chain("neutral", evil))]
-        row = dict(prediction="neutral", label=evil, image=evil, source=evil)
+        row = dict(prediction="neutral", label=evil, image=evil, source=evil, route=evil,
+                   reason=evil, stages=evil)
         rows += [row | dict(id=f"{i}{evil}", raw=evil, probs=[0.1, 0.2, 0.7]),
                  row | dict(id=str(i), raw=chain("positive", evil + "\ud83d"), model=evil)]
-        logs.append({"run": evil, "step": i, f"ce_{evil}": 1 + i, "dev_accuracy": 0.5})
-    return posts, rows, ["--logs", str(write(folder / "log.jsonl", logs))]
+    return posts, rows
 
 
 @pytest.fixture(scope="module")
 def evil_page(tmp_path_factory):
-    """A page of hostile posts, chains, logs and diagnoses."""
+    """A page of hostile posts, chains, routes, names and diagnoses."""
     folder = tmp_path_factory.mktemp("evil")
-    posts, rows, more = evil_inputs(folder)
+    posts, rows = evil_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "diagnose", lambda runs, teacher: EVIL)
-        return report(folder, posts, rows, more)
+        return report(folder, posts, rows, **{"</b><script>\"'&": rows})
 
 
 def test_hostile_strings_do_nothing(browser, evil_page):
@@ -164,7 +173,7 @@ def test_hostile_strings_do_nothing(browser, evil_page):
     texts = browser.js("[...document.querySelectorAll('.text')].map(e => e.textContent)")
     assert sorted(texts) == sorted([f"so {evil} !" for evil in shown] * 2)
     assert browser.js("document.querySelectorAll('article').length") == 2 * len(EVIL)
-    for place in ("article small", ".chain", "figure", ".wide"):
+    for place in ("article a", "dl", "article p", ".note"):
         seen = browser.js(f"[...document.querySelectorAll({place!r})].map(e => e.textContent)")
         seen = " ".join(" ".join(seen).split())
         assert not [evil for evil in shown if " ".join(evil.split()) not in seen], place
@@ -219,53 +228,63 @@ def small(tmp_path_factory):
 def ids(browser):
     """The posts that are seen."""
     return browser.js("[...document.querySelectorAll('article')].filter(a => a.checkVisibility())"
-                      ".map(a => a.querySelector('small').textContent).sort().join(' ')")
+                      ".map(a => a.querySelector('a').textContent).sort().join(' ')")
+
+
+def sees(browser, left):
+    """Whether these posts are seen, at the latest when the page's handler has had 10 s."""
+    end = time.time() + 10
+    while ids(browser) != left and time.time() < end:
+        time.sleep(0.02)
+    return ids(browser) == left
 
 
 def click(browser, *values):
     for value in values:
-        browser.js(f"document.querySelector('form [value=\"{value}\"]').click()")
+        browser.js(f"document.querySelector(`form [value=\"{value}\"]`).click()")
 
 
-CHOICES = {"wrong": "p1 p3 p5", "conflict": "p1 p2 p5", "unparsed": "p3 p4", "disagree": "p2 p5",
-           "gold:positive": "p0 p1", "gold:negative": "p2 p3", "gold:neutral": "p4 p5",
-           "label:positive": "p0 p5", "label:negative": "p1 p2", "label:neutral": "p4",
-           "wrong conflict": "p1 p5", "conflict disagree": "p2 p5",
-           "wrong conflict disagree gold:neutral": "p5", "gold:positive label:negative": "p1",
-           "unparsed disagree": "", "gold:positive gold:neutral": ""}
+WRONG, CONFLICT, UNPARSED, DISAGREE, ONE_RIGHT = scores.FLAGS
+CHOICES = [
+    ([WRONG], "p1 p3 p5"), ([CONFLICT], "p1 p2 p5"), ([UNPARSED], "p3 p4"), ([DISAGREE], "p2 p5"),
+    (["gold positive"], "p0 p1"), (["gold negative"], "p2 p3"), (["gold neutral"], "p4 p5"),
+    (["label positive"], "p0 p5"), (["label negative"], "p1 p2"), (["label neutral"], "p4"),
+    ([WRONG, CONFLICT], "p1 p5"), ([CONFLICT, DISAGREE], "p2 p5"),
+    ([WRONG, CONFLICT, DISAGREE, "gold neutral"], "p5"),
+    (["gold positive", "label negative"], "p1"), ([UNPARSED, DISAGREE], ""),
+    (["gold positive", "gold neutral"], "")]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_filters_show_and_hide(browser, small, choice):
+@pytest.mark.parametrize("choice, left", CHOICES)
+def test_filters_show_and_hide(browser, small, choice, left):
     """Each filter, and several together: what is ticked must all hold."""
     browser.open(small)
-    click(browser, *choice.split())
-    left = CHOICES[choice]
-    assert ids(browser) == left
+    click(browser, *choice)
+    assert sees(browser, left)
     assert browser.js("document.querySelector('output').value") == (
         f"{len(left.split())} of 6 posts")
-    click(browser, *choice.split())
-    assert ids(browser) == "p0 p1 p2 p3 p4 p5"
+    click(browser, *choice)
+    assert sees(browser, "p0 p1 p2 p3 p4 p5")
 
 
 @pytest.mark.parametrize("words, left", [
     ("text 4", "p4"), ("ZÜRICH", "p0 p1 p2 p3 p5"), ("prose", "p4"), ("p5", "p5"),
-    ("rex  nothing", ""), ("", "p0 p1 p2 p3 p4 p5"), (".*", ""), ("disagree", "p2 p5")])
+    ("rex  nothing", ""), ("", "p0 p1 p2 p3 p4 p5"), (".*", ""), ("teacher's", "p2 p5")])
 def test_search(browser, small, words, left):
     """Typed words must all occur in what the post's card shows."""
     browser.open(small)
     browser.js("document.querySelector('[name=search]').focus()")
     browser.call("Input.insertText", text=words)
-    assert ids(browser) == left
+    assert sees(browser, left), ids(browser)
 
 
 def test_clear(browser, small):
     """One button brings everything back."""
     browser.open(small)
-    click(browser, "wrong")
+    click(browser, WRONG)
+    assert sees(browser, "p1 p3 p5")
     browser.js("document.querySelector('button').click()")
-    browser.js("new Promise(done => setTimeout(done, 20))")
-    assert ids(browser) == "p0 p1 p2 p3 p4 p5"
+    assert sees(browser, "p0 p1 p2 p3 p4 p5")
 
 
 def test_keyboard(browser, small):
@@ -273,23 +292,31 @@ def test_keyboard(browser, small):
     search leaves the page where it is."""
     browser.open(small)
     stops = []
-    while len(stops) < 40:
+    while stops[-1:] != ["a"] and len(stops) < 40:
         browser.key("Tab", 9)
         stop = browser.js("(e => e == document.body ? null : e.name || e.value || e.localName)"
                           "(document.activeElement)")
-        if stop is None or stop in stops[2:]:
-            break
         stops.append(stop)
-    boxes = [*scores.FLAGS, *(f"gold:{x}" for x in LABELS), *(f"label:{x}" for x in LABELS)]
-    assert stops == ["pre", "pre", "search", *boxes, "button"]
+    boxes = [*scores.FLAGS[:4], *(f"gold {x}" for x in LABELS), *(f"label {x}" for x in LABELS)]
+    # the tables, the fold, the form, then a post's link
+    assert stops == ["div", "div", "div", "summary", "search", *boxes, "button", "a"]
     browser.open(small)
-    for _ in range(4):  # two tables, search, first box
+    for _ in range(6):  # up to the first box
         browser.key("Tab", 9)
     browser.key(" ", 32, " ")
-    assert ids(browser) == "p1 p3 p5"
+    assert sees(browser, "p1 p3 p5")
     browser.js("document.querySelector('[name=search]').focus()")
     browser.key("Enter", 13, "\r")
     assert ids(browser) == "p1 p3 p5"
+
+
+def test_each_post_has_a_link(browser, evil_page):
+    """The address with a card's own #id leads to that card."""
+    browser.open(evil_page)
+    for i in (3, 20):
+        browser.js(f"document.querySelectorAll('article a')[{i}].click()")
+        browser.wait(f"document.querySelector(':target') == "
+                     f"document.querySelectorAll('article')[{i}]")
 
 
 def test_controls_and_images_have_names(browser, evil_page):
@@ -299,7 +326,7 @@ def test_controls_and_images_have_names(browser, evil_page):
     for node in browser.call("Accessibility.getFullAXTree")["nodes"]:
         role, name = (node.get(k, {}).get("value") for k in ("role", "name"))
         roles.setdefault(role, []).append(name)
-    for role in ("checkbox", "searchbox", "button"):
+    for role in ("checkbox", "searchbox", "button", "region"):
         assert roles.get(role) and all(roles[role]), role
     assert browser.js("[...document.images].every(image => image.alt)")
     assert browser.js("document.documentElement.lang") == "en"
@@ -324,8 +351,10 @@ def test_text_can_be_read(browser, evil_page, scheme):
       const ground = e => { for (; e; e = e.parentElement) {
         const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] == 255) return c } };
       const low = {};
-      for (const q of ["h1", "h2", ".wide", "figure", ".text", "mark", ".flags", "small", ".chain",
-                       "article b", "label", "output"]) {
+      for (const q of ["h1", "h2", ".lead b", "small", "code", ".note", "td", "th", ".negative",
+                       ".neutral", ".positive", "summary", "figure", "figure small", ".text",
+                       "mark", "article a", "article b", "dt", "dd", "dd small", "label",
+                       "output"]) {
         const e = document.querySelector(q); if (!e) continue;
         const a = bright(rgb(getComputedStyle(e).color)), b = bright(ground(e));
         const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
@@ -363,7 +392,7 @@ def test_three_thousand_posts(browser, tmp_path):
     opened = time.time() - began
     assert browser.js("document.querySelector('output').value") == "3000 of 3000 posts"
     took = browser.js("""(() => { const began = performance.now();
-      document.querySelector("[value=wrong]").click();
+      document.querySelector("[type=checkbox]").click();
       document.querySelector("[name=search]").value = "nr3 post";
       document.querySelector("form").dispatchEvent(new Event("input"));
       document.querySelector("article").getBoundingClientRect();
@@ -378,7 +407,7 @@ def test_three_thousand_posts(browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def toy_page(tmp_path_factory):
-    """210 posts of the embedded default with chains, references, probabilities and curves."""
+    """210 posts of the embedded default with chains, references and probabilities."""
     folder = tmp_path_factory.mktemp("size")
     posts = toy_posts(folder / "images", {"test": 210})
     teacher, rng, gold, rows = ToyTeacher(), random.Random(0), [], []
@@ -388,46 +417,70 @@ def toy_page(tmp_path_factory):
         gold.append(post.row() | dict(cot=raw[0]))
         rows.append(dict(id=post.id, prediction=rng.choice(LABELS), raw=raw[1],
                          probs=[rng.random() for _ in LABELS]))
-    logs = [dict(run=run, step=step, loss=rng.random(), dev_accuracy=1.0, lr=0.1)
-            for run in ("base/student", "student") for step in range(20)]
-    return report(folder, gold, rows, ["--logs", str(write(folder / "log.jsonl", logs))])
+    return report(folder, gold, rows)
 
 
-def test_images_and_curves_are_seen(browser, toy_page):
-    """200 posts by default, each with its own thumbnail; a chart for each curve of each run."""
+def test_images_are_seen(browser, toy_page):
+    """200 posts by default, each with its own thumbnail."""
     browser.open(toy_page)
     seen = browser.js("(async () => { const images = [...document.images];"
                       "await Promise.all(images.map(i => i.decode()));"
                       "return images.map(i => i.naturalWidth) })()")
     assert seen == [56] * 200
-    titles = browser.js("[...document.querySelectorAll('figure')].map(e => e.innerText)")
-    assert [title.split("\n")[0] for title in titles] == [
-        "base/student: loss", "base/student: dev_accuracy", "student: loss",
-        "student: dev_accuracy"]
     assert toy_page.stat().st_size < 1_500_000
 
 
 # ---- what it shows
 
 
+def words_of(page, post):
+    """What the card of a post says."""
+    inner = next(x for x in page.read_text().split("<article")[1:] if f">{post}</a>" in x)
+    inner = inner.partition(">")[2].partition("</article>")[0]
+    return html.unescape(" ".join(re.sub("<[^>]*>", " ", inner).split()))
+
+
 def test_a_case_by_hand(small):
-    """Verdicts, flags, probabilities and both chains of one post."""
-    inner = next(x for x in small.read_text().split("<article")[1:] if ">p5<" in x)
-    assert 'data-marks="wrong conflict disagree gold:neutral label:positive"' in inner
-    text = " ".join(re.sub("<[^>]*>", " ", inner.partition(">")[2]).split())
-    assert text.startswith("p5 wrong conflict disagree gold neutral label positive chain negative "
-                           "teacher neutral 25.0% 50.0% 25.0% text 5 of Rex")
-    assert "Text Zürich" in text and "Text one two three" in text
+    """Flags, verdicts, probabilities and both chains of one post."""
+    assert words_of(small, "p5").startswith(
+        "p5 wrong · chain ≠ label · chain ≠ teacher's text 5 of Rex gold neutral run label "
+        "positive ✗ 25.0% 50.0% 25.0% · chain negative ✗ Text analysis run: Text Zürich "
+        "teacher: Text one two three Image analysis")
+    assert "missing Text analysis" in words_of(small, "p4")
+
+
+def test_two_runs_share_a_card(browser, tmp_path):
+    """Both labels and chains, equal fields once; a filter shows where only one of them is right."""
+    posts = [dict(id=f"p{i}", text="t", label="neutral", cot=chain("neutral")) for i in range(3)]
+    runs = []
+    for labels in (("neutral", "positive", "positive"), ("neutral", "neutral", "negative")):
+        runs.append([dict(id=f"p{i}", prediction=x, raw=chain(x)) for i, x in enumerate(labels)])
+    page = report(tmp_path, posts, runs[0], other=runs[1], third=runs[0])
+    browser.open(page)
+    click(browser, ONE_RIGHT)
+    assert sees(browser, "p1")
+    text = words_of(page, "p1")
+    assert "run label positive ✗ · chain positive ✗ other label neutral ✓ · chain neutral ✓" in text
+    assert text.count("run = other = teacher: Text one two three") == 1 and "third" not in text
+
+
+def test_route_of_a_cascade(tmp_path):
+    """Which stage settled the post, and why."""
+    row = dict(id="p", prediction="neutral", route="agree", reason="the MLLM is unsure")
+    page = report(tmp_path, [dict(id="p", text="t", label="neutral")], [row])
+    assert words_of(page, "p").endswith("run label neutral ✓ · route agree: the MLLM is unsure")
 
 
 def test_wrong_posts_first(small, tmp_path):
-    """Then the others, each in the order of the file; as many as --cards says."""
-    shown = re.findall(r"<small>(p\d)", small.read_text())
-    assert shown == ["p1", "p3", "p5", "p0", "p2", "p4"]
+    """Wrong ones by falling confidence, then the others in the order of the file; as many as
+    --cards says."""
+    shown = lambda page: re.findall(r">(p\d)</a>", page.read_text())
+    assert shown(small) == ["p1", "p3", "p5", "p0", "p2", "p4"]
     posts = [dict(id=f"p{i}", text="t", label="neutral") for i in range(6)]
-    rows = [dict(id=f"p{i}", prediction="positive" if i == 5 else "neutral") for i in range(6)]
-    page = report(tmp_path, posts, rows, ["--cards", "2"]).read_text()
-    assert re.findall(r"<small>(p\d)", page) == ["p5", "p0"]
+    rows = [dict(id=f"p{i}", prediction="positive", probs=[0, 1 - p, p])
+            for i, p in enumerate([0.6, 0.9, 0.7])]
+    rows += [dict(id="p3", prediction="neutral", probs=[0, 1, 0]), dict(id="p4", prediction=None)]
+    assert shown(report(tmp_path, posts, rows, ["--cards", "5"])) == ["p1", "p2", "p0", "p4", "p5"]
 
 
 @pytest.mark.parametrize("aspect", ["amp", "lt", "quot", "x27", "R"])
@@ -436,58 +489,56 @@ def test_aspect_is_marked_without_breaking_the_text(tmp_path, aspect):
     text = "R & D <3 \"fun\" it's amp lt quot x27"
     page = report(tmp_path, [dict(id="1", text=text, aspect=aspect, label="neutral")],
                   [dict(id="1", prediction="neutral")])
-    inner = re.search("<p class=text>(.*?)<pre", page.read_text())[1]
+    inner = re.search("<p class=text>(.*?)<p>", page.read_text())[1]
     assert inner.count(f"<mark>{aspect}</mark>") == 1
     assert html.unescape(re.sub("</?mark>", "", inner)) == text
 
 
 def test_page_without_extras(browser, tmp_path):
-    """No chains, probabilities, images, logs or diagnosis: their parts are left out."""
+    """No chains, probabilities, images or diagnosis: their parts are left out."""
     page = report(tmp_path, [dict(id="1", text="t", label="neutral")],
                   [dict(id="1", prediction="neutral")])
     browser.open(page)
-    assert browser.js("document.querySelectorAll('figure, article img').length") == 0
+    assert browser.js("document.querySelectorAll('figure, article img, dd').length") == 0
     assert ids(browser) == "1"
 
 
-def test_tables(tmp_path):
-    """The runs' table as in table.md, and the confusion of the run whose posts are shown."""
-    posts = [dict(id="1", text="t", label="neutral"), dict(id="2", text="t", label="positive")]
-    page = report(tmp_path, posts, [dict(id="1", prediction="negative")])
-    text = html.unescape(page.read_text())
-    assert (tmp_path / "out" / "table.md").read_text() in text
-    rows = [line.strip("| ").split() for line in text.splitlines() if line.startswith("|")]
-    assert ["neutral", "|", "1", "|", "0", "|", "0", "|", "0"] in rows
-    assert ["positive", "|", "0", "|", "0", "|", "0", "|", "1"] in rows
+def test_tables(browser, small):
+    """At most ten columns of the runs, the others in the fold; labels right and wrong where the
+    chain names them; the confusion with each class's scores."""
+    browser.open(small)
+    chains, confusion, runs, full = browser.js(
+        "[...document.querySelectorAll('table')].map(t => [...t.rows].map("
+        "row => [...row.cells].map(cell => cell.textContent)))")
+    assert chains[1:] == [["chain = label", "1", "0", "1", "1.000"],
+                          ["chain ≠ label", "2", "3", "5", "0.400"]]
+    assert confusion[1] == ["negative", "1", "0", "0", "1", "0.500", "0.500", "0.500", "2"]
+    markdown = (small.parent / "table.md").read_text().splitlines()
+    lines = [line.strip("|").split("|") for line in markdown if line.startswith("|")]
+    assert runs == [[cell.strip().strip("*") for cell in line] for line in [lines[0], *lines[2:]]]
+    assert len(runs[0]) <= 11 < len(full[0]) and full[2][0] == "run"
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [1e-9, 1e9], [0.0, 2.0], [0.0, 0.0],
-                                    [1e-300, 1e300], [9.99, 10.01], [float("nan"), 3.0]])
-def test_curves_stay_within_their_frame(tmp_path, values):
-    """Whatever the numbers, every point drawn lies in the unit square; what is none is left out."""
-    log = write(tmp_path / "log.jsonl", [dict(step=i, loss=x) for i, x in enumerate(values)])
-    art = scores.training_charts([str(log)])
-    points = [point.split(",") for point in re.search('points="(.*?)"', art)[1].split()]
-    assert points and all(0 <= float(x) <= 1 and 0 <= float(y) <= 1 for x, y in points)
+def test_top_of_the_page(small):
+    """First what counts, then how it was made."""
+    text = html.unescape(re.sub("<[^>]*>", "", small.read_text().partition("</h1>")[2]))[:600]
+    metrics = json.loads((small.parent / "metrics.json").read_text())
+    for part in (f"{metrics['run']['accuracy']:.3f}", f"{metrics['run']['macro_f1']:.3f}", "n\xa06",
+                 "split\xa0all", metrics["date"], "seed None", "numpy", "--gold"):
+        assert part in text, part
 
 
-@pytest.mark.parametrize("content", ['{"loss": 1}', '{"step": "1"}', "[1]", "nonsense"])
-def test_bad_log(tmp_path, capsys, content):
-    """A log that is none: exit code 2 and one line; so for a file that is not there."""
-    log = tmp_path / "log.jsonl"
-    gold = write(tmp_path / "g.jsonl", [dict(id="1", text="t", label="neutral")])
-    rows = write(tmp_path / "s.jsonl", [dict(id="1", prediction="neutral")])
-    run = [str(rows), "--gold", str(gold), "--out", str(tmp_path / "out"), "--logs", f"a={log}"]
-    assert scores.main(run) == 2
-    log.write_text(content + "\n")
-    assert scores.main(run) == 2
-    assert capsys.readouterr().err.count("error: ") == 2 and not (tmp_path / "out").exists()
-
-
-def test_logs_are_named(tmp_path):
-    """By the row's own run, else by NAME=, else by the folder."""
-    log = write(tmp_path / "log.jsonl", [dict(step=1, loss=1.0)])
-    both = write(tmp_path / "both.jsonl", [dict(step=1, run="x", loss=1), dict(step=2, run="y",
-                                                                               loss=2)])
-    art = scores.training_charts([f"a={log}", str(log), f"b={both}"])
-    assert re.findall("<figure>(.*?): loss", art) == ["a", tmp_path.name, "x", "y"]
+@pytest.mark.parametrize("points", [[[1, 1, 9]], [[0, 0, 1], [1, 0.2, 8]], [[0.5, 0]],
+                                    [[0.1, 0.01], [1, 0.033]], [[0, 1.0], [1, 0.3]]])
+def test_charts_stay_within_their_frame(points):
+    """Counts are areas of dots, a curve is a line; the first run is strong, others faint."""
+    runs = {"a": dict(n=9, curve=points, ece=0.1), "b": dict(n=9, curve=points, ece=0.2)}
+    art = scores.chart("t", runs, "curve", "ece")
+    assert art.count("class=strong") == art.count("class=faint") == 2  # marks and legend
+    places = [pair.split(",") for pair in re.search('points="(.*?) "', art)[1].split()]
+    assert len(places) == len(points)
+    assert all(40 <= float(x) <= 300 and 14 <= float(y) <= 174 for x, y in places)
+    radii = [float(r) for r in re.findall("r=([0-9.]+)", art)]
+    assert len(radii) == 2 * sum(len(point) == 3 for point in points)
+    assert all(r == pytest.approx(2 + 10 * (point[2] / 9) ** 0.5, abs=0.1)
+               for r, point in zip(radii, points))

@@ -296,7 +296,8 @@ def test_it_learns_and_its_rows_are_read(tmp_path, capsys):
     for row in mulcot.read_rows(predictions):
         assert row["source"] == "ubm" and 0 <= row["uncertainty"] <= 1
         assert row["prediction"] == mulcot.LABELS[row["probs"].index(max(row["probs"]))]
-    assert judge.main([predictions, "--gold", posts, "--out", str(tmp_path / "results")]) == 0
+    assert judge.main([predictions, "--gold", posts, "--split", "dev", "--out",
+                       str(tmp_path / "results")]) == 0
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert metrics["ubm"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
     post = ["--text", "lovely Rex", "--aspect", "Rex"]
