@@ -897,22 +897,31 @@ def html_table(rows, title):
     return html + "</table></div>"
 
 
-def error_tables(metrics):
-    """Right and wrong labels where the chain names them and where not; the confusion matrix with
-    each class's scores."""
+def error_tables(metrics, posts, rows):
+    """Right and wrong labels where the chain names them and where not; how often each chain and
+    label stand together for each gold label; the confusion matrix with each class's scores."""
     html = ""
     if "agreement" in metrics:
         agree = round(metrics["agreement"] * metrics["n"])
-        rows = [["", "label right", "label wrong", "n", "accuracy"]]
+        table = [["", "label right", "label wrong", "n", "accuracy"]]
         for title, n, key in (("chain = label", agree, "accuracy_agree"),
                               ("chain ≠ label", metrics["n"] - agree, "accuracy_disagree")):
             right = round(n * metrics.get(key, 0))
-            rows.append([title, right, n - right, n, cell(metrics, key)])
-        html = html_table(rows, "chain and label")
-    rows = [["gold", *LABELS, "unparsed", "precision", "recall", "F1", "n"]]
+            table.append([title, right, n - right, n, cell(metrics, key)])
+        html = html_table(table, "chain and label")
+        counts = defaultdict(Counter)
+        for post in posts:
+            row = rows.get(post.id, {})
+            chain = parse_reasoning(row.get("raw") or "").prediction
+            counts[str(chain), str(row.get("prediction"))][post.label] += 1
+        table = [["chain names", "label", "gold negative", "gold neutral", "gold positive"]]
+        for (chain, label), gold in sorted(counts.items()):
+            table.append([chain, label, gold["negative"], gold["neutral"], gold["positive"]])
+        html += html_table(table, "chain by label by gold")
+    table = [["gold", *LABELS, "unparsed", "precision", "recall", "F1", "n"]]
     for counts, (label, scores) in zip(metrics["confusion"], metrics["per_class"].items()):
-        rows.append([label, *counts, *(cell(scores, name) for name in scores)])
-    return html + html_table(rows, "confusion")
+        table.append([label, *counts, *(cell(scores, name) for name in scores)])
+    return html + html_table(table, "confusion")
 
 
 def chart(title, runs, key, summary):
@@ -1028,7 +1037,7 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-a
 <p class=lead>{COLUMNS["accuracy"]}&nbsp;<b>{cell(metrics, "accuracy")}</b> {COLUMNS[f1]}&nbsp;<b>\
 {cell(metrics, f1)}</b> n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
 <p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}
-<div class=pair>{error_tables(seeds[0])}</div><h2>Runs</h2>{short}
+<div class=pair>{error_tables(seeds[0], posts, pair[name])}</div><h2>Runs</h2>{short}
 <details><summary>all columns, and how they are computed</summary>{full}{computed}</details>
 <div class=pair>{charts}</div><h2>{len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>

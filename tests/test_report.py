@@ -299,9 +299,9 @@ def test_keyboard(browser, small):
         stops.append(stop)
     boxes = [*scores.FLAGS[:4], *(f"gold {x}" for x in LABELS), *(f"label {x}" for x in LABELS)]
     # the tables, the fold, the form, then a post's link
-    assert stops == ["div", "div", "div", "summary", "search", *boxes, "button", "a"]
+    assert stops == ["div", "div", "div", "div", "summary", "search", *boxes, "button", "a"]
     browser.open(small)
-    for _ in range(6):  # up to the first box
+    for _ in range(7):  # up to the first box
         browser.key("Tab", 9)
     browser.key(" ", 32, " ")
     assert sees(browser, "p1 p3 p5")
@@ -507,11 +507,13 @@ def test_tables(browser, small):
     """At most ten columns of the runs, the others in the fold; labels right and wrong where the
     chain names them; the confusion with each class's scores."""
     browser.open(small)
-    chains, confusion, runs, full = browser.js(
+    chains, combined, confusion, runs, full = browser.js(
         "[...document.querySelectorAll('table')].map(t => [...t.rows].map("
         "row => [...row.cells].map(cell => cell.textContent)))")
     assert chains[1:] == [["chain = label", "1", "0", "1", "1.000"],
                           ["chain ≠ label", "2", "3", "5", "0.400"]]
+    assert combined[0][:2] == ["chain names", "label"]
+    assert sum(int(n) for row in combined[1:] for n in row[2:]) == 6
     assert confusion[1] == ["negative", "1", "0", "0", "1", "0.500", "0.500", "0.500", "2"]
     markdown = (small.parent / "table.md").read_text().splitlines()
     lines = [line.strip("|").split("|") for line in markdown if line.startswith("|")]
