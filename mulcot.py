@@ -71,6 +71,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -2297,8 +2298,8 @@ def _in_words(answer):
 
 # ================================================================================================
 # §10 Files, settings and processes [needs: argparse, contextlib, hashlib, json, os, shlex, sys,
-#    timedelta, Path, np, torch, safe_open, load_file, tqdm, InputError, reading, write_text,
-#    write_json, write_tensors]
+#    timedelta, version, Path, np, torch, safe_open, load_file, tqdm, InputError, reading,
+#    write_text, write_json, write_tensors]
 # ================================================================================================
 
 
@@ -2385,11 +2386,9 @@ def tokenizer_hash(tokenizer):
 
 def run_info(script, argv=None):
     """The command line as typed and the versions it ran with, for config.json and metrics.json."""
-    import transformers
-
     command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
     versions = dict(python=sys.version.split()[0], numpy=np.__version__, torch=torch.__version__,
-                    transformers=transformers.__version__)
+                    transformers=version("transformers"))  # not imported: half a second
     return dict(command=command, versions=versions)
 
 
