@@ -217,7 +217,8 @@ class ChainStage:
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
         L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
-        loss_of = partial(task_loss, self, model, hidden, batch, examples, counts)
+        names = self.soft and [self.soft.names(example) for example in examples]
+        loss_of = partial(task_loss, self, model, hidden, batch, names, counts)
         if not self.args.reasoning:
             return loss_of(branch=1, task="label")
         reason, terms = loss_of(branch=1, task="reason")
@@ -233,12 +234,12 @@ class ChainStage:
         return label_scores(self.args, rows, posts)
 
 
-def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
+def task_loss(stage, model, hidden, batch, names, counts, branch, task):
     """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
 
     L_rea or L_cls is the cross-entropy summed over the supervised positions of this branch and
     divided by their number in the whole optimiser step; the KL likewise. Positions go by in chunks,
-    so that no (N, V) logits are held. `examples` name the soft labels' entries."""
+    so that no (N, V) logits are held. `names`: each example's entries of the soft labels."""
     args, soft = stage.args, stage.soft
     where = soft.config["positions"] if soft else "response"  # that is, the supervised ones
     at = batch.attended(branch) if where == "all" else batch.supervised(branch)  # (B, T)
@@ -247,8 +248,8 @@ def task_loss(stage, model, hidden, batch, examples, counts, branch, task):
     if soft:
         terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
         entries = []
-        for example in examples:
-            entries.append(soft.read(soft.names(example)[branch - 1]))
+        for own in names:
+            entries.append(soft.read(own[branch - 1]))
         teacher_hidden = torch.cat(entries).to(soft.head)  # (N, D')
 
     def loss_of(h, part):  # a chunk of the positions: h (n, D), which of them: slice
@@ -301,7 +302,7 @@ class ReadoutStage:
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
         hidden = forward_branches(model, batch)  # (B, T, D)
         if self.args.readout == "generative":
-            return task_loss(self, model, hidden, batch, examples, counts, branch=1, task="score")
+            return task_loss(self, model, hidden, batch, None, counts, branch=1, task="score")
         config = model.readout.config
         if self.args.target == "score":
             gold = [float(example.post.score) for example in examples]
@@ -465,8 +466,9 @@ class TrainingState:
 
     def restore(self):
         """Everything as it was, if there is something; log rows behind it are written anew."""
+        log = Path(self.args.out, "log.jsonl")
         if not self.file.exists():  # a run killed before its first resume point begins anew
-            return Path(self.args.out, "log.jsonl").unlink(missing_ok=True)
+            return log.unlink(missing_ok=True)
         values = torch.load(self.file, weights_only=True, map_location="cpu")
         self.step, self.best = values["step"], values["best"]
         for name, p in self.trained.items():
@@ -480,7 +482,6 @@ class TrainingState:
         if cuda is not None and str(self.args.device).startswith("cuda"):
             torch.cuda.set_rng_state(cuda, self.args.device)
         if get_rank() == 0:
-            log = Path(self.args.out, "log.jsonl")
             write_rows(log, [row for row in read_rows(log) if row["step"] <= self.step])
         print(f"resumed    at step {self.step}")
 
