@@ -906,43 +906,170 @@ def data_url(path, max_side=1120, quality=92):
 
 
 # ================================================================================================
-# §4 Tokens [needs: dataclass, replace, torch, InputError, §1, §2]
+# §4 Tokens [needs: math, dataclass, field, replace, partial, torch, InputError, reading, §1,
+#    §2]
 # ================================================================================================
 
-IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-OMNI_IMAGE_TOKENS = ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>")  # Qwen2.5-Omni's names
-OMNI_AUDIO_TOKENS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
-SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's own chat template puts first
+
+# ---- model families: how an image enters the prompt; all else is common code
+
+
+class QwenVL:
+    """`placeholder`: an image's token in the chat template, and of each of its features; `grid`:
+    positions are 3-D; image_text: what stands for an image in the prompt, from what the image
+    processor made of it; limit: caps an image's pixels."""
+
+    placeholder, grid = "<|image_pad|>", True
+
+    def image_text(self, out, processor):
+        merged = processor.image_processor.merge_size**2
+        return self.placeholder * (int(out["image_grid_thw"].prod()) // merged)
+
+    def limit(self, images, max_pixels):
+        images.size = dict(shortest_edge=min(56 * 56, max_pixels), longest_edge=max_pixels)
+
+
+class QwenOmni(QwenVL):
+    """Qwen2.5-Omni's Thinker, which hears too."""
+
+    placeholder, audio_placeholder = "<|IMAGE|>", "<|AUDIO|>"
+
+
+class SmolVLM:
+    """Square tiles row by row, where the image is split, then the whole of it as one more."""
+
+    placeholder, grid = "<image>", False
+
+    def image_text(self, out, processor):
+        vision, fake = processor.config.vision_config, "<fake_token_around_image>"
+        side = vision.image_size // vision.patch_size // processor.config.scale_factor
+        tile = self.placeholder * side**2
+        text = ""
+        for row in range(1, int(out["rows"][0][0]) + 1):
+            for col in range(1, int(out["cols"][0][0]) + 1):
+                text += f"{fake}<row_{row}_col_{col}>{tile}"
+            text += "\n"
+        return (text and text + "\n") + f"{fake}<global-img>{tile}{fake}"
+
+    def limit(self, images, max_pixels):
+        edge = images.max_image_size["longest_edge"]
+        side = max(1, math.isqrt(max_pixels) // edge)  # in tiles
+        images.do_image_splitting, images.size = side > 1, dict(longest_edge=side * edge)
+
+
+class InternVL:
+    """As many square tiles as suit the image's shape, then the whole of it as one more."""
+
+    placeholder, grid = "<IMG_CONTEXT>", False
+
+    def image_text(self, out, processor):
+        n = int(out["num_patches"][0]) * processor.config.image_seq_length
+        return f"<img>{self.placeholder * n}</img>"
+
+    def limit(self, images, max_pixels):
+        images.max_patches = max(1, max_pixels // (images.size["height"] * images.size["width"]))
+
+
+FAMILIES = {"qwen2_vl": QwenVL(), "qwen2_5_vl": QwenVL(), "qwen3_vl": QwenVL(),
+            "qwen3_5": QwenVL(), "qwen2_5_omni": QwenOmni(), "qwen2_5_omni_thinker": QwenOmni(),
+            "smolvlm": SmolVLM(), "internvl": InternVL()}
+PLACEHOLDERS = {QwenOmni.audio_placeholder, *(f.placeholder for f in FAMILIES.values())}
+
+
+def layer_types(config):
+    """Which kinds of layers the language model has, by its configuration."""
+    return set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+
+
+def family_of(config):
+    """The entry of FAMILIES. Raises InputError for a model whose layout would be wrong here: the
+    branch mask is exact for full attention alone; with recurrent layers (linear_attention) each
+    branch is a row of its own; windows, convolutions and other classes are refused."""
+    what = f"model {config._name_or_path!r} is a {config.model_type}"
+    known = f"known families: {', '.join(FAMILIES)}"
+    strange = layer_types(config) - {"full_attention", "linear_attention"}
+    if strange:
+        raise InputError(f"{what} with layers of {', '.join(sorted(strange))}, where branches "
+                         f"behind a shared prefix would be wrong; {known}")
+    if config.model_type not in FAMILIES:
+        raise InputError(f"{what}: how its images and positions are laid out is not known here; "
+                         f"{known}")
+    return FAMILIES[config.model_type]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a chat template writes a question and its answer: `head`, up to the last control token
+    before the user's words, `opening`, plain text that still comes before them, `tail` between
+    question and answer, `lead` before the answer's words, `end` after them."""
+
+    head: str
+    opening: str
+    tail: str
+    lead: str
+    end: str
 
 
 class Processor:
     """Tokenizer, PIL image processor and, of models that hear, feature extractor of a model folder,
-    with the few ids that we place ourselves. (AutoProcessor would need torchvision.)"""
+    with its config. (AutoProcessor would need torchvision.)"""
 
-    def __init__(self, tokenizer, image_processor, extractor=None):
-        self.tokenizer, self.extractor = tokenizer, extractor
-        self.image_processor, self.merge_size = image_processor, image_processor.merge_size
-        to_id = tokenizer.convert_tokens_to_ids
-        self.im_end_id, self.pad_id = to_id(IM_END), to_id(PAD_TOKEN)
-        self.image_ids = to_id(list(OMNI_IMAGE_TOKENS if extractor else IMAGE_TOKENS))
-        self.audio_ids = to_id(list(OMNI_AUDIO_TOKENS)) if extractor else []
+    def __init__(self, config, tokenizer, image_processor, extractor=None):
+        self.config, self.family = config, family_of(config)
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.extractor, self.turns = extractor, {}
+        self.placeholder_id = tokenizer.convert_tokens_to_ids(self.family.placeholder)
+        self.end_id = self.template_ids(self.turn(images=0, sounds=0).end)[0]
+        self.pad_id = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.never_generated = [i for i, token in tokenizer.added_tokens_decoder.items()
-                                if token.special and i not in (self.im_end_id, self.pad_id)]
-        head = f"{IM_START}system\n{SYSTEM}{IM_END}\n{IM_START}user\n"
-        answer = f"{IM_END}\n{IM_START}assistant\n"
-        ids = tokenizer([head, answer], add_special_tokens=False).input_ids
-        self.head_ids, self.turn_ids = ids
+                                if token.special and i not in (self.end_id, self.pad_id)]
+
+    def turn(self, images, sounds):
+        """The Turn of a post with so many images and sounds, by the tokenizer's own template."""
+        if (images, sounds) not in self.turns:
+            self.turns[images, sounds] = self._render(images, sounds)
+        return self.turns[images, sounds]
+
+    def _render(self, images, sounds):
+        user, answer = "@@user@@", "@@answer@@"
+        content = [dict(type="image")] * images + [dict(type="audio")] * sounds
+        messages = [dict(role="user", content=[*content, dict(type="text", text=user)]),
+                    dict(role="assistant", content=[dict(type="text", text=answer)])]
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+        with reading("the tokenizer's chat template cannot be used"):
+            asked = render(messages[:1], add_generation_prompt=True)
+            before, tail = asked.split(user)
+            told, end = render(messages).split(answer)
+        if before.count(self.family.placeholder) != images:
+            raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
+        # trap: SmolVLM2 puts a space after "Assistant:"; other templates leave out empty thoughts
+        lead = told.removeprefix(asked) if told.startswith(asked) else ""
+        tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
+        return Turn(before[:cut], before[cut:], tail, lead, end)
 
     def text_ids(self, text):
         """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a special
         token."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    def template_ids(self, text):
+        """Ids of what the chat template wrote, control tokens among it."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
     def image(self, path):
-        """Patches (n, 1176) and grid (3,) of an image file."""
-        out = self.image_processor(images=[load_image(path)], return_tensors="pt")
-        return out["pixel_values"], out["image_grid_thw"][0]
+        """({input of the model: tensor}, what stands in the prompt) of an image file."""
+        images = [load_image(path)]
+        if isinstance(self.family, SmolVLM):
+            out = self.image_processor(images, return_tensors="pt", return_row_col_info=True)
+            media = dict(pixel_values=out["pixel_values"].transpose(0, 1),  # (tiles, 1, 3, H, W)
+                         pixel_attention_mask=out["pixel_attention_mask"].transpose(0, 1))
+        else:
+            out = self.image_processor(images, return_tensors="pt")
+            media = dict(pixel_values=out["pixel_values"])
+            if self.family.grid:
+                media["image_grid_thw"] = out["image_grid_thw"]  # (1, 3)
+        return media, self.family.image_text(out, self)
 
     def audio(self, path):
         """Log-mel features (10 ms frames, mel bins) of a WAV file: those of the model's own
@@ -956,15 +1083,15 @@ class Processor:
 @dataclass
 class Example:
     """Token ids of one post. `prefix` (P,) and its 3-D positions (3, P); per branch the ids of
-    prompt and answer, and how many of them (from the end) are supervised answer tokens."""
+    prompt and answer, and how many of them (from the end) are supervised answer tokens; `media`:
+    what the model is given beside ids, {name: tensor} of all its images; `audio` (frames, mel
+    bins)."""
 
     prefix: list
     positions: torch.Tensor
     branches: list  # of (ids, number of answer tokens)
     post: Post
-    pixel_values: torch.Tensor | None = None  # patches of all its images
-    image_grid: torch.Tensor | None = None  # (images, 3)
-    audio: torch.Tensor | None = None  # log-mel features (frames, mel bins)
+    media: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
@@ -973,36 +1100,42 @@ class Example:
 def encode(post, branches, processor, prompt=None):
     """One post and its branches [(prompt text, answer text or None), …] -> Example. `prompt`: the
     shared text before the branches (default `post_prompt(post)`). Ids equal those of the model's
-    chat template. trap: train on <|im_end|> and mask by length; with pad == eos a model never
-    learns to stop."""
-    start, placeholder, end = processor.image_ids
-    prefix = list(processor.head_ids)
-    pixels, grids = [], []
-    for path in post.images:
-        patches, grid = processor.image(path)
-        pixels.append(patches)
-        grids.append(grid)
-        prefix += [start] + [placeholder] * (int(grid.prod()) // processor.merge_size**2) + [end]
-    example = Example(prefix, None, [], post)
-    if pixels:
-        example.pixel_values, example.image_grid = torch.cat(pixels), torch.stack(grids)
+    chat template. trap: train on the end of the turn and mask by length; with pad == eos a model
+    never learns to stop."""
+    turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
+    head, *rest = turn.head.split(processor.family.placeholder)
+    parts = {}
+    for path, after in zip(post.images, rest):
+        media, text = processor.image(path)
+        head += text + after
+        for name, tensor in media.items():
+            parts.setdefault(name, []).append(tensor)
+    media = {name: torch.cat(tensors) for name, tensors in parts.items()}
     if post.audio:
         if processor.extractor is None:
             raise InputError(f"post {post.id} has audio, and this model hears nothing: take "
                              "Qwen2.5-Omni, or leave audio out (train.py readout --without audio)")
-        example.audio = processor.audio(post.audio)
-        start, audio_placeholder, end = processor.audio_ids
-        pooled = (len(example.audio) + 1) // 2 // 2  # as the audio tower pools
-        prefix += [start] + [audio_placeholder] * pooled + [end]
+        media["audio"] = processor.audio(post.audio)
+        pooled = (len(media["audio"]) + 1) // 2 // 2  # as the audio tower pools
+        sound = processor.family.audio_placeholder
+        head = head.replace(sound, sound * pooled)
     if prompt is None:
         prompt = post_prompt(post)
-    prefix += processor.text_ids(prompt)
-    example.positions = rope_positions(prefix, placeholder, grids, processor.merge_size)
+    # trap: GPT-2's way of splitting (SmolVLM2) joins newlines at a text's end, but not before a
+    # letter: where a question follows, a letter stands in for it
+    letter = "A" if branches[0][0] else ""
+    ids = processor.text_ids(turn.opening + prompt + letter)
+    prefix = processor.template_ids(head) + ids[: len(ids) - len(letter)]
+    positions = rope_positions(prefix, processor.placeholder_id, media.get("image_grid_thw", ()),
+                               getattr(processor.image_processor, "merge_size", 1))
+    example = Example(prefix, positions, [], post, media)
+    tail_ids = processor.template_ids(turn.tail)
     for question, answer in branches:
-        ids = [] if answer is None else processor.text_ids(answer) + [processor.im_end_id]
+        ids = []
+        if answer is not None:
+            ids = processor.text_ids(turn.lead + answer) + [processor.end_id]
         n_answer = len(ids)
-        ids = processor.text_ids(question) + processor.turn_ids + ids
-        example.branches.append((ids, n_answer))
+        example.branches.append((processor.text_ids(question) + tail_ids + ids, n_answer))
     return example
 
 
@@ -1010,7 +1143,9 @@ def rope_positions(ids, placeholder, grids, merge_size):
     """Qwen-VL's 3-D (time, height, width) positions (3, T): text and audio count up on all three
     axes; an image spans a grid and text goes on after its longer side. trap: without these (or
     mm_token_type_ids) transformers 5 silently uses text positions. Equal to the model's own
-    get_rope_index (tested)."""
+    get_rope_index (tested). Without grids all three count up, as other families have it."""
+    if not len(grids):
+        return torch.arange(len(ids)).expand(3, -1)
     positions, grids, next_position = [], iter(grids), 0
     while len(positions) < len(ids):
         start = next_position
@@ -1031,16 +1166,14 @@ def rope_positions(ids, placeholder, grids, merge_size):
 class Batch:
     """Rows of [prefix | branch 1 | branch 2 … | padding], a row per example. `branch_ids`: 0 in the
     prefix, 1, 2 … in the branches, -1 on padding. `targets[b, t]` is the id to predict *at* t (the
-    shift is done), -100 where nothing is supervised."""
+    shift is done), -100 where nothing is supervised. `media`: what the model is given beside ids,
+    of all images and sounds."""
 
     input_ids: torch.Tensor  # (B, T)
     position_ids: torch.Tensor  # (3, B, T)
     branch_ids: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T)
-    pixel_values: torch.Tensor | None = None  # (patches of all images, 1176)
-    image_grid: torch.Tensor | None = None  # (images, 3)
-    audio: torch.Tensor | None = None  # (frames of all rows, mel bins)
-    audio_lengths: torch.Tensor | None = None  # frames (clips,)
+    media: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.input_ids)
@@ -1053,9 +1186,18 @@ class Batch:
         """Which tokens this branch sees: the prefix's and its own (B, T)."""
         return (self.branch_ids == 0) | (self.branch_ids == branch)
 
+    def alone(self, branch):
+        """Rows of [padding | prefix | this branch]: where in the packed rows their tokens stand
+        (B, T'), and which of them are no padding (B, T')."""
+        attended = self.attended(branch)
+        width = int(attended.sum(1).max())
+        at = attended.int().argsort(dim=1, stable=True)[:, -width:]  # the unattended stand first
+        return at, attended.gather(1, at)
+
     def to(self, device):
         tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        return replace(self, **tensors)
+        media = {k: v.to(device) for k, v in self.media.items()}
+        return replace(self, **tensors, media=media)
 
 
 def collate(examples, pad_id):
@@ -1078,14 +1220,17 @@ def collate(examples, pad_id):
                 targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             at = end
     batch = Batch(input_ids, position_ids, branch_ids, targets)
-    with_images = [example for example in examples if example.pixel_values is not None]
-    if with_images:
-        batch.pixel_values = torch.cat([example.pixel_values for example in with_images])
-        batch.image_grid = torch.cat([example.image_grid for example in with_images])
-    clips = [example.audio for example in examples if example.audio is not None]
+    parts = {}
+    for example in examples:
+        for name, tensor in example.media.items():
+            parts.setdefault(name, []).append(tensor)
+    clips = parts.pop("audio", [])
+    batch.media = {name: torch.cat(tensors) for name, tensors in parts.items()}
     if clips:
-        batch.audio = torch.cat(clips)
-        batch.audio_lengths = torch.tensor([len(clip) for clip in clips])
+        pad = torch.nn.utils.rnn.pad_sequence
+        heard = [torch.ones(len(clip), dtype=torch.long) for clip in clips]
+        batch.media["input_features"] = pad(clips, batch_first=True).mT  # (clips, mel bins, frames)
+        batch.media["feature_attention_mask"] = pad(heard, batch_first=True)  # (clips, frames)
     return batch
 
 
@@ -1113,7 +1258,7 @@ def show_tokens(batch, tokenizer, row=0):
             break
         if branch != before:
             lines.append(f"\n{plain}---- {f'branch {branch}' if branch else 'prefix'} ----\n")
-        if piece == last and piece in (IMAGE_TOKENS[1], OMNI_IMAGE_TOKENS[1], OMNI_AUDIO_TOKENS[1]):
+        if piece == last and piece in PLACEHOLDERS:
             continue  # hundreds of one placeholder are shown once
         supervised = branch == before and batch.targets[row, t - 1] != -100
         lines.append((green if supervised else plain) + piece)
@@ -1401,20 +1546,20 @@ def load_processor(name, max_pixels=None):
 
     base = base_of(name)
     with reading(f"model {base!r} cannot be loaded"):
-        family = AutoConfig.from_pretrained(base).model_type
-        if family not in ("qwen2_5_vl", "qwen2_5_omni", "qwen2_5_omni_thinker"):
-            raise InputError(f"model {base!r} is a {family}: only Qwen2.5-VL and Qwen2.5-Omni are "
-                             "laid out right here")
+        config = AutoConfig.from_pretrained(base)
+        family = family_of(config)
         tokenizer = AutoTokenizer.from_pretrained(base)
         # the image size of training is kept beside an adapter
         trained = Path(name, "preprocessor_config.json").exists()
         images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")
         extractor = None
-        if OMNI_AUDIO_TOKENS[1] in tokenizer.get_vocab():
+        if isinstance(family, QwenOmni):
             extractor = WhisperFeatureExtractor.from_pretrained(base)
+    if isinstance(family, InternVL):
+        images.crop_to_patches = True  # as its own processor has it, whatever the file says
     if max_pixels:
-        images.size = dict(shortest_edge=min(56 * 56, max_pixels), longest_edge=max_pixels)
-    return Processor(tokenizer, images, extractor)
+        family.limit(images, max_pixels)
+    return Processor(config, tokenizer, images, extractor)
 
 
 def base_of(name):
@@ -1432,35 +1577,57 @@ def base_of(name):
     return base
 
 
-def new_cache():
+def new_cache(model):
     """An empty key-value cache for `forward_branches` to fill and `decode_branch` to extend."""
     from transformers import DynamicCache
 
-    return DynamicCache()
+    return DynamicCache(config=model.config)
+
+
+def run_model(model, input_ids, position_ids, mask, cache=None, **media):
+    """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
+    our positions (3, B, T) and mask. The logits are left to the caller, who needs them at few
+    positions."""
+    if not FAMILIES[model.config.model_type].grid:
+        position_ids = position_ids[0]
+    out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
+                      past_key_values=cache, use_cache=cache is not None, **media)
+    return out.last_hidden_state
+
+
+def is_recurrent(model):
+    """Whether layers carry a state along the row, so that no mask keeps branches apart."""
+    return "linear_attention" in layer_types(model.config)
 
 
 def forward_branches(model, batch, cache=None):
-    """Hidden states (B, T, D) of the last layer: one vision pass, one audio pass and one language
-    pass for all branches. The logits are left to the caller, who needs them at few positions."""
+    """Hidden states (B, T, D) of the last layer: one pass over image, sound and prefix for all
+    branches. `cache` then holds what `decode_branch` goes on from."""
     if "flash" in (model.config._attn_implementation or ""):
         raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
                          "or eager")
-    core = model.model
-    embeds = core.get_input_embeddings()(batch.input_ids)  # (B, T, D)
-    if batch.pixel_values is not None:
-        pixels = batch.pixel_values.to(embeds.dtype)
-        features = core.get_image_features(pixels, batch.image_grid).pooler_output
-        features = torch.cat(features)  # one tensor per image
-        at = batch.input_ids == model.config.image_token_id
-        embeds = embeds.masked_scatter(at[..., None], features.to(embeds.dtype))
-    if batch.audio is not None:
-        features = core.audio_tower(batch.audio.T, feature_lens=batch.audio_lengths)
-        at = batch.input_ids == model.config.audio_token_id
-        embeds = embeds.masked_scatter(at[..., None], features.last_hidden_state.to(embeds.dtype))
-    out = core.language_model(inputs_embeds=embeds, position_ids=batch.position_ids,
-                              use_cache=cache is not None, past_key_values=cache,
-                              attention_mask=branch_mask(batch.branch_ids, embeds.dtype))  # as is
-    return out.last_hidden_state
+    if is_recurrent(model):
+        return _branch_by_branch(model, batch, cache)
+    mask = branch_mask(batch.branch_ids, model.get_input_embeddings().weight.dtype)
+    return run_model(model, batch.input_ids, batch.position_ids, mask, cache, **batch.media)
+
+
+def _branch_by_branch(model, batch, cache):
+    """`forward_branches` for recurrent layers: a pass for each branch, the prefix with it; the
+    hidden states are put where they stand in the packed rows. The cache is of the last branch.
+    trap: such layers ignore a 4-D mask silently."""
+    last = int(batch.branch_ids.max())
+    hidden = None  # (B, T, D)
+    for branch in range(1, last + 1):
+        at, real = batch.alone(branch)  # (B, T')
+        positions = batch.position_ids.gather(2, at.expand(3, -1, -1))
+        own = run_model(model, batch.input_ids.gather(1, at), positions, real.long(),
+                        cache if branch == last else None, **batch.media)  # (B, T', D)
+        if hidden is None:
+            hidden = own.new_zeros(*batch.input_ids.shape, own.shape[-1])
+        packed = torch.zeros_like(hidden).scatter(1, at[..., None].expand_as(own), own)
+        hidden = torch.where(batch.attended(branch)[..., None], packed, hidden)
+    return hidden
 
 
 def encode_batch(posts, branches, model, processor):
@@ -1548,7 +1715,7 @@ def score_labels(model, batch, hidden=None):
 def generate_text(model, processor, batch, max_new_tokens=512, temperature=0.0):
     """Answers [(text, finish), …] to a batch whose last branch has no answer yet; finish is "stop"
     or "length". Greedy at temperature 0."""
-    cache = new_cache()
+    cache = new_cache(model)
     hidden = forward_branches(model, batch, cache)
     return decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temperature)
 
@@ -1561,14 +1728,15 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens=512, te
     transformers' generate (tested), which is slower. Vision ids never come out."""
     B, T = batch.input_ids.shape
     device = hidden.device
-    in_branch = batch.branch_ids == batch.branch_ids.max()  # (B, T)
+    branch = int(batch.branch_ids.max())
+    in_branch = batch.branch_ids == branch  # (B, T)
     rows = torch.arange(B, device=device)
     last = (in_branch * torch.arange(T, device=device)).argmax(1)  # (B,)
     state = hidden[rows, last]  # (B, D)
     position = batch.position_ids[:, rows, last]  # (3, B)
-    visible = in_branch | (batch.branch_ids == 0)  # (B, T)
+    visible = batch.alone(branch)[1] if is_recurrent(model) else batch.attended(branch)  # (B, T)
     never = torch.tensor(processor.never_generated, device=device)
-    stop_ids = (processor.im_end_id, processor.pad_id)
+    stop_ids = (processor.end_id, processor.pad_id)
     generated_ids = [[] for _ in range(B)]
     finish = ["length"] * B
     alive = list(range(B))  # which rows are still in the batch
@@ -1588,7 +1756,7 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens=512, te
             alive = [alive[n] for n in going]
             kept = torch.tensor(going, device=device)
             token, position, visible = token[kept], position[:, kept], visible[kept]
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
         state = _next_state(model, token, position, visible, cache)
@@ -1605,12 +1773,10 @@ def _next_token(logits, temperature):
 def _next_state(model, token, position, visible, cache):
     """The hidden states (B, D) of one more token (B,) at position (3, B), which sees the cached
     tokens that are `visible` (B, T)."""
-    embeds = model.model.get_input_embeddings()(token)[:, None]  # (B, 1, D)
-    mask = torch.zeros(visible.shape, dtype=embeds.dtype, device=embeds.device)
-    mask = mask.masked_fill(~visible, torch.finfo(embeds.dtype).min)[:, None, None]  # (B, 1, 1, T)
-    out = model.model.language_model(inputs_embeds=embeds, position_ids=position[..., None],
-                                     attention_mask=mask, past_key_values=cache, use_cache=True)
-    return out.last_hidden_state[:, 0]
+    dtype = model.get_input_embeddings().weight.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]  # (B, 1, 1, T)
+    return run_model(model, token[:, None], position[..., None], mask, cache)[:, 0]
 
 
 # ---- a post from Python
@@ -1630,7 +1796,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     if decode == "score" and chain:  # one pass over image and post serves the labels and the chain
         branches = [*label_branches(), (REASON_FORMAT, None)]
         batch = encode_batch(posts, branches, model, processor)
-        cache = new_cache()
+        cache = new_cache(model)
         hidden = forward_branches(model, batch, cache)
         rows = label_rows(score_labels(model, batch, hidden).exp())
         answers = decode_branch(model, processor, batch, hidden, cache, max_new_tokens)
@@ -2440,8 +2606,7 @@ class SoftLabels:
     @staticmethod
     def names(example):
         """The entry name of each of an example's branches."""
-        files = [x for x in (example.pixel_values, example.audio) if x is not None]
-        prefix = digest(example.prefix, *files)
+        prefix = digest(example.prefix, *example.media.values())
         return [digest(prefix, ids, answer) for ids, answer in example.branches]
 
     def write_part(self, entries):

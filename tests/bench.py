@@ -179,8 +179,8 @@ def hf_inputs(examples, k, vocab, device):
         row[len(r) - e.branches[k][1] : len(r)] = torch.tensor(r[-e.branches[k][1] :])
     inputs = dict(input_ids=ids, attention_mask=real, labels=labels, use_cache=False,
                   mm_token_type_ids=(ids == vocab - 281).int(),
-                  pixel_values=torch.cat([e.pixel_values for e in examples]),
-                  image_grid_thw=torch.cat([e.image_grid for e in examples]))
+                  pixel_values=torch.cat([e.media["pixel_values"] for e in examples]),
+                  image_grid_thw=torch.cat([e.media["image_grid_thw"] for e in examples]))
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
@@ -316,22 +316,22 @@ def hf_generate(model, processor, examples, most, length=0, **options):
     """Ids of transformers' own greedy generate, every prompt padded to at least `length`."""
     rows = [e.prefix + e.branches[0][0] for e in examples]
     T = max(length, *map(len, rows))
-    pad, images = processor.pad_id, [e for e in examples if e.pixel_values is not None]
+    pad, images = processor.pad_id, [e for e in examples if "pixel_values" in e.media]
     ids = torch.tensor([[pad] * (T - len(r)) + r for r in rows], device=model.device)
     real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=model.device)
-    patches = torch.cat([e.pixel_values for e in images])
+    patches = torch.cat([e.media["pixel_values"] for e in images])
     return model.generate(
         input_ids=ids, attention_mask=real, max_new_tokens=most, do_sample=False,
-        eos_token_id=[processor.im_end_id, pad], pad_token_id=pad, repetition_penalty=1.0,
+        eos_token_id=[processor.end_id, pad], pad_token_id=pad, repetition_penalty=1.0,
         suppress_tokens=processor.never_generated or None,
         pixel_values=patches.to(model.device, model.dtype),
-        image_grid_thw=torch.cat([e.image_grid for e in images]).to(model.device),
+        image_grid_thw=torch.cat([e.media["image_grid_thw"] for e in images]).to(model.device),
         mm_token_type_ids=(ids == model.config.image_token_id).int(), **options)[:, T:].tolist()
 
 
 def hf_texts(model, processor, examples, most, length=0):
     """What transformers' generate writes, up to its end."""
-    texts, stops = [], (processor.im_end_id, processor.pad_id)
+    texts, stops = [], (processor.end_id, processor.pad_id)
     for row in hf_generate(model, processor, examples, most, length):
         end = next((i for i, t in enumerate(row) if t in stops), len(row))
         texts.append(processor.tokenizer.decode(row[:end]))
@@ -367,14 +367,14 @@ def classify(args):
         row(f"tiny (trained), {n} at once", {"score": score, "greedy": greedy},
             same and f"{same:.3f} of {len(posts)}")
     model = qwen(args.device)
-    qwens = argparse.Namespace(pad_id=PAD, im_end_id=151645, never_generated=[])
+    qwens = argparse.Namespace(pad_id=PAD, end_id=151645, never_generated=[])
     for n in (1, 24):
         drawn = samples(n)  # the label prompt, then answers of 7 tokens that share their first 4
         asked = [replace(e, branches=[(e.branches[1][0][:25], 0)]) for e in drawn]
         scored = []
         for e in asked:
             ids = e.prefix + e.branches[0][0] + [1, 2, 3]
-            positions = mulcot.rope_positions(ids, IMAGE, e.image_grid, 2)
+            positions = mulcot.rope_positions(ids, IMAGE, e.media["image_grid_thw"], 2)
             answers = [([4, i, 8, 9], 3) for i in (5, 6, 7)]
             scored.append(replace(e, prefix=ids, positions=positions, branches=answers))
         ways = {"score": lambda: mulcot.score_labels(model, mulcot.collate(scored, PAD)),

@@ -19,7 +19,7 @@ import train
 from mulcot import (LABEL_FORMAT, SCORE_FORMAT, InputError, Post, collate, encode, encode_batch,
                     forward_branches, load_model, load_trained, read_posts, without_inputs,
                     write_rows)
-from toy import tiny_model, tiny_tokenizer
+from toy import OMNI_AUDIO_TOKENS, OMNI_IMAGE_TOKENS, tiny_model, tiny_tokenizer
 
 
 def write_wav(path, samples, rate=16_000, channels=1, width=2):
@@ -66,11 +66,11 @@ def own_inputs(e, k):
     """What the model's own forward takes for one post and its branch k."""
     ids = torch.tensor([e.prefix + e.branches[k - 1][0]])
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if e.pixel_values is not None:
-        inputs |= dict(pixel_values=e.pixel_values, image_grid_thw=e.image_grid)
-    if e.audio is not None:
-        inputs |= dict(input_features=e.audio.T[None],
-                       feature_attention_mask=torch.ones(1, len(e.audio)).long())
+    if "pixel_values" in e.media:
+        inputs |= dict(pixel_values=e.media["pixel_values"], image_grid_thw=e.media["image_grid_thw"])
+    if "audio" in e.media:
+        inputs |= dict(input_features=e.media["audio"].T[None],
+                       feature_attention_mask=torch.ones(1, len(e.media["audio"])).long())
     return inputs
 
 
@@ -96,7 +96,7 @@ def test_positions_equal_the_models_own(omni, clips):
         batch, inputs = collate([e], processor.pad_id), own_inputs(e, 1)
         want, _ = model.get_rope_index(
             inputs["input_ids"], inputs.get("image_grid_thw"), None, inputs["attention_mask"],
-            audio_seqlens=None if e.audio is None else torch.tensor([len(e.audio)]))
+            audio_seqlens=torch.tensor([len(e.media["audio"])]) if "audio" in e.media else None)
         assert torch.equal(batch.position_ids[:, 0, batch.attended(1)[0]], want[:, 0])
 
 
@@ -108,14 +108,14 @@ def test_ids_equal_the_chat_template(omni, clips):
         ids = processor.tokenizer.apply_chat_template(
             mulcot.build_messages(post, "label"), add_generation_prompt=True, tokenize=True,
             return_dict=False)
-        grids, got = iter([] if e.image_grid is None else e.image_grid), []
+        grids, got = iter(e.media.get("image_grid_thw", [])), []
         for t in ids:
             n = 1
             if t == model.config.image_token_id:
                 n = int(next(grids).prod()) // 4
             elif t == model.config.audio_token_id:
                 n = int(model.model.audio_tower._get_feat_extract_output_lengths(
-                    torch.tensor(len(e.audio)))[1])
+                    torch.tensor(len(e.media["audio"])))[1])
             got += [t] * n
         assert e.prefix + e.branches[0][0] == got
 
@@ -124,7 +124,8 @@ def test_greedy_text_does_not_depend_on_the_batch(omni, clips):
     """Padding and neighbours, heard or not, change no word; no placeholder is ever generated."""
     model, processor, _ = omni
     likely = torch.zeros(model.lm_head.out_features)
-    likely[processor.image_ids + processor.audio_ids] = 1e4
+    tokens = [*OMNI_IMAGE_TOKENS, *OMNI_AUDIO_TOKENS]
+    likely[processor.tokenizer.convert_tokens_to_ids(tokens)] = 1e4
     hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + likely)
     together, *alone = (
         mulcot.generate_text(model, processor, encode_batch(
@@ -133,7 +134,7 @@ def test_greedy_text_does_not_depend_on_the_batch(omni, clips):
     hook.remove()
     assert together == sum(alone, []) and len(set(together)) > 1
     assert not any(token in text for text, _ in together
-                   for token in mulcot.OMNI_IMAGE_TOKENS + mulcot.OMNI_AUDIO_TOKENS)
+                   for token in tokens)
 
 
 def test_each_modality_reaches_the_last_state(omni, clips):
@@ -222,7 +223,7 @@ def test_a_model_that_hears_nothing_says_so(student, clips):
         for row, e in enumerate(examples):
             inputs = own_inputs(e, 1)
             ids = inputs["input_ids"]
-            want = model.model(**inputs, mm_token_type_ids=(ids == processor.image_ids[1]).int())
+            want = model.model(**inputs, mm_token_type_ids=(ids == processor.placeholder_id).int())
             at = batch.attended(1)[row]
             assert (hidden[row, at] - want.last_hidden_state[0]).abs().max() < 2e-5
 
@@ -264,7 +265,8 @@ def test_a_silent_clip_is_heard_as_silence(omni, tmp_path):
     model, processor, _ = omni
     path = write_wav(tmp_path / "z.wav", np.zeros(8_000))
     batch = encode_batch([Post("1", "x", audio=path)], [("Say.", None)], model, processor)
-    assert torch.isfinite(batch.audio).all() and batch.audio.std() == 0
+    heard = batch.media["input_features"]
+    assert torch.isfinite(heard).all() and heard.std() == 0
     with torch.no_grad():
         assert torch.isfinite(forward_branches(model, batch)).all()
 

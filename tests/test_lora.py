@@ -27,9 +27,9 @@ def inputs(student, posts):
     processor = student[1]
     e = mulcot.encode(posts[0], [(mulcot.LABEL_FORMAT, None)], processor)
     ids = torch.tensor([e.prefix + e.branches[0][0]])
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), image_grid_thw=e.image_grid,
-                pixel_values=e.pixel_values,
-                mm_token_type_ids=(ids == processor.image_ids[1]).int())
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), image_grid_thw=e.media["image_grid_thw"],
+                pixel_values=e.media["pixel_values"],
+                mm_token_type_ids=(ids == processor.placeholder_id).int())
 
 
 @torch.no_grad()
@@ -307,8 +307,8 @@ def test_a_model_saved_with_wrappers_on_is_refused(model, toy, tmp_path):
 
 
 def test_other_model_families_are_refused(tmp_path):
-    """Qwen3-VL loads through the same class and would be laid out wrong without a word; no weight
+    """Gemma 3 loads through the same class and would be laid out wrong without a word; no weight
     is read before that is said."""
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    with pytest.raises(InputError, match="is a qwen3_vl: only"):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(InputError, match="is a gemma3 with layers of sliding_attention"):
         mulcot.load_model(tmp_path)

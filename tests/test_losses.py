@@ -233,10 +233,10 @@ def soft_of(toy, rows, tmp_path_factory):
 def branch_logits(model, processor, example, k):
     """Logits (T, V) of an ordinary pass over prefix and branch k."""
     ids = torch.tensor([example.prefix + example.branches[k - 1][0]])
-    more = {} if example.pixel_values is None else dict(pixel_values=example.pixel_values,
-                                                        image_grid_thw=example.image_grid)
+    more = {} if "pixel_values" not in example.media else dict(pixel_values=example.media["pixel_values"],
+                                                        image_grid_thw=example.media["image_grid_thw"])
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more,
-                 mm_token_type_ids=(ids == processor.image_ids[1]).int()).logits[0]
+                 mm_token_type_ids=(ids == processor.placeholder_id).int()).logits[0]
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ def test_what_is_read_equals_an_ordinary_pass(student, posts):
         for e, state in zip(examples, got):
             ids = torch.tensor([e.prefix + e.branches[0][0]])
             want = model.model(input_ids=ids, attention_mask=torch.ones_like(ids),
-                               pixel_values=e.pixel_values, image_grid_thw=e.image_grid,
-                               mm_token_type_ids=(ids == processor.image_ids[1]).int())
+                               pixel_values=e.media["pixel_values"], image_grid_thw=e.media["image_grid_thw"],
+                               mm_token_type_ids=(ids == processor.placeholder_id).int())
             assert (state - want.last_hidden_state[0, -1]).abs().max() < 1e-5
 
 

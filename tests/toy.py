@@ -30,12 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import generate  # noqa: E402
 from train import deterministic_batches  # noqa: E402
 from mulcot import (  # noqa: E402
-    AUDIO_RATE, FIELDS, FORMATS, IM_END, IM_START, IMAGE_TOKENS, LABELS, MAX_SECONDS,
-    OMNI_AUDIO_TOKENS, OMNI_IMAGE_TOKENS, PAD_TOKEN, SCORE_FORMAT, SYSTEM, Answer, Help, InputError,
+    AUDIO_RATE, FIELDS, FORMATS, LABELS, MAX_SECONDS, SCORE_FORMAT, Answer, Help, InputError,
     Post, check_settings, collate, encode, forward_branches, load_model, mark_aspect, post_prompt, progress, read_posts, render_label, render_reasoning, render_score,
     run_stage, safe_path, write_json, write_rows)
 
+IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+OMNI_IMAGE_TOKENS = ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>")  # Qwen2.5-Omni's names
+OMNI_AUDIO_TOKENS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 VISION_PAD, VIDEO_PAD = "<|vision_pad|>", "<|video_pad|>"
+SYSTEM = "You are a helpful assistant."  # what Qwen2.5-VL's own chat template puts first
 
 TOY_WORDS = {"praise": "glorious lovely superb brilliant charming splendid delightful "
                        "amazing".split(),
