@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -30,12 +31,13 @@ from pathlib import Path
 import torch
 
 from mulcot import (
-    BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
-    Post, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier,
-    best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
-    chunks, collate, digest, encode, encode_batch, fingerprint, forward_branches, gather,
-    generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
-    load_trained, load_ubm, mark_aspect, post_prompt, predict, progress, read_dev_posts, read_out,
+    BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help,
+    InputError, Post, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict,
+    barrier, base_of, best_thresholds, build_messages, cascade_route, check_answer,
+    check_at_least, check_settings, chunks, collate, count_parameters, digest, encode,
+    encode_batch, fingerprint, forward_branches, gather, generate_text, get_rank,
+    get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
+    mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts, read_out,
     read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects, row_text, run_info,
     run_stage, score_labels, second_pass_prompt, select_split, sibling, stages_asked,
     threshold_grid, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict,
@@ -51,7 +53,8 @@ STAGES = {
     "augment": "one more chain per training post by the assistant, kept if right",
     "soft": "the assistant's hidden states at the supervised positions",
     "predict": "label by the label prompt, chain by the reason prompt",
-    "cascade": "a small model first, the MLLM only where that one is unsure"}
+    "cascade": "a small model first, the MLLM only where that one is unsure",
+    "export": "base and adapter as one ordinary model folder, to serve or to load anywhere"}
 
 
 def parse_args(argv=None):
@@ -75,7 +78,10 @@ def parse_args(argv=None):
         args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
         if bool(args.mllm) == bool(args.endpoint) or not args.model:
             p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
-    if not (args.data and args.out) and not getattr(args, "text", None):
+    if args.stage == "export":
+        if not args.out:
+            p.error("needs --out")
+    elif not (args.data and args.out) and not getattr(args, "text", None):
         p.error("needs --data and --out (predict also takes one post: --text, --image, --aspect)")
     args.run = run_info("generate.py", argv)
     return args
@@ -83,14 +89,18 @@ def parse_args(argv=None):
 
 def shared_flags(flag, stage):
     """Of every stage."""
-    flag("--data", nargs="+", metavar="POSTS", help=".jsonl, .json, .tsv, .csv or an MVSA folder")
-    flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
-    flag("--out", help="where the rows go (.jsonl); of soft a folder")
+    flag("--out", help="where the rows go (.jsonl); of soft and export a folder")
     flag("--model", required=stage != "cascade",
          help="hub name, model or adapter folder; with --endpoint the model's name there")
-    flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of the model (default: bfloat16 on GPU, "
+         "float32 on CPU; of export the base's own)")
+    if stage == "export":
+        return
     flag("--nf4", action=YES_NO, help="4-bit base (default: as its adapter was trained)")
+    flag("--data", nargs="+", metavar="POSTS", help=".jsonl, .json, .tsv, .csv or an MVSA folder")
+    flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
+    flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
     flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
     flag("--max-pixels", type=int, default=0,
          help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
@@ -99,10 +109,20 @@ def shared_flags(flag, stage):
              help="only posts of this split, where posts have one, or all (predict, cascade: test)")
 
 
+def json_object(text):
+    """A JSON object, of a flag; argparse reports the ValueError."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 def endpoint_flags(flag):
     """How to reach an endpoint."""
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
+    flag("--extra-body", type=json_object, default={}, metavar="JSON", help="--endpoint: merged "
+         "into each request, null removes a key: max_completion_tokens, chat_template_kwargs …")
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
 
@@ -145,6 +165,11 @@ def own_flags(flag, stage):
 # ---- shared by the stages ----------------------------------------------------------------------
 
 
+def load(args):
+    """(model, Processor) of --model."""
+    return load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
+
+
 def select_posts(args, labelled=False):
     """(posts of --data and --split, unreadable rows); says how many of other splits are left
     out."""
@@ -174,7 +199,8 @@ def select_posts(args, labelled=False):
 
 # settings that a rerun onto an --out must share
 KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
-        "max_pixels", "max_new_tokens", "max_tries", "nf4", "stage2", "logprobs")
+        "max_pixels", "max_new_tokens", "max_tries", "dtype", "nf4", "stage2", "logprobs",
+        "extra_body")
 
 
 def settings_of(args):
@@ -303,7 +329,7 @@ def teacher(args, ask=None):
 
 def local_teacher(args):
     """ask(list of Requests) -> list of Answers of a local model, a batch at once."""
-    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+    model, processor = load(args)
 
     def ask(requests):
         torch.manual_seed(int(digest(args.seed, requests[0].temperature,
@@ -327,7 +353,7 @@ class PaidCalls:
 
     def __init__(self, args, done):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
-                                 allow_http=args.allow_http)
+                                 allow_http=args.allow_http, extra_body=args.extra_body)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
         for row in read_rows(self.file.path):
@@ -438,7 +464,7 @@ def augment(args):
     """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
     posts, rejects = select_posts(args, labelled=True)
     output = Output(args, rejects)
-    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+    model, processor = load(args)
 
     def respond(posts, n):
         torch.manual_seed(args.seed * 100_003 + n)
@@ -461,7 +487,7 @@ def augment(args):
 def soft(args):
     """The assistant's distributions for both tasks of every row, taken in eval mode: its last
     hidden states, and its output matrix once."""
-    model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+    model, processor = load(args)
     branches_of = partial(training_branches, processor=processor, max_answer=args.max_answer)
     rows, _ = training_items(args.data, args.images, branches_of)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
@@ -523,14 +549,17 @@ def responder(args):
         args.source = "ubm"
         model, processor = load_ubm(args.model, args.device), None
     else:
-        model, processor = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+        model, processor = load(args)
 
     def respond(posts, _=0):
         if processor is None:
             return [verdict(probs, model.classes) for probs in model.probs(posts)]
         if hasattr(model, "readout"):
             return read_out(model, processor, posts)
-        return predict(model, processor, posts, args.chain, args.decode, args.max_new_tokens)
+        rows = predict(model, processor, posts, args.chain, args.decode, args.max_new_tokens)
+        for row in rows:
+            row.pop("fields", None)  # eval.py reads them from the chain
+        return rows
 
     return respond
 
@@ -560,6 +589,37 @@ def predict_one(args):
         return print(f"score: {score}")
     sure = f" ({max(row['probs']):.1%})" if "probs" in row else ""
     print(f"label: {row.get('prediction') or 'none in ' + repr(row.get('raw_label'))}{sure}")
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+
+def export(args):
+    """The base with its adapter merged into it, as `from_pretrained` of its class and servers read
+    it: weights, config, generation config, tokenizer with chat template, image processor."""
+    from transformers.utils import cached_file
+
+    if os.path.exists(args.out):
+        raise InputError(f"--out {args.out} is there already: choose another")
+    model, processor = load_trained(args.model, args.device, args.dtype or "auto")
+    if hasattr(model, "readout"):
+        raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
+    part = f"{args.out}.part"
+    shutil.rmtree(part, ignore_errors=True)  # of a killed run
+    merge_lora(model).save_pretrained(part)
+    processor.tokenizer.save_pretrained(part)
+    sizes = processor.image_processor.to_dict()
+    if processor.extractor:  # Omni keeps both in one file
+        sizes = processor.extractor.to_dict() | sizes
+    write_json(Path(part, "preprocessor_config.json"), sizes)
+    for name in ("processor_config.json", "video_preprocessor_config.json"):
+        file = cached_file(base_of(args.model), name, _raise_exceptions_for_missing_entries=False)
+        if file:
+            own = json.loads(Path(file).read_text(encoding="utf-8"))
+            own.pop("image_processor", None)  # it would stand before the sizes of training
+            write_json(Path(part, name), own)
+    os.replace(part, args.out)
+    print(f"wrote {args.out}: {count_parameters(model):,} weights in {model.dtype}")
 
 
 # ---- cascade -----------------------------------------------------------------------------------
@@ -668,7 +728,7 @@ class CascadeSteps:
         answers, so that its distribution is exact."""
         args = self.args
         if questions and self.mllm is None:
-            self.mllm = load_trained(args.model, args.device, args.max_pixels, args.nf4)
+            self.mllm = load(args)
         questions.sort(key=lambda question: len(question[2]))
         bar = progress(len(questions), "mllm", "post")
         for start in range(0, len(questions), args.batch):
@@ -719,7 +779,8 @@ def main(argv=None, ask=None):
         args.device = init_distributed(args.device)
         if args.stage == "teacher":
             return teacher(args, ask)
-        stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade)
+        stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade,
+                      export=export)
         stages[args.stage](args)
 
     return run_stage(stage, args)

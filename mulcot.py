@@ -591,9 +591,11 @@ _LABEL_WORD = re.compile(rf"\b({'|'.join(LABELS)})\b")
 
 def parse_reasoning(text):
     """Any text a model wrote -> Reasoning. Reads quoted paragraphs, Markdown headings, (fenced)
-    JSON and plain `Field: …`. The last Prediction wins; one that names several labels names none.
-    Never raises."""
+    JSON and plain `Field: …`, behind a reasoning model's <think>…</think>. The last Prediction
+    wins; one that names several labels names none. Never raises."""
     text = text.replace("\r\n", "\n")
+    if text.lstrip().startswith("<think>"):
+        text = text.partition("</think>")[2] or text
     headings = list(_HEADING.finditer(text))
     ends = [heading.start() for heading in headings[1:]] + [len(text)]
     fields = {}
@@ -769,14 +771,15 @@ class Stopped(InputError):
 class Endpoint:
     """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
     requests; many threads may call it at once. The key is read from OPENAI_API_KEY and is cut out
-    of every error text. `retries` counts what went wrong, `stop` ends all waiting."""
+    of every error text. `extra_body` is merged into each request; None removes a key. `retries`
+    counts what went wrong, `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
-    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False):
+    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None):
         check_url(url, allow_http)
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
-        self.timeout, self.max_retries = timeout, max_retries
+        self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
@@ -793,6 +796,8 @@ class Endpoint:
                     max_tokens=request.max_tokens)
         if request.logprobs:
             body |= dict(logprobs=True, top_logprobs=5)
+        body |= self.extra_body
+        body = {key: value for key, value in body.items() if value is not None}
         ready_at = 0.0
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._paused_until) - time.monotonic()
@@ -831,6 +836,10 @@ class Endpoint:
                 raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
             self._paused_until = max(self._paused_until, time.monotonic() + seconds)
             raise Unreachable(problem)
+        if re.search("unsupported.(parameter|value)", problem, re.I):
+            raise InputError(f"{self.url} refused: {problem}; a reasoning model wants --extra-body "
+                             """'{"max_tokens": null, "max_completion_tokens": 4096, """
+                             """"temperature": null}'""")
         if status in (401, 402, 404) or status < 400:
             raise InputError(f"{self.url} refused: {problem}")
         raise Refused(f"{self.url} refused: {problem}")
@@ -1274,6 +1283,23 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower)\.")
 
 
+class Dropout(nn.Module):
+    """nn.Dropout from 16 random bits an element (p to 1 / 65,536). choice: on a CPU torch's own
+    draws cost a fifth of a training step, four elements of a 64-bit draw a quarter of that."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        bits = draws.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return (x * kept).div_(1 - self.p)
+
+
 class LoRALinear(nn.Module):
     """y = base(x) + (alpha / rank) B A dropout(x). `lora_A` (R, in) starts as Kaiming, `lora_B`
     (out, R) at zero, so training begins at the base model. `base`: any frozen module with
@@ -1283,18 +1309,19 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.rank, self.alpha, self.scale = base, rank, alpha, alpha / rank
         device = next(iter(base.state_dict().values())).device
-        like = dict(device=device, dtype=torch.float32)  # choice: fp32 over any base
+        # choice: held and trained in fp32 over any base, multiplied in the base's dtype
+        like = dict(device=device, dtype=torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         if device.type != "meta":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)  # trap: in a model in eval mode dropout would stay on
 
     def forward(self, x):
-        low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (…, R)
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, R)
         y = self.base(x)
-        y += F.linear(self.scale * low, self.lora_B).to(y.dtype)  # scaled where it is small
+        y += F.linear(self.scale * low, self.lora_B.to(x.dtype))  # scaled where it is small
         return y
 
 
@@ -1512,8 +1539,9 @@ def confusion_scores(table):
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
-    base is read first). dtype: default float32 on CPU, bfloat16 on GPU; max_pixels: image cap;
-    quantize(model): applied to the base before the adapter is put on it (§8)."""
+    base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default float32 on
+    CPU, bfloat16 on GPU; max_pixels: image cap; quantize(model): applied to the base before the
+    adapter is put on it (§8)."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
 
@@ -1521,7 +1549,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     base = base_of(name)
     processor = load_processor(name, max_pixels)
     if dtype is None:
-        dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+        dtype = "bfloat16" if str(device).startswith("cuda") else "float32"
     model_class = AutoModelForImageTextToText
     if processor.extractor:  # the whole Omni is no such model, its Thinker is
         model_class = Qwen2_5OmniThinkerForConditionalGeneration
@@ -1588,6 +1616,9 @@ def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
     our positions (3, B, T) and mask. The logits are left to the caller, who needs them at few
     positions."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, tensor in media.items():
+        media[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
@@ -1786,7 +1817,8 @@ def _next_state(model, token, position, visible, cache):
 def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=512):
     """What the model says of a Post (-> dict) or of a list of Posts (-> list of dicts):
     `prediction` and `probs` (in the order of LABELS) by the label prompt; with `chain` also `raw`
-    (the chain as generated), `chain_prediction`, `problem` (None if it is whole) and `tokens`.
+    (the chain as generated), its `fields` {name: text}, `chain_prediction`, `problem` (None if it
+    is whole) and `tokens`.
 
     paper: the label comes from the label prompt, the chain from the reason prompt. choice: the
     three answers are scored; decode="greedy" generates one, as the authors do (`raw_label`)."""
@@ -1814,7 +1846,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
             answers = generate_text(model, processor, batch, max_new_tokens)
     for row, (text, finish) in zip(rows, answers):
         parsed = parse_reasoning(text)
-        row.update(raw=text, chain_prediction=parsed.prediction,
+        row.update(raw=text, fields=parsed.fields, chain_prediction=parsed.prediction,
                    problem="truncated" if finish == "length" else parsed.problem,
                    tokens=len(processor.text_ids(text)))
     return rows
@@ -1935,11 +1967,11 @@ def load_readout(folder, width):
     return readout
 
 
-def load_trained(name, device="cpu", max_pixels=None, nf4=None):
+def load_trained(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """`load_model` with what this section adds: the language model's linears in NF4 (nf4: default
     as the adapter was trained) and the readout head that lies beside an adapter."""
     nf4 = adapter_nf4(name) if nf4 is None else nf4
-    model, processor = load_model(name, device, max_pixels=max_pixels,
+    model, processor = load_model(name, device, dtype, max_pixels,
                                   quantize=quantize_linears if nf4 else None)
     if Path(name, "head.json").exists():
         model.readout = load_readout(name, model.lm_head.in_features).to(device).eval()

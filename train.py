@@ -37,8 +37,8 @@ from safetensors.torch import load_file
 
 from mulcot import (
     LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, SoftLabels, add_lora,
-    all_reduce_gradients, barrier, check_at_least, check_settings, chunks, class_targets, collate,
-    confusion_scores, confusion_table, count_parameters, digest, distill_kl, encode,
+    all_reduce_gradients, barrier, check_at_least, check_settings, chunks, class_targets,
+    collate, confusion_scores, confusion_table, count_parameters, digest, distill_kl, encode,
     fit_temperature, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, load_processor, load_trained, multitask_loss, new_ubm, predict, progress,
     read_dev_posts, read_out, read_rows, readout_branches, readout_loss, regression_metrics,
@@ -128,6 +128,8 @@ def loop_flags(flag):
          "the 3rd epoch without better dev accuracy (paper: patience 2); cosine: to 0")
     flag("--warmup", type=float, default=0.0, help="part of the steps with rising rate (paper: 0)")
     flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: bfloat16 "
+         "on GPU, float32 on CPU); LoRA, optimiser and losses are float32")
     flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits")
     flag("--rank", type=int, default=16, help="of LoRA (paper: 16)")
     flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
@@ -368,7 +370,7 @@ def build_model(args, items):
     The base is frozen, in 16 bits on a GPU or in 4 with --nf4; what is trained is in fp32. A score
     readout learns z-scores, so it keeps the mean and deviation of its training scores."""
     torch.manual_seed(args.seed)
-    model, _ = load_trained(args.model, args.device, args.max_pixels, nf4=args.nf4)
+    model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
     names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
     if get_rank() == 0:
         write_json(Path(args.out, "lora_modules.json"), names)
@@ -570,7 +572,6 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
 
     Losses are sums divided by the whole step's counts, so the micro-batches' gradients only add up:
     1 x 8 posts, 8 x 1 and two processes are the same step."""
-    on_gpu = str(args.device).startswith("cuda")
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
     logged_at = time.time()
@@ -578,9 +579,7 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
         set_learning_rate(args, state, total)
         counts = step_counts(micro)
         for batch, examples in micro:
-            # LoRA's fp32 weights multiply in bf16 here, in fp32 where a stage only predicts
-            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-                loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
+            loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
             loss.backward()
             values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
             state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds

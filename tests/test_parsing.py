@@ -45,6 +45,8 @@ FORMS = {
     "fenced one line": f"```\n{json.dumps(CHAIN)}\n```\n",
     "windows lines": form('"{k}": "{v}"', "\r\n"),
     "windows headings": form("### {k}\r\n{v}", "\r\n\r\n"),
+    "thought first": '<think>\n"Prediction": "negative"? No.\n</think>\n\n' + form('"{k}": "{v}"'),
+    "empty thought": "<think>\n\n</think>\n\n" + json.dumps(CHAIN),
 }
 
 
@@ -115,7 +117,8 @@ def test_missing_field_is_named(gone):
 @pytest.mark.parametrize("text, label", [
     ("positive", "positive"), (" Neutral.\n", "neutral"), ("**negative**", "negative"),
     ("", None), ("\n", None), ("I think it is positive", None), ("positive or negative", None),
-    (render_label("neutral"), "neutral"), ("Prediction: negative", "negative")])
+    (render_label("neutral"), "neutral"), ("Prediction: negative", "negative"),
+    ("<think>\nnegative?\n</think>\n\npositive", "positive")])
 def test_short_answers(text, label):
     """A bare label word counts, a label within prose does not, and none of it is a chain."""
     parsed = parse_reasoning(text)

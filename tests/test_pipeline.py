@@ -158,10 +158,11 @@ def trained(road):
     return road / "trained"
 
 
-@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
-def test_resume_equals_uninterrupted_bit_for_bit(road, tmp_path, monkeypatch, schedule):
+@pytest.mark.parametrize("schedule, dtype", [("plateau", "float32"), ("cosine", "float32"),
+                                             ("plateau", "bfloat16")])
+def test_resume_equals_uninterrupted_bit_for_bit(road, tmp_path, monkeypatch, schedule, dtype):
     """Stopped in the middle of an epoch and again later, a run ends with the same bytes and log."""
-    more = ("--schedule", schedule, "--warmup", "0.3", "--dropout", "0.2")
+    more = ("--schedule", schedule, "--warmup", "0.3", "--dropout", "0.2", "--dtype", dtype)
     assert train.main(train_args(road, tmp_path / "whole", *more)) == 0
     real, calls = train.multitask_loss, []
 
@@ -179,6 +180,30 @@ def test_resume_equals_uninterrupted_bit_for_bit(road, tmp_path, monkeypatch, sc
     assert rows(tmp_path / "whole/log.jsonl") == rows(tmp_path / "broken/log.jsonl")
     whole, broken = (torch.load(tmp_path / x / "state.pt") for x in ("whole", "broken"))
     assert all(torch.equal(whole["trained"][k], broken["trained"][k]) for k in whole["trained"])
+
+
+def test_bfloat16_trains_and_predicts_like_float32(road, tmp_path, monkeypatch):
+    """The frozen base is held in bf16, the adapters in fp32; losses and labels come out alike."""
+    losses, real = {}, train.TrainingState
+    for dtype in ("float32", "bfloat16"):
+        def state(args, model):
+            dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
+            assert dtypes == {True: torch.float32, False: getattr(torch, dtype)}
+            return real(args, model)
+
+        monkeypatch.setattr(train, "TrainingState", state)
+        out = tmp_path / dtype
+        assert train.main(train_args(road, out, "--dtype", dtype, "--dropout", "0")) == 0
+        losses[dtype] = [row["loss"] for row in rows(out / "log.jsonl") if "loss" in row]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    probs = []
+    for dtype in ("float32", "bfloat16"):
+        model, processor = mulcot.load_trained(tmp_path / "float32/best", dtype=dtype)
+        posts = mulcot.read_posts(road / "posts.jsonl")[:6]
+        rows_ = mulcot.predict(model, processor, posts, max_new_tokens=4)
+        probs.append(torch.tensor([row["probs"] for row in rows_]))
+    assert 0 < (probs[0] - probs[1]).abs().max() < 0.05
 
 
 def test_sigkill_in_training_loses_nothing(road, tmp_path):

@@ -325,6 +325,29 @@ def test_endpoint_refusals_are_final(serve, status):
     assert KEY not in str(error.value) and len(server.seen) == 1 and server.waits == []
 
 
+def test_extra_body_is_merged_and_null_removes(serve):
+    """What a reasoning model wants: other keys, and none of those it refuses."""
+    extra = {"max_tokens": None, "max_completion_tokens": 900, "temperature": None,
+             "chat_template_kwargs": {"enable_thinking": False}}
+    endpoint, server = serve((200, GOOD), extra_body=extra)
+    endpoint(question())
+    sent = json.loads(server.seen[0][2])
+    assert sent.keys() == {"model", "messages", "max_completion_tokens", "chat_template_kwargs"}
+    assert sent["max_completion_tokens"] == 900
+
+
+@pytest.mark.parametrize("words", [
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    "'max_completion_tokens' instead.",
+    "Unsupported value: 'temperature' does not support 0.4 with this model."])
+def test_what_a_reasoning_model_refuses_names_the_remedy(serve, words):
+    """All posts would be refused alike, so the stage ends at the first, with what to type."""
+    endpoint, server = serve((400, dict(error=dict(message=words))))
+    with pytest.raises(InputError, match="max_completion_tokens.*temperature") as error:
+        endpoint(question())
+    assert type(error.value) is InputError and "--extra-body" in str(error.value)
+
+
 def test_key_travels_in_its_header_only(serve):
     """Authorization and nothing else: no other header, path or body."""
     endpoint, server = serve((200, GOOD))
