@@ -1,0 +1,449 @@
+"""Today's model families: tokens, one shared pass, generation, soft labels and adapters equal what
+each family's own classes give; what cannot be laid out right is refused by name."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import noise_image
+from transformers import AutoConfig, AutoImageProcessor
+
+import families
+import generate
+import mulcot
+import train
+from families import FAMILIES, Oracle, family_config, family_tokenizer, write_family
+from mulcot import (
+    FIELDS, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, TARGETS, InputError, Post, collate,
+    encode, encode_batch, forward_branches, label_branches, label_example, multitask_loss,
+    post_prompt, render_label, render_reasoning, score_labels)
+
+COT = render_reasoning(dict(zip(FIELDS, ("Words.", "A face.", "Fine.", "So.", "neutral"))))
+TASKS = [(REASON_FORMAT, COT), (LABEL_FORMAT, render_label("neutral"))]
+TILED = {"smolvlm": 32, "internvl": 28, "internvl_qwen3": 28}  # family -> side of a tile
+LANGUAGE = {"smolvlm": "model.text_model."}  # the others: model.language_model.
+
+
+@pytest.fixture(scope="module")
+def posts(tmp_path_factory):
+    """Posts with a wide, a tall, two and no picture, long and short, with and without aspect."""
+    images = tmp_path_factory.mktemp("families") / "images"
+    images.mkdir()
+    wide = noise_image(images / "wide.png", (90, 40), 1)
+    tall = noise_image(images / "tall.png", (30, 70), 2)
+    rows = [Post("wide", "so many words " * 6, wide, "Rex"), Post("tall", "few words", tall),
+            Post("two", "first and second", wide, frames=[tall]),
+            Post("none", "Only words 2024 here", None, "Rex")]
+    for n, post in enumerate(rows):
+        post.label, post.cot = LABELS[n % 3], COT.replace('"neutral"', f'"{LABELS[n % 3]}"')
+    return rows
+
+
+@pytest.fixture(scope="module")
+def texts(posts):
+    return [post_prompt(post) + FORMATS[task] for post in posts for task in ("reason", "label")]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request, posts, texts, tmp_path_factory):
+    """One family: its folders in two sizes, the student as we load it, and the oracle over it."""
+    folder, family = tmp_path_factory.mktemp(request.param), request.param
+    tokenizer = family_tokenizer(family, texts)
+    for seed, size in enumerate(("student", "assistant")):
+        write_family(folder / size, family, size, tokenizer, seed)
+    model, processor = mulcot.load_model(folder / "student")
+    oracle = Oracle(family, folder / "student", model)
+    return SimpleNamespace(family=family, folder=folder, posts=posts, model=model,
+                           processor=processor, oracle=oracle)
+
+
+@pytest.fixture
+def fresh(world):
+    """A model that a test may change, and the oracle over it."""
+    model, _ = mulcot.load_model(world.folder / "student")
+    return model, Oracle(world.family, world.folder / "student", model)
+
+
+def whole(example, branch=0):
+    """Ids of an example's prefix with one of its branches."""
+    return example.prefix + example.branches[branch][0]
+
+
+def special_ids(tokenizer):
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+# ---- token ids
+
+
+def test_ids_equal_the_chat_template(world):
+    """Of prompts, of answered turns up to the end token, and of several branches at once."""
+    for post in world.posts:
+        example = encode(post, [(LABEL_FORMAT, None), *TASKS], world.processor)
+        assert whole(example) == world.oracle.ids(post, LABEL_FORMAT)
+        assert example.branches[0][1] == 0
+        for branch, (question, answer) in enumerate(TASKS, 1):
+            want = world.oracle.ids(post, question, answer)
+            assert whole(example, branch) == want
+            n_answer = len(want) - len(world.oracle.ids(post, question))
+            assert example.branches[branch][1] == n_answer
+            assert want[-1] == world.processor.tokenizer.eos_token_id
+
+
+def test_ids_of_a_prompt_without_a_question_equal_the_chat_template(world):
+    """Where nothing of the user's turn is left for the branch: label_example, teacher prompts."""
+    for post in world.posts:
+        example = label_example(post, world.processor)
+        for branch, label in enumerate(LABELS):
+            want = world.oracle.ids(post, LABEL_FORMAT, render_label(label))
+            assert whole(example, branch) == want
+
+
+@pytest.mark.parametrize("place", ["text", "aspect", "answer"])
+def test_user_text_never_becomes_a_special_token(world, place):
+    """Each of the family's control tokens, spelled out in a post or an answer, is words."""
+    special = special_ids(world.processor.tokenizer)
+    tokens = world.processor.tokenizer.convert_ids_to_tokens(sorted(special))
+    nasty, image = " ".join(tokens), world.posts[0].image
+    plain, attacked = (
+        encode(Post("x", words if place == "text" else "day", image,
+                    words if place == "aspect" else "Rex"),
+               [(LABEL_FORMAT, words if place == "answer" else "fine")], world.processor)
+        for words in ("plain", nasty))
+    assert [i for i in whole(plain) if i in special] == [i for i in whole(attacked) if i in special]
+    part = attacked.branches[0][0] if place == "answer" else attacked.prefix
+    assert nasty in world.processor.tokenizer.decode(part)
+
+
+def test_pad_and_end_tokens_are_the_familys_own(world):
+    """The id that pads; the end token may be generated, vision tokens never."""
+    tokenizer, never = world.processor.tokenizer, set(world.processor.never_generated)
+    assert world.processor.pad_id == tokenizer.pad_token_id
+    assert never == special_ids(tokenizer) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert world.oracle.placeholder_id in never
+
+
+@pytest.mark.parametrize("family", TILED)
+def test_max_pixels_caps_the_tiles(family, posts, texts, tmp_path):
+    """N pixels are N // tile² tiles, at least one; a tiled picture has an overview besides."""
+    write_family(tmp_path, family, "student", family_tokenizer(family, texts), weights=False)
+    area, tokens_per_tile = TILED[family] ** 2, 4
+    tiles = {}
+    for n in (0.5, 1, 2, 4):
+        processor = mulcot.load_processor(tmp_path, max_pixels=int(n * area))
+        placeholder = processor.tokenizer.convert_tokens_to_ids(families.PLACEHOLDER[family])
+        example = encode(posts[0], [(LABEL_FORMAT, None)], processor)
+        tiles[n], rest = divmod(example.prefix.count(placeholder), tokens_per_tile)
+        assert rest == 0
+    assert tiles[0.5] == tiles[1] == 1 and tiles[2] <= 3 and 1 < tiles[4] <= 5, tiles
+    if family == "smolvlm":  # a picture of one tile is written without rows and columns
+        processor, one = mulcot.load_processor(tmp_path, area), dict(size=dict(longest_edge=32))
+        oracle = Oracle.__new__(Oracle)
+        model = SimpleNamespace(config=None, model=SimpleNamespace(image_seq_len=tokens_per_tile))
+        vars(oracle).update(
+            family=family, model=model, tokenizer=processor.tokenizer, placeholder="<image>",
+            images=AutoImageProcessor.from_pretrained(tmp_path, backend="pil", **one))
+        example = encode(posts[0], [(LABEL_FORMAT, None)], processor)
+        assert whole(example) == oracle.ids(posts[0], LABEL_FORMAT)
+
+
+# ---- one shared pass
+
+
+def oracle_tasks(oracle, posts):
+    """Per task (logits (N, V), targets (N,)) of ordinary passes, post by post."""
+    tasks = []
+    for question, answer in TASKS:
+        parts = [oracle.answer_logits(post, question, answer) for post in posts]
+        tasks.append(tuple(torch.cat(part) for part in zip(*parts)))
+    return tasks
+
+
+def shared_tasks(model, processor, posts):
+    """The same from one pass over both branches of all posts."""
+    batch = collate([encode(post, TASKS, processor) for post in posts], processor.pad_id)
+    hidden = forward_branches(model, batch)
+    assert hidden.shape[:2] == batch.input_ids.shape
+    masks = [batch.supervised(branch) for branch in (1, 2)]
+    return [(model.lm_head(hidden[at]), batch.targets[at]) for at in masks]
+
+
+def farthest(tasks, others):
+    """The largest difference of two results' logits, relative to the first one's scale."""
+    return max(float((a - b).abs().max() / a.abs().max())
+               for (a, _), (b, _) in zip(tasks, others))
+
+
+@torch.no_grad()
+def test_one_pass_equals_separate_passes(world):
+    """Answer logits of a padded batch with pictures of several sizes, two, and none."""
+    want = oracle_tasks(world.oracle, world.posts)
+    got = shared_tasks(world.model, world.processor, world.posts)
+    for (_, ids), (_, want_ids) in zip(got, want):
+        assert torch.equal(ids, want_ids)
+    assert farthest(want, got) < 1e-5
+
+
+@torch.no_grad()
+def test_pictures_and_padding_reach_the_right_post(world):
+    """Another picture changes its own post's logits and no other's; so does another order."""
+    posts = world.posts
+    swapped = [posts[0], Post("tall", posts[1].text, posts[0].image), *posts[2:]]
+    want = oracle_tasks(world.oracle, swapped)
+    assert farthest(want, shared_tasks(world.model, world.processor, swapped)) < 1e-5
+    assert farthest(want, oracle_tasks(world.oracle, posts)) > 1e-3
+    backwards = posts[::-1]
+    assert farthest(oracle_tasks(world.oracle, backwards),
+                    shared_tasks(world.model, world.processor, backwards)) < 1e-5
+
+
+def test_gradient_of_one_pass_equals_separate_passes(world, fresh):
+    """The adapters of both tasks' loss learn the same."""
+    model, oracle = fresh
+    names = mulcot.add_lora(model, 4, 8, 0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(names)
+    for p in trained:
+        p.data += 0.05 * torch.randn_like(p)
+
+    def gradient(tasks):
+        losses = [F.cross_entropy(logits, ids) for logits, ids in tasks]
+        return torch.autograd.grad(multitask_loss(*losses), trained)
+
+    want = gradient(oracle_tasks(oracle, world.posts))
+    got = gradient(shared_tasks(model, world.processor, world.posts))
+    scale = max(float(g.abs().max()) for g in want)
+    assert scale > 0 and all(g.norm() > 0 for g in want)
+    assert max(float((a - b).abs().max()) for a, b in zip(want, got)) < 1e-5 * scale
+
+
+@torch.no_grad()
+def test_a_plain_causal_mask_shows(world, monkeypatch):
+    """Negative control: where a row is shared the second branch needs the branch mask."""
+    if world.family == "qwen3_5":
+        pytest.skip("a row a branch: nothing to mask")
+    want = oracle_tasks(world.oracle, world.posts)
+
+    def causal(branch_ids, dtype):
+        T = branch_ids.shape[1]
+        mask = torch.full((len(branch_ids), 1, T, T), torch.finfo(dtype).min, dtype=dtype)
+        return mask.triu(1)
+
+    monkeypatch.setattr(mulcot, "branch_mask", causal)
+    got = shared_tasks(world.model, world.processor, world.posts)
+    assert farthest(want[:1], got[:1]) < 1e-5
+    assert farthest(want[1:], got[1:]) > 1e-3
+
+
+# ---- labels and chains
+
+
+@torch.no_grad()
+def oracle_scores(world):
+    """Log-probabilities (B, 3) of the three answers by separate ordinary passes."""
+    scores = []
+    for post in world.posts:
+        for question, answer in label_branches():
+            logits, ids = world.oracle.answer_logits(post, question, answer)
+            scores.append(-F.cross_entropy(logits, ids, reduction="sum"))
+    return torch.stack(scores).reshape(-1, len(LABELS)).log_softmax(-1)
+
+
+def test_score_labels_equals_three_passes(world):
+    """By three whole branches and by three answers behind one prompt."""
+    want = oracle_scores(world)
+    assert want.std() > 1e-3
+    for examples in ([encode(post, label_branches(), world.processor) for post in world.posts],
+                     [label_example(post, world.processor) for post in world.posts]):
+        got = score_labels(world.model, collate(examples, world.processor.pad_id))
+        assert (got - want).abs().max() < 1e-4
+
+
+@pytest.fixture
+def eager_to_end(world):
+    """The end token is likelier, so that rows end, at different steps."""
+    end = world.processor.tokenizer.eos_token_id
+
+    def add(module, inputs, logits):
+        logits[..., end] += 0.5
+
+    hook = world.model.lm_head.register_forward_hook(add)
+    yield
+    hook.remove()
+
+
+def oracle_chains(world, question, max_new_tokens):
+    return [world.oracle.generated(post, question, world.processor.never_generated,
+                                   max_new_tokens) for post in world.posts]
+
+
+def test_greedy_text_equals_transformers_generate(world, eager_to_end):
+    """Of a padded batch; transformers has one post at a time."""
+    batch = encode_batch(world.posts, [(LABEL_FORMAT, None)], world.model, world.processor)
+    got = mulcot.generate_text(world.model, world.processor, batch, 10)
+    assert got == oracle_chains(world, LABEL_FORMAT, 10)
+    assert len(set(got)) > 1
+
+
+@pytest.mark.parametrize("decode", ["score", "greedy"])
+def test_predict_equals_the_familys_own_passes(world, decode, eager_to_end):
+    """Label and chain of a batch, of one pass or of two."""
+    rows = mulcot.predict(world.model, world.processor, world.posts, decode=decode,
+                          max_new_tokens=8)
+    chains = oracle_chains(world, REASON_FORMAT, 8)
+    assert [row["raw"] for row in rows] == [text for text, _ in chains]
+    if decode == "score":
+        got = torch.tensor([row["probs"] for row in rows])
+        assert (got - oracle_scores(world).exp()).abs().max() < 1e-4
+        assert [row["prediction"] for row in rows] == [LABELS[n] for n in got.argmax(-1)]
+    else:
+        want = oracle_chains(world, LABEL_FORMAT, 32)
+        assert [row["raw_label"] for row in rows] == [text for text, _ in want]
+
+
+# ---- soft labels: from one size to another
+
+
+@pytest.fixture
+def chains(world, tmp_path):
+    """The posts as rows with labels and chains, and the flags that name them."""
+    rows = []
+    for post in world.posts:
+        row = post.row()
+        if post.image:
+            row["image"] = Path(post.image).name
+        if post.frames:
+            row["frames"] = [Path(path).name for path in post.frames]
+        rows.append(row)
+    mulcot.write_rows(tmp_path / "chains.jsonl", rows)
+    images = str(Path(world.posts[0].image).parent)
+    return ["--data", str(tmp_path / "chains.jsonl"), "--images", images]
+
+
+@torch.no_grad()
+def test_soft_labels_train_the_other_size(world, texts, chains, tmp_path, capsys):
+    """The assistant's soft labels are its own passes' logits, and train a student of another size;
+    one with another tokenizer is refused."""
+    soft, size = f"{tmp_path}/soft", f"{world.folder}/assistant"
+    assert generate.main(["soft", *chains, "--model", size, "--out", soft]) == 0
+    assistant, _ = mulcot.load_model(size)
+    oracle, labels = Oracle(world.family, size, assistant), mulcot.SoftLabels(soft)
+    head = labels.read_head()
+    for post in mulcot.read_posts(chains[1], chains[3]):
+        branches, _ = mulcot.training_branches(post, world.processor)
+        names = labels.names(encode(post, branches, world.processor))
+        for name, branch in zip(names, branches):
+            want = oracle.answer_logits(post, *branch)[0][:, : len(head)]
+            got = labels.read(name).float() @ head.float().T
+            assert (got - want).abs().max() < 2e-3 * want.abs().max()  # 16 bits
+
+    with torch.enable_grad():
+        student = ["student", *chains, "--dev", chains[1], "--soft", soft, "--batch", "2",
+                   "--accumulate", "1", "--epochs", "1"]
+        own = ["--model", f"{world.folder}/student", "--out", f"{tmp_path}/student"]
+        assert train.main(student + own) == 0
+    rows = mulcot.read_rows(tmp_path / "student" / "log.jsonl")
+    (step,) = [row for row in rows if "kl_reason" in row]
+    assert step["step"] == 2 and step["kl_reason"] > 0.01 and step["kl_label"] > 0.01
+    model, processor = mulcot.load_model(tmp_path / "student" / "best")
+    assert mulcot.predict(model, processor, world.posts[0], max_new_tokens=2)["probs"]
+
+    tokenizer = family_tokenizer(world.family, [*texts, *["quite another world"] * 99])
+    write_family(tmp_path / "other", world.family, "student", tokenizer)
+    capsys.readouterr()
+    other = ["--model", f"{tmp_path}/other", "--out", f"{tmp_path}/refused"]
+    assert train.main(student + other) == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+# ---- adapters
+
+
+def peft_names(model, targets):
+    """The linears that PEFT wraps for these target_modules."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+    return sorted(wrapped.base_model.targeted_module_names)
+
+
+def test_lora_scope_equals_pefts(world, fresh):
+    """"language" takes the language model's layers and leaves towers and projector alone."""
+    prefix = LANGUAGE.get(world.family, "model.language_model.") + "layers."
+    names = mulcot.add_lora(fresh[0], 4, 8, 0.0)
+    suffixes = {name.rpartition(".")[2] for name in names}
+    assert suffixes >= set(TARGETS) and all(name.startswith(prefix) for name in names)
+    pattern = re.escape(prefix) + r".*\.(" + "|".join(sorted(suffixes)) + ")"
+    assert sorted(names) == peft_names(mulcot.load_model(world.folder / "student")[0], pattern)
+
+
+def test_lora_of_scope_all_equals_pefts_suffixes(world, fresh):
+    """"all" is PEFT's matching by suffix, towers included."""
+    names = mulcot.add_lora(fresh[0], 4, 8, 0.0, targets=TARGETS, scope="all")
+    want = peft_names(mulcot.load_model(world.folder / "student")[0], list(TARGETS))
+    assert sorted(names) == want
+
+
+@torch.no_grad()
+def test_peft_reads_the_saved_adapter(world, fresh, tmp_path):
+    """The same logits under PEFT, and as a model folder of ours."""
+    model, oracle = fresh
+    mulcot.add_lora(model, 4, 12, 0.0)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            p.data += 0.1 * torch.randn_like(p)
+    mulcot.save_adapter(model, tmp_path)
+    want = oracle_tasks(oracle, world.posts[:2])
+    base, _ = mulcot.load_model(world.folder / "student")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    ours, processor = mulcot.load_model(tmp_path)
+    reader = Oracle(world.family, world.folder / "student", theirs.base_model.model)
+    assert farthest(want, oracle_tasks(reader, world.posts[:2])) < 1e-5
+    assert farthest(want, shared_tasks(ours, processor, world.posts[:2])) < 1e-5
+    assert farthest(want, oracle_tasks(world.oracle, world.posts[:2])) > 1e-3
+
+
+# ---- refusals, before a weight is read
+
+
+TINY_TEXT = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, vocab_size=600)
+
+
+def gemma3(tokenizer):
+    return AutoConfig.for_model("gemma3", text_config=TINY_TEXT)
+
+
+def lfm2_vl(tokenizer):
+    return AutoConfig.for_model("lfm2_vl", text_config=TINY_TEXT | dict(
+        model_type="lfm2", layer_types=["conv", "full_attention"]))
+
+
+def sliding(tokenizer):
+    return family_config("qwen2_vl", "student", tokenizer, use_sliding_window=True,
+                         sliding_window=8, max_window_layers=1)
+
+
+def sliding_internvl(tokenizer):
+    """The language model of another family, with windows."""
+    text = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    tokenizer = family_tokenizer("internvl", ["words"])
+    return family_config("internvl", "student", tokenizer, **text)
+
+
+@pytest.mark.parametrize("make, model_type, reason", [
+    (gemma3, "gemma3", "sliding|both ways|laid out"), (lfm2_vl, "lfm2_vl", "conv|laid out"),
+    (sliding, "qwen2_vl", "sliding"), (sliding_internvl, "internvl|qwen2", "sliding")])
+def test_what_cannot_be_laid_out_right_is_refused(make, model_type, reason, tmp_path, texts):
+    """Without any weight in the folder: the reason comes from the config."""
+    tokenizer = family_tokenizer("qwen2_vl", texts)
+    write_family(tmp_path, "qwen2_vl", "student", tokenizer, weights=False)
+    config = make(tokenizer)
+    config.save_pretrained(tmp_path)
+    if "sliding" in make.__name__:
+        assert "sliding_attention" in config.get_text_config().layer_types
+    with pytest.raises(InputError) as error:
+        mulcot.load_model(tmp_path)
+    assert re.search(model_type, str(error.value)) and re.search(reason, str(error.value))
