@@ -1,7 +1,6 @@
 """Today's families of vision-language models, tiny and random: folders that from_pretrained reads,
 and what each family's own classes make of a post (the oracle of test_families.py)."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +17,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from mulcot import load_image, post_prompt
-from toy import CHAT_TEMPLATE, TINY_OMNI, tiny_model, tiny_tokenizer
+from toy import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "internvl_qwen3",
             "qwen2_5_omni_thinker", "qwen3_5")
@@ -171,12 +170,12 @@ CONFIGS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_
            "internvl_qwen3": _internvl_qwen3}
 PIXELS = dict(shortest_edge=56 * 56, longest_edge=96 * 96)
 IMAGE_PROCESSORS = {
-    "qwen2_vl": lambda: Qwen2VLImageProcessorPil(size=PIXELS),
-    "qwen3_vl": lambda: Qwen2VLImageProcessorPil(size=PIXELS, patch_size=16),
-    "smolvlm": lambda: SmolVLMImageProcessorPil(size=dict(longest_edge=64),
-                                                max_image_size=dict(longest_edge=32)),
-    "internvl": lambda: GotOcr2ImageProcessorPil(size=dict(height=28, width=28), max_patches=4,
-                                                 crop_to_patches=True)}
+    "qwen2_vl": Qwen2VLImageProcessorPil(size=PIXELS),
+    "qwen3_vl": Qwen2VLImageProcessorPil(size=PIXELS, patch_size=16),
+    "smolvlm": SmolVLMImageProcessorPil(size=dict(longest_edge=64),
+                                        max_image_size=dict(longest_edge=32)),
+    "internvl": GotOcr2ImageProcessorPil(size=dict(height=28, width=28), max_patches=4,
+                                         crop_to_patches=True)}
 IMAGE_PROCESSORS |= dict(qwen2_5_vl=IMAGE_PROCESSORS["qwen2_vl"],
                          qwen3_5=IMAGE_PROCESSORS["qwen3_vl"],
                          internvl_qwen3=IMAGE_PROCESSORS["internvl"])
@@ -207,7 +206,7 @@ def write_family(folder, family, size, tokenizer, seed=1, weights=True):
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    IMAGE_PROCESSORS[family]().save_pretrained(folder)
+    IMAGE_PROCESSORS[family].save_pretrained(folder)
 
 
 # ---- the oracle: what the family's own classes make of a post
@@ -215,12 +214,13 @@ def write_family(folder, family, size, tokenizer, seed=1, weights=True):
 
 class Oracle:
     """Tokens, pictures and passes as the family's own tokenizer, image processor, processor class
-    and model have them: one post, one branch, no padding."""
+    and model have them: one post, one branch, no padding. `options`: of the image processor."""
 
-    def __init__(self, family, folder, model):
+    def __init__(self, family, folder, model=None, **options):
         self.family, self.model = family, model
+        self.config = AutoConfig.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.images = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
         self.placeholder = PLACEHOLDER.get(family, "<|image_pad|>")
         self.placeholder_id = self.tokenizer.convert_tokens_to_ids(self.placeholder)
 
@@ -253,9 +253,11 @@ class Oracle:
     def _wide(self, out, number):
         """Picture `number` as text, by the family's own processor class (which itself would need
         torchvision)."""
-        config, token = self.model.config, self.placeholder
+        config, token = self.config, self.placeholder
         if self.family == "smolvlm":
-            me = SimpleNamespace(image_seq_len=self.model.model.image_seq_len, image_token=token,
+            vision = config.vision_config
+            side = vision.image_size // vision.patch_size // config.scale_factor
+            me = SimpleNamespace(image_seq_len=side**2, image_token=token,
                                  fake_image_token="<fake_token_around_image>",
                                  global_image_token="<global-img>")
             return SmolVLMProcessor.replace_image_token(me, out, number)
