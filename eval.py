@@ -60,7 +60,7 @@ def require(condition, message):
 
 def is_number(value):
     """Whether a JSON value is a finite number (True is none)."""
-    return type(value) in (int, float) and np.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
 
 
 def checked_rows(path, stage):
@@ -81,15 +81,15 @@ def classification_metrics(gold, predicted):
     and zero_division=0. Raises AssertionError unless both lists hold as many labels, and some."""
     assert len(gold) == len(predicted) and gold, (len(gold), len(predicted))
     table = confusion_table(gold, predicted)  # (3, 4)
-    metrics = dict(n=len(gold), unparsed=predicted.count(None), confusion=table.tolist())
-    metrics |= {name: float(value) for name, value in confusion_scores(table).items()}
-    metrics["per_class"] = {}
-    counts = np.stack([np.diagonal(table), table.sum(0)[:3], table.sum(1)]).tolist()
-    for label, right, predictions, support in zip(LABELS, *counts):
-        metrics["per_class"][label] = dict(
-            precision=right / max(predictions, 1), recall=right / max(support, 1),
-            f1=2 * right / max(predictions + support, 1), support=support)
-    return metrics
+    per_class = {}
+    for k, label in enumerate(LABELS):
+        right = int(table[k, k])
+        predictions = max(predicted.count(label), 1)
+        support = gold.count(label)
+        per_class[label] = dict(precision=right / predictions, recall=right / max(support, 1),
+                                f1=2 * right / (predictions + support), support=support)
+    return dict(n=len(gold), unparsed=predicted.count(None), confusion=table.tolist(),
+                per_class=per_class, **confusion_scores(table))
 
 
 def calibration_metrics(gold, probs, bins=15):
@@ -353,8 +353,8 @@ _BASE_FORMS = dict(noun="s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:
 @cache
 def read_wordnet(folder):
     """synonyms(word) -> the word and every single word that shares a meaning with it or with a base
-    form of it, from WordNet 3.0's dictionary files (index.*, data.*, *.exc), as nltk finds them.
-    Raises InputError where the folder lacks one."""
+    form of it, from WordNet 3.0's dictionary files (data.*, *.exc), as nltk finds them. Raises
+    InputError where the folder lacks one."""
     def rows(name):
         path = Path(folder, name)
         require(path.is_file(), f"--wordnet {folder} lacks {name}: Debian's wordnet-base has it")
@@ -364,12 +364,10 @@ def read_wordnet(folder):
 
     related, irregular = defaultdict(set), {}
     for part in _BASE_FORMS:
-        names = {}  # of each meaning, by its offset
-        for offset, _, _, count, *rest in rows(f"data.{part}"):
-            names[offset] = rest[: 2 * int(count, 16) : 2]
-        for word, _, count, *rest in rows(f"index.{part}"):
-            for offset in rest[-int(count) :]:
-                related[part, word].update(names[offset])
+        for _, _, _, count, *rest in rows(f"data.{part}"):  # one meaning a row
+            names = rest[: 2 * int(count, 16) : 2]
+            for name in names:
+                related[part, name.partition("(")[0].lower()].update(names)
         for word, *forms in rows(f"{part}.exc"):
             irregular[part, word] = forms
 
@@ -434,11 +432,9 @@ def load_embedder(name):
     loaded."""
     from transformers import AutoModel, AutoTokenizer
 
-    try:
+    with reading(f"--embedder {name}: no all-MiniLM-L6-v2"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval()
-    except (OSError, ValueError) as e:
-        raise InputError(f"--embedder {name}: no all-MiniLM-L6-v2 ({str(e)[:80]!r})") from None
 
     @torch.no_grad()
     def similarity(prediction, reference):
