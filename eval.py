@@ -15,10 +15,9 @@ first run, beside the second.
 """
 
 import argparse
-import base64
-import hashlib
 import json
 import re
+import secrets
 import time
 from collections import Counter, defaultdict
 from functools import cache
@@ -105,7 +104,7 @@ def calibration_metrics(gold, probs, bins=15):
     _, bin_of, sizes = np.unique(bin_of, return_inverse=True, return_counts=True)
     points = np.stack([np.bincount(bin_of, confidence), np.bincount(bin_of, ~wrong)]) / sizes
     ece = float(abs(points[0] - points[1]) @ sizes / len(gold))
-    reliability = [[*point, size] for *point, size in zip(*points.tolist(), sizes.tolist())]
+    reliability = [*map(list, zip(*points.tolist(), sizes.tolist()))]
     # Posts of equal confidence have no order: each takes the mean error of its tie.
     _, tie, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
     errors = np.repeat(np.bincount(tie, wrong) / counts, counts)  # the most confident first
@@ -279,11 +278,8 @@ def rouge_l_plain(prediction, reference):
 def distinct_n(texts, n):
     """Distinct-n (Li et al. 2016): mean over texts of different / all n-grams of lower-cased
     Treebank tokens; a text shorter than n tokens scores 0."""
-    values = []
-    for text in texts:
-        grams = ngrams(treebank_tokens(text), n)
-        values.append(len(set(grams)) / max(len(grams), 1))
-    return float(np.mean(values or 0))
+    of_texts = [ngrams(treebank_tokens(text), n) for text in texts]
+    return float(np.mean([len(set(grams)) / max(len(grams), 1) for grams in of_texts] or 0))
 
 
 # ---- METEOR ------------------------------------------------------------------------------------
@@ -316,9 +312,8 @@ def replace_ending(word, rules, above):
     before it is above that."""
     for rule in rules.split():
         ending, replacement = rule.split(":")
-        found = re.search(f"{ending}$", word)
-        if found:
-            start = word[: found.start()]
+        start = re.sub(f"{ending}$", "", word)
+        if start != word:
             return start + replacement if measure(start) > above else word
     return word
 
@@ -409,9 +404,8 @@ def meteor(prediction, reference, wordnet=None):
     reference = dict(enumerate(treebank_tokens(reference)))
     length = 0.1 * len(prediction) + 0.9 * len(reference)  # recall weighs 9 times precision
     pairs = match(prediction, reference)
-    for words in (prediction, reference):
-        for position, word in words.items():
-            words[position] = stem(word)
+    prediction = {i: stem(word) for i, word in prediction.items()}
+    reference = {j: stem(word) for j, word in reference.items()}
     pairs += match(prediction, reference)
     if wordnet:  # trap: nltk looks up synonyms of the stems, not of the words
         pairs += match(prediction, reference, read_wordnet(str(wordnet)))
@@ -543,17 +537,19 @@ def teacher_metrics(path):
     rows = teacher_chains(path).values()
     rejects = read_rows(sibling(path, "rejects.jsonl"))
     tries = [row.get("tries", 1) for row in rows]
-    concludes = defaultdict(list)  # by stage
+    concludes, contradicts = defaultdict(list), defaultdict(list)  # by stage
     for row in rows:
         parsed = parse_reasoning(row["cot"])
         concludes[row.get("stage")].append(names_only(parsed, parsed.prediction))
-    rejected = [str(attempt["problem"]).startswith("predicts ") for row in rejects
-                for attempt in row.get("attempts", ()) if attempt["stage"] == 2]
+        contradicts[row.get("stage")].append(False)
+    for row in rejects:
+        for attempt in row.get("attempts", ()):
+            contradicts[attempt["stage"]].append(attempt["problem"].startswith("predicts "))
     return dict(kept=len(rows), unaided=len(concludes[1]), label_conditioned=len(concludes[2]),
                 set_aside=len(rejects), answers_per_kept_chain=float(np.mean(tries or 0)),
                 concludes_unaided=float(np.mean(concludes[1] or 0)),
                 concludes_conditioned=float(np.mean(concludes[2] or 0)),
-                contradictions=sum(rejected) / max(len(concludes[2]) + len(rejected), 1))
+                contradictions=float(np.mean(contradicts[2] or 0)))
 
 
 def diagnose(runs, teacher={}):
@@ -591,7 +587,7 @@ RESERVED = {"", *"majority teacher command versions signatures comparisons diagn
 
 def sign_label(score):
     """The label that a sentiment score stands for: its sign, in the order of LABELS."""
-    return LABELS[1 + int(np.sign(score))]
+    return None if score is None else LABELS[1 + int(np.sign(score))]
 
 
 def prediction_rows(path):
@@ -607,11 +603,11 @@ def prediction_rows(path):
         if "prediction" not in row or not isinstance(row.get("raw"), str):
             row.pop("raw", None)  # a readout's raw text is a number and no chain
         if "prediction" not in row or "predicted_score" in row:  # as for gold posts with scores
-            row["prediction"] = None if score is None else sign_label(score)
+            row["prediction"] = sign_label(score)
         require(row["prediction"] in (*LABELS, None), f"{where}: prediction is no label nor null")
         probs = row.get("probs") or [0, 0, 0]
-        is_valid = isinstance(probs, list) and [is_number(p) for p in probs] == [True] * 3
-        require(is_valid, f"{where}: probs must be three numbers")
+        require(isinstance(probs, list) and [*map(is_number, probs)] == [True] * 3,
+                f"{where}: probs must be three numbers")
         rows[str(row["id"])] = row | dict(score=score)
     return rows
 
@@ -627,8 +623,7 @@ def read_gold(args):
         if post.id in references:
             post.cot = references[post.id]["cot"]
             post.columns["stage"] = references[post.id].get("stage")
-        if post.score is not None:  # MOSI and MOSEI have scores and no labels
-            post.label = post.label or sign_label(post.score)
+        post.label = post.label or sign_label(post.score)  # MOSI and MOSEI have scores alone
         if post.label:
             gold.append(post)
     report_rejects(rejects, "gold rows cannot be read and are in no number below")
@@ -756,7 +751,7 @@ def markdown(columns, notes):
     padded = []
     for column in columns:
         cells = [cell.replace("|", "&#124;") for cell in column]
-        width = max(2, *(len(cell) for cell in cells))
+        width = max(2, *map(len, cells))
         cells.insert(1, "-" * (width - 1) + ":")
         padded.append([cell.rjust(width) for cell in cells])
     lines = ["|" + " |".join(row) + " |" for row in zip(*padded)]
@@ -769,7 +764,11 @@ def evaluate(args):
     require(args.baseline in (None, *specs), f"--baseline {args.baseline!r} is none of the runs")
     posts, split = read_gold(args)
     similarity = load_embedder(args.embedder) if args.embedder else None
-    runs, samples, rows_of, warnings = {}, {}, {}, []
+    labels = [post.label for post in posts]
+    commonest = Counter(labels).most_common(1)[0][0]
+    majority = classification_metrics(labels, [commonest] * len(labels))
+    runs = dict(majority=majority | dict(label=commonest))
+    samples, rows_of, warnings = {}, {}, []
     for name, paths in specs.items():
         seeds = []
         for path in paths:
@@ -781,12 +780,8 @@ def evaluate(args):
     tests = best_against_next(runs, samples)
     if args.baseline:
         base = samples[args.baseline]["accuracy"]
-        for name in runs.keys() - {args.baseline}:
+        for name in samples.keys() - {args.baseline}:
             runs[name]["p"] = p_value(samples[name]["accuracy"], base, len(posts))
-    labels = [post.label for post in posts]
-    commonest = Counter(labels).most_common(1)[0][0]
-    majority = classification_metrics(labels, [commonest] * len(labels))
-    runs = dict(majority=majority | dict(label=commonest)) | runs
     teacher = teacher_metrics(args.chains) if args.chains else {}
     settings = read_json(sibling(next(iter(specs.values()))[0], "settings.json"))
     synonyms = "WordNet 3.0 synonyms" if args.wordnet else "no synonyms"
@@ -832,28 +827,24 @@ def write_results(about, runs, posts, rows_of, args):
 # ---- report ------------------------------------------------------------------------------------
 
 STYLE = """
-:root{color-scheme:light dark;--card:light-dark(#fff,#1e2127);--text:light-dark(#1c2026,#eceef1);
---dim:light-dark(#59606c,#a7aebb);--line:light-dark(#d8dbe2,#414752)}.neutral,.none{--c:var(--dim)}
-.negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}*{
-box-sizing:border-box;margin:0}body{max-width:78rem;margin:auto;padding:1rem;color:var(--text);
-background:light-dark(#f4f5f7,#14161a);font:15px/1.5 system-ui;overflow-wrap:anywhere}h1{
-font-size:1.5rem}h2{font-size:1.1rem;margin-top:1.4rem}p{margin:.3rem 0}a,mark{color:inherit}
-small,dt,th{color:var(--dim);font-size:.87rem;font-weight:400}.lead b{font-size:1.7rem;
-white-space:nowrap;margin-right:1rem}span,small[class]{color:var(--c);font-weight:600}
-.wide,.note,figure,form,article{background:var(--card);border:1px solid var(--line);margin:.5rem 0;
-border-radius:.6rem;padding:.6rem .9rem}.note,article{border-left:.4rem solid var(--c,var(--dim))}
-.pair,dl{display:flex;flex-wrap:wrap;gap:0 1rem}figure,dd{flex:1 1 17rem}.wide{overflow-x:auto;
-width:fit-content;max-width:100%}table{border-collapse:collapse;white-space:nowrap}td,th{
-padding:.2rem .5rem;text-align:right}th:first-child{text-align:left}tr+tr>*{
-border-top:1px solid var(--line)}figure{max-width:27rem}text{fill:var(--dim);font-size:11px}path{
-stroke:var(--line)}circle{fill:var(--run)}polyline{fill:none;stroke:var(--run);stroke-width:2}
-.faint{opacity:.5}.strong{--run:var(--text)}i{display:inline-block;width:1rem;height:.3rem;
-margin:.2rem;background:var(--run)}circle~polyline,[hidden]{display:none}label{white-space:nowrap;
-margin-right:.6rem}.text{font-size:1.1rem}mark{background:light-dark(#fd8,#654)}dt{width:100%}dd{
-white-space:pre-wrap}img{width:9rem}article{content-visibility:auto;
-contain-intrinsic-size:auto 20rem;scroll-margin-top:6rem}article:target{outline:3px solid}
-@media(min-width:46rem){article:not([hidden]){display:grid;gap:0 1rem;
-grid-template-columns:9rem 1fr}form{position:sticky;top:0;z-index:1}}
+:root{color-scheme:light dark;--dim:light-dark(#59606c,#a7aebb)}*{box-sizing:border-box;margin:0}
+body{background:Canvas;max-width:78rem;margin:auto;padding:1rem;font:15px/1.5 system-ui;
+overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{font-size:1.7rem}
+small,dt,th{color:var(--dim);font-size:.87rem;font-weight:400}mark{background:light-dark(#fd8,#654)}
+.negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}
+span,small[class]{color:var(--c,var(--dim));font-weight:600}
+.wide,.note,figure,form,article{background:Canvas;border:1px solid var(--dim);margin:.5rem 0;
+padding:.6rem .9rem}.note,article{border-left:.4rem solid var(--c,var(--dim))}
+.pair,dl{display:flex;flex-wrap:wrap;gap:0 1rem}figure,dd{flex:1 1 17rem}figure{max-width:27rem}
+.wide{overflow-x:auto;width:fit-content;max-width:100%}table{border-collapse:collapse}
+td,th{padding:.2rem .5rem;text-align:right;white-space:nowrap}th:first-child{text-align:left}
+path{stroke:var(--dim);opacity:.4}text{fill:var(--dim);font-size:11px}circle{fill:var(--run)}
+polyline{fill:none;stroke:var(--run);stroke-width:2}.faint{opacity:.5}.strong{--run:CanvasText}
+i{background:var(--run);display:inline-block;width:1rem;height:.3rem;margin:.2rem}
+circle~polyline,[hidden]{display:none}label{white-space:nowrap;margin-right:.6rem}img{width:9rem}
+dt{width:100%}dd{white-space:pre-wrap}article{scroll-margin-top:6rem;content-visibility:auto;
+contain-intrinsic-size:auto 20rem}@media(min-width:46rem){form{position:sticky;top:0;z-index:1}
+article:not([hidden]){display:grid;gap:0 1rem;grid-template-columns:9rem 1fr}}
 """
 
 SCRIPT = """
@@ -946,16 +937,16 @@ def chart(title, runs, key, summary):
 
 
 def chain_fields(texts):
-    """Chains {whose: text} field by field, equal fields once; one that lacks a field as it is."""
-    said = defaultdict(lambda: defaultdict(list))  # {heading: {text: whose}}
-    for who, text in texts.items():
+    """Chains {name: text} field by field, equal fields once; one that lacks a field as it is."""
+    whose = {}  # {heading: {text: names}}
+    for name, text in texts.items():
         chain = parse_reasoning(text)
         parts = chain.fields if chain.complete else {chain.problem: text}
         for heading, part in parts.items():
-            said[heading][part].append(who)
-    said.pop("Prediction", None)
+            whose.setdefault(heading, {}).setdefault(part, []).append(name)
+    whose.pop("Prediction", None)
     html = ""
-    for heading, parts in said.items():
+    for heading, parts in whose.items():
         html += f"<dt>{escape(heading.replace('_', ' '))}"
         for part, names in parts.items():
             html += f"<dd><small>{escape(' = '.join(names))}:</small> {escape(part)}"
@@ -1025,10 +1016,10 @@ def report(about, runs, tables, notes, f1, posts, rows_of, most):
     computed, lines = ("<p class=note>".join(["", *map(escape, each)]) for each in notes)
     seeds = metrics.get("seeds", [metrics])
     made = [about["date"], f"seed {about['seed']}", *map(" ".join, about["versions"].items())]
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=\
+    nonce = secrets.token_urlsafe()
+    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=\
 device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
+style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'">
 <title>MulCoT-RD: {escape(name)}</title><style>{STYLE}</style><h1>MulCoT-RD: {escape(name)}</h1>
 <p class=lead>{COLUMNS["accuracy"]}&nbsp;<b>{cell(metrics, "accuracy")}</b> {COLUMNS[f1]}&nbsp;<b>\
 {cell(metrics, f1)}</b> n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
@@ -1037,9 +1028,8 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-a
 <details><summary>all columns, and how they are computed</summary>{full}{computed}</details>
 <div class=pair>{charts}</div><h2>{len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
-<output name=left></output></form>{cards}<script>{SCRIPT}</script></html>
+<output name=left></output></form>{cards}<script nonce={nonce}>{SCRIPT}</script></html>
 """
-    return page.encode("utf-8", "replace").decode()  # half a surrogate pair fits into no file
 
 
 def main(argv=None):
