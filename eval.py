@@ -763,7 +763,7 @@ def evaluate(args):
     specs = read_specs(args.predictions)
     require(args.baseline in (None, *specs), f"--baseline {args.baseline!r} is none of the runs")
     posts, split = read_gold(args)
-    similarity = load_embedder(args.embedder) if args.embedder else None
+    similarity = args.embedder and load_embedder(args.embedder)
     labels = [post.label for post in posts]
     commonest = Counter(labels).most_common(1)[0][0]
     majority = classification_metrics(labels, [commonest] * len(labels))
@@ -829,10 +829,10 @@ def write_results(about, runs, posts, rows_of, args):
 STYLE = """
 :root{color-scheme:light dark;--dim:light-dark(#59606c,#a7aebb)}*{box-sizing:border-box;margin:0}
 body{background:Canvas;max-width:78rem;margin:auto;padding:1rem;font:15px/1.5 system-ui;
-overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{font-size:1.7rem}
-small,dt,th{color:var(--dim);font-size:.87rem;font-weight:400}mark{background:light-dark(#fd8,#654)}
+overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{font-size:1.7rem;
+margin-right:1rem}small,dt,th{color:var(--dim);font-size:.87rem;font-weight:400}
 .negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}
-span,small[class]{color:var(--c,var(--dim));font-weight:600}
+span,small[class]{color:var(--c,var(--dim));font-weight:600}mark{background:light-dark(#fd8,#654)}
 .wide,.note,figure,form,article{background:Canvas;border:1px solid var(--dim);margin:.5rem 0;
 padding:.6rem .9rem}.note,article{border-left:.4rem solid var(--c,var(--dim))}
 .pair,dl{display:flex;flex-wrap:wrap;gap:0 1rem}figure,dd{flex:1 1 17rem}figure{max-width:27rem}
@@ -889,18 +889,17 @@ def error_tables(metrics, posts, rows):
     label stand together for each gold label; the confusion matrix with each class's scores."""
     html = ""
     if "agreement" in metrics:
-        agree = round(metrics["agreement"] * metrics["n"])
-        table = [["", "label right", "label wrong", "n", "accuracy"]]
-        for title, n, key in (("chain = label", agree, "accuracy_agree"),
-                              ("chain ≠ label", metrics["n"] - agree, "accuracy_disagree")):
-            right = round(n * metrics.get(key, 0))
-            table.append([title, right, n - right, n, cell(metrics, key)])
-        html = html_table(table, "chain and label")
-        counts = defaultdict(Counter)
+        agree, counts = defaultdict(Counter), defaultdict(Counter)
         for post in posts:
-            row = rows.get(post.id, {})
-            chain = parse_reasoning(row.get("raw") or "").prediction
-            counts[str(chain), str(row.get("prediction"))][post.label] += 1
+            label = rows.get(post.id, {}).get("prediction")
+            chain = parse_reasoning(rows.get(post.id, {}).get("raw", "")).prediction
+            sign = "=" if label and chain == label else "≠"
+            agree[f"chain {sign} label"][label == post.label] += 1
+            counts[str(chain), str(label)][post.label] += 1
+        table = [["", "label right", "label wrong", "n", "accuracy"]]
+        for title, n in sorted(agree.items()):
+            table.append([title, n[True], n[False], n.total(), f"{n[True] / n.total():.3f}"])
+        html = html_table(table, "chain and label")
         table = [["chain names", "label", "gold negative", "gold neutral", "gold positive"]]
         for (chain, label), gold in sorted(counts.items()):
             table.append([chain, label, gold["negative"], gold["neutral"], gold["positive"]])
