@@ -496,7 +496,7 @@ def chain_metrics(rows, references, wordnet=None, similarity=None):
             values["meteor"][i] = meteor(texts[i], reference, wordnet)
             if similarity:
                 values["sim"][i] = similarity(texts[i], reference)
-    whole = [text for text in texts if text]
+    whole = list(filter(None, texts))
     metrics = dict(chains=len(texts), unparsed_chains=texts.count(""),
                    distinct_1=distinct_n(whole, 1), distinct_2=distinct_n(whole, 2))
     if reference_texts:
@@ -687,18 +687,16 @@ def run_metrics(rows, posts, wordnet=None, similarity=None):
     predictions = [row.get("prediction") for row in own]
     metrics = classification_metrics(labels, predictions)
     metrics |= dict(missing=own.count({}), source=next(iter(rows.values())).get("source"))
-    values, probs, scores = {}, [], []
+    values = {}
     if any("raw" in row for row in own):
         of_chains, values = chain_metrics(own, [post.cot for post in posts], wordnet, similarity)
         add_faithfulness(values, own, posts)
         metrics |= of_chains | means(values)
-    for post, row in zip(posts, own):
-        if row.get("probs"):
-            probs.append((post.label, row["probs"]))
-        if post.score is not None:
-            scores.append((post.score, row.get("score")))
+    probs = [(post.label, row["probs"]) for post, row in zip(posts, own) if row.get("probs")]
     if probs:
         metrics |= calibration_metrics(*zip(*probs))
+    scores = [(post.score, row.get("score")) for post, row in zip(posts, own)
+              if post.score is not None]
     if any(score is not None for _, score in scores):
         metrics["scores"] = regression_metrics(*zip(*scores))
         metrics |= {name: metrics["scores"][name] for name in ("mae", "corr", "acc7", "acc2_non0")}
@@ -1011,7 +1009,7 @@ def report(about, runs, tables, notes, f1, posts, rows_of, most):
     if "ece" in metrics:
         charts = chart("accuracy by confidence, area: posts; ECE", curves, "reliability", "ece")
         charts += chart("error rate by coverage; AURC", curves, "risk_coverage", "aurc")
-    short, full = (html_table(zip(*columns), "runs") for columns in tables)
+    short, full = tables
     computed, lines = ("<p class=note>".join(["", *map(escape, each)]) for each in notes)
     seeds = metrics.get("seeds", [metrics])
     made = [about["date"], f"seed {about['seed']}", *map(" ".join, about["versions"].items())]
@@ -1023,9 +1021,10 @@ style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-act
 <p class=lead>{COLUMNS["accuracy"]}&nbsp;<b>{cell(metrics, "accuracy")}</b> {COLUMNS[f1]}&nbsp;<b>\
 {cell(metrics, f1)}</b> n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
 <p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}
-<div class=pair>{error_tables(seeds[0], posts, pair[name])}</div><h2>Runs</h2>{short}
-<details><summary>all columns, and how they are computed</summary>{full}{computed}</details>
-<div class=pair>{charts}</div><h2>{len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
+<div class=pair>{error_tables(seeds[0], posts, pair[name])}</div><h2>Runs</h2>
+{html_table(zip(*short), "runs")}<details><summary>all columns, and how they are computed</summary>
+{html_table(zip(*full), "runs")}{computed}</details><div class=pair>{charts}</div>
+<h2>{len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
 <output name=left></output></form>{cards}<script nonce={nonce}>{SCRIPT}</script></html>
 """
