@@ -987,7 +987,10 @@ PLACEHOLDERS = {QwenOmni.audio_placeholder, *(f.placeholder for f in FAMILIES.va
 
 def layer_types(config):
     """Which kinds of layers the language model has, by its configuration."""
-    return set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        return set(text.layer_types)
+    return {"sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"}
 
 
 def family_of(config):
@@ -1571,12 +1574,16 @@ def load_processor(name, max_pixels=None):
     """Tokenizer and image processor of a hub name, model folder or adapter folder."""
     from transformers import (
         AutoConfig, AutoImageProcessor, AutoTokenizer, WhisperFeatureExtractor)
+    from transformers.utils import cached_file
 
     base = base_of(name)
     with reading(f"model {base!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(base)
         family = family_of(config)
         tokenizer = AutoTokenizer.from_pretrained(base)
+        if tokenizer.chat_template is None:  # older folders keep it beside the processor
+            file = cached_file(base, "chat_template.json")
+            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
         # the image size of training is kept beside an adapter
         trained = Path(name, "preprocessor_config.json").exists()
         images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")

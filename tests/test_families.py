@@ -1,7 +1,9 @@
 """Today's model families: tokens, one shared pass, generation, soft labels and adapters equal what
 each family's own classes give; what cannot be laid out right is refused by name."""
 
+import json
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -408,6 +410,48 @@ def test_peft_reads_the_saved_adapter(world, fresh, tmp_path):
     assert farthest(want, oracle_tasks(world.oracle, world.posts[2:])) > 1e-3
 
 
+# ---- model folders
+
+
+@torch.no_grad()
+def test_export_is_an_ordinary_model_folder(world, fresh, tmp_path):
+    """`from_pretrained` of the class, its tokenizer and image processor read it; the same logits
+    as base and adapter together; other files of the base's processor come along."""
+    model, oracle = fresh
+    base = shutil.copytree(world.folder / "student", tmp_path / "base")
+    mulcot.write_json(base / "video_preprocessor_config.json", dict(kept=1))
+    sizes = json.loads((base / "preprocessor_config.json").read_text())
+    mulcot.write_json(base / "processor_config.json", dict(image_seq_len=4, image_processor=sizes))
+    model.config._name_or_path = str(base)
+    mulcot.add_lora(model, 4, 12, 0.0)
+    for layer in mulcot.lora_layers(model).values():
+        layer.lora_B.normal_(std=0.1)
+    mulcot.save_adapter(model, tmp_path / "adapter")
+    command = ["export", "--model", f"{tmp_path}/adapter", "--out", f"{tmp_path}/out"]
+    assert generate.main(command) == 0
+    assert generate.main(command) == 2  # never over a folder
+    want = oracle_tasks(oracle, world.posts)
+    theirs = type(model).from_pretrained(tmp_path / "out").eval()
+    assert farthest(want, oracle_tasks(Oracle(world.family, tmp_path / "out", theirs),
+                                       world.posts)) < 1e-5
+    read = lambda name: json.loads((tmp_path / "out" / name).read_text())
+    assert read("processor_config.json") == dict(image_seq_len=4)
+    assert read("video_preprocessor_config.json") == dict(kept=1)
+    assert (tmp_path / "out/generation_config.json").exists()
+
+
+def test_a_template_beside_the_processor_is_found(world, tmp_path):
+    """Older folders keep it in chat_template.json; without any a line says so."""
+    folder = shutil.copytree(world.folder / "student", tmp_path / "old")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="chat_template"):
+        mulcot.load_processor(folder)
+    mulcot.write_json(folder / "chat_template.json", dict(chat_template=template))
+    example = encode(world.posts[0], TASKS, mulcot.load_processor(folder))
+    assert whole(example) == whole(encode(world.posts[0], TASKS, world.processor))
+
+
 # ---- refusals, before a weight is read
 
 
@@ -429,6 +473,12 @@ def sliding(tokenizer):
                          sliding_window=8, max_window_layers=1)
 
 
+def mistral_internvl(tokenizer):
+    """Windows, and no layer_types that say so."""
+    text = TINY_TEXT | dict(model_type="mistral", sliding_window=8)
+    return AutoConfig.for_model("internvl", text_config=text)
+
+
 def sliding_internvl(tokenizer):
     """The language model of another family, with windows."""
     text = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
@@ -438,7 +488,8 @@ def sliding_internvl(tokenizer):
 
 @pytest.mark.parametrize("make, model_type, reason", [
     (gemma3, "gemma3", "sliding|both ways|laid out"), (lfm2_vl, "lfm2_vl", "conv|laid out"),
-    (sliding, "qwen2_vl", "sliding"), (sliding_internvl, "internvl|qwen2", "sliding")])
+    (sliding, "qwen2_vl", "sliding"), (sliding_internvl, "internvl|qwen2", "sliding"),
+    (mistral_internvl, "internvl", "sliding")])
 def test_what_cannot_be_laid_out_right_is_refused(make, model_type, reason, tmp_path, texts):
     """Without any weight in the folder: the reason comes from the config."""
     tokenizer = family_tokenizer("qwen2_vl", texts)
