@@ -61,7 +61,6 @@ import os
 import random
 import re
 import shlex
-import struct
 import sys
 import threading
 import time
@@ -70,7 +69,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,9 +97,7 @@ def reading(what):
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            AssertionError, SyntaxError, struct.error, wave.Error, Image.DecompressionBombError,
-            SafetensorError) as e:  # trap: broken EXIF or PNG chunks raise the odd ones
+    except Exception as e:  # trap: broken EXIF and PNG chunks raise SyntaxError, struct.error, …
         why = " ".join(str(e).split())[:300] or "cut off"
         raise InputError(f"{what}: {why}") from None
 
@@ -138,8 +134,8 @@ def write_tensors(path, tensors, **metadata):
 
 
 # ================================================================================================
-# §1 Posts [needs: csv, hashlib, json, os, re, wave, dataclass, field, replace, partial, Path,
-#    torch, Image, ImageOps, LABELS, InputError, reading]
+# §1 Posts [needs: csv, hashlib, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
+#    ImageOps, LABELS, InputError, reading]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -191,29 +187,28 @@ def read_posts(path, images=None, rejects=None, allow_empty=False):
     `rejects` as (where, reason); with rejects=None the first raises InputError. Without any good
     row InputError, unless `allow_empty`."""
     rows, parse, images = _open_rows(Path(path), images)
-    posts, ids, checked = [], set(), set()
+    posts = {}  # by id
+    checked = set()
     for where, raw in rows:
         try:
             post = _to_post(parse(raw), images)
-            if post.id in ids:
+            if post.id in posts:
                 raise InputError(f"duplicate id {post.id!r}: ids name posts in every later file")
             for image in set(post.images) - checked:
                 load_image(image, check=True)  # choice: now; no run shall die on image 9,000
                 checked.add(image)
             if post.audio:
                 load_audio(post.audio)
+            posts[post.id] = post
         except (ValueError, RecursionError, csv.Error) as e:  # InputError is a ValueError
             reason = str(e) if isinstance(e, InputError) else f"not a row: {e}"
             if rejects is None:
                 raise InputError(f"{where}: {reason}") from None
             rejects.append((where, reason))
-        else:
-            ids.add(post.id)
-            posts.append(post)
     if not posts and not allow_empty:
         why = f"; {len(rejects)} bad rows, first {': '.join(rejects[0])}" if rejects else ""
         raise InputError(f"{path} holds no usable post{why}")
-    return posts
+    return list(posts.values())
 
 
 def select_split(posts, split):
@@ -252,11 +247,10 @@ def safe_path(name, folder):
     refused."""
     if not name:
         return None
-    root = os.path.realpath(folder)
-    is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
-    if is_url or "\\" in name or "\0" in name or os.path.isabs(name):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name) or "\\" in name or "\0" in name:
         raise InputError(f"file {name!r} must be a plain name inside {folder}: no URL, no "
                          "absolute path")
+    root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
     if ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
         raise InputError(f"file {name!r} leads outside {folder}")
@@ -316,35 +310,28 @@ def _to_post(columns, folder):
     for key in WORDS + ("image", "image_path", "image_id", "audio"):
         if not isinstance(row.get(key), (str, type(None))):
             raise InputError(f"{key} must be a string, got {row[key]!r}")
-    text, aspect = _checked_text(row.get("text"), row.get("aspect"))
-    label, score = _checked_gold(row.get("label"), row.get("score"))
-    image = row.get("image") or row.get("image_path") or row.get("image_id")
-    return Post(row["id"], text, safe_path(image, folder), aspect, label, score,
-                row.get("split"), row.get("cot"), clip_frames(row.get("frames"), folder),
-                safe_path(row.get("audio"), folder), columns)
-
-
-def _checked_text(text, aspect):
-    """(text with the aspect in place of $T$, aspect or None)."""
-    if not text or not text.strip():
+    text = row.get("text") or ""
+    if not text.strip():
         raise InputError("empty text: every post needs words")
-    aspect = (aspect or "").strip()
+    aspect = (row.get("aspect") or "").strip()
     length = len(text) + len(aspect) * (1 + text.count("$T$"))
     if length > MAX_TEXT:
         raise InputError(f"text with its aspect has {length:,} characters, the cap is {MAX_TEXT:,}")
-    return text.replace("$T$", aspect or "$T$"), aspect or None
-
-
-def _checked_gold(label, score):
-    """(one of LABELS or None, a number in [-3, 3] or None)."""
-    label = label and label.strip().lower()
-    if label is not None and label not in LABELS:
-        raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
+    label = row.get("label")
+    if label is not None:
+        label = label.strip().lower()
+        if label not in LABELS:
+            raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
+    score = row.get("score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
         raise InputError(f"score must be a number, got {score!r}")
     if score is not None and not abs(score) <= SCORE_RANGE:  # catches NaN, too
         raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
-    return label, score
+    image = row.get("image") or row.get("image_path") or row.get("image_id")
+    return Post(row["id"], text.replace("$T$", aspect or "$T$"), safe_path(image, folder),
+                aspect or None, label, score, row.get("split"), row.get("cot"),
+                clip_frames(row.get("frames"), folder), safe_path(row.get("audio"), folder),
+                columns)
 
 
 # ---- formats: each gives rows [(where, raw)], parse(raw) -> dict, and the folder of images
@@ -367,7 +354,7 @@ def _open_rows(path, images):
     if path.suffix == ".json":
         return _json_rows(path), lambda row: row, images
     if path.suffix == ".tsv":
-        return _lines(path)[1:], partial(_tsv_row, path.stem), images
+        return _lines(path)[1:], lambda line: _tsv_row(path.stem, line), images
     raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json, .tsv or .csv")
 
 
@@ -427,14 +414,15 @@ def _mvsa_rows(folder, images):
         pairs = [tuple(cell.strip().lower().split(",")) for cell in cells]
         if not pairs or any(len(pair) != 2 or not set(pair) <= set(LABELS) for pair in pairs):
             raise InputError("expected an id and pairs of text,image labels")
-        label, name = mvsa_label(pairs), name.strip()
+        name = name.strip()
+        label = mvsa_label(pairs)
         if label is None:
             raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
         with reading(f"data/{name}.txt is missing or not UTF-8"):
             text = (folder / "data" / f"{name}.txt").read_bytes().decode("utf-8-sig").strip()
         bucket = int(hashlib.sha256(f"mvsa:{name}".encode()).hexdigest(), 16) % 10
         return dict(id=name, image=f"{name}.jpg", label=label, text=text,
-                    split=["test", "dev"][bucket] if bucket < 2 else "train")
+                    split={0: "test", 1: "dev"}.get(bucket, "train"))
 
     return _lines(table)[1:], parse, images
 
@@ -471,8 +459,7 @@ def clip_frames(value, folder):
 
 def _by_number(name):
     """A sort key that puts 2.jpg before 10.jpg."""
-    return [(int(part), "") if part.isdecimal() else (-1, part)
-            for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _csv_rows(path, folder):
@@ -602,7 +589,10 @@ def parse_reasoning(text):
     for heading, end in zip(headings, ends):
         name = heading[1] or heading[2]
         fields[name] = _clean(text[heading.end() : end], quoted='"' in heading[0])
-    labels = _label_words(text, fields)
+    answer = fields.get("Prediction", "")
+    if not fields and re.fullmatch(r"\W*\w+\W*", text.strip().split("\n", 1)[0][:40]):
+        answer = text.strip()  # a bare label word; one within prose would not count
+    labels = set(_LABEL_WORD.findall(answer.split("\n", 1)[0].lower()))
     prediction = labels.pop() if len(labels) == 1 else None
     problem = None
     missing = [name for name in FIELDS if not fields.get(name)]
@@ -613,19 +603,6 @@ def parse_reasoning(text):
     elif prediction is None:
         problem = "Prediction names no label"
     return Reasoning(fields, prediction, problem is None, problem)
-
-
-def _label_words(text, fields):
-    """The labels named on the first line of the Prediction, or of a text without any field; of
-    that only a bare label word counts, not one within prose."""
-    if fields:
-        line = fields.get("Prediction", "")
-    else:
-        line = text.strip()
-    line = line.split("\n", 1)[0].lower()
-    if not fields and not re.fullmatch(r"\W*\w+\W*", line[:40]):
-        return set()
-    return set(_LABEL_WORD.findall(line))
 
 
 def _clean(value, quoted):
@@ -736,10 +713,10 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
             post = request.post
             parsed, problem = check_answer(answer.text, post.label, answer.finish)
             attempts[post.id].append(_attempt(task, request, answer, parsed, problem))
-            if answer.finish == "length":
+            cut_off = answer.finish == "length"
+            if cut_off:
                 budget[post.id] *= 2
-                pending.append(post)
-            elif problem and (task == "explain" or not parsed.complete):
+            if cut_off or (problem and (task == "explain" or not parsed.complete)):
                 pending.append(post)
 
 
@@ -764,10 +741,6 @@ class Unreachable(InputError):
     """The server gave no usable answer, however often it was asked."""
 
 
-class Stopped(InputError):
-    """Asked to stop between two calls."""
-
-
 class Endpoint:
     """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
     requests; many threads may call it at once. The key is read from OPENAI_API_KEY and is cut out
@@ -784,7 +757,7 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
         self.retries, self.stop = Counter(), threading.Event()
-        self._thread, self._paused_until = threading.local(), 0.0  # a session each; one pause
+        self._paused_until = 0.0  # of all threads
 
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
@@ -803,51 +776,47 @@ class Endpoint:
             delay = max(ready_at, self._paused_until) - time.monotonic()
             if delay > 0:
                 self.pause(delay)
-            try:
-                return self._post(body)
-            except Unreachable as e:
-                problem = str(e)
-            except (requests.RequestException, ValueError, LookupError, TypeError,
-                    AttributeError) as e:
-                if isinstance(e, InputError):  # a ValueError too, but final
-                    raise
-                problem = f"{type(e).__name__}: {e}"
+            answer, problem = self._post(body)
+            if problem is None:
+                return answer
             self.retries[problem.split(":")[0]] += 1
             ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
         raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
                           f"{self._without_key(problem)}; run again to go on")
 
     def _post(self, body):
-        """One call. Raises Unreachable for a status that is worth another try."""
-        if not hasattr(self._thread, "session"):
-            self._thread.session = requests.Session()
+        """One call -> (Answer, None), or (None, why it is worth another try)."""
         headers = {}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        reply = self._thread.session.post(self.url, json=body, headers=headers,
-                                          timeout=self.timeout, allow_redirects=False)
-        status = reply.status_code
-        if status == 200:
-            return _read_reply(reply.json())
+        try:
+            reply = requests.post(self.url, json=body, headers=headers, timeout=self.timeout,
+                                  allow_redirects=False)
+            status = reply.status_code
+            if status == 200:
+                return _read_reply(reply.json()), None
+        except (requests.RequestException, ValueError, LookupError, TypeError,
+                AttributeError) as e:  # no reply, or one of another form
+            return None, f"{type(e).__name__}: {e}"
         problem = f"HTTP {status}: {self._without_key(reply.text)[:300]}"
-        if status in self.RETRIED:
-            seconds = _retry_after(reply.headers.get("Retry-After", ""))
-            if seconds > 3600:
-                raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
-            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-            raise Unreachable(problem)
         if re.search("unsupported.(parameter|value)", problem, re.I):
             raise InputError(f"{self.url} refused: {problem}; a reasoning model wants --extra-body "
                              """'{"max_tokens": null, "max_completion_tokens": 4096, """
                              """"temperature": null}'""")
         if status in (401, 402, 404) or status < 400:
             raise InputError(f"{self.url} refused: {problem}")
-        raise Refused(f"{self.url} refused: {problem}")
+        if status not in self.RETRIED:
+            raise Refused(f"{self.url} refused: {problem}")
+        seconds = _retry_after(reply.headers.get("Retry-After", ""))
+        if seconds > 3600:
+            raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+        return None, problem
 
     def pause(self, seconds):
-        """Sleeps, unless asked to stop."""
+        """Sleeps; raises InputError if asked to stop meanwhile."""
         if self.stop.wait(seconds):
-            raise Stopped("stopped")
+            raise InputError("stopped")
 
     def _without_key(self, text):
         return text.replace(self._key, "***") if self._key else text
