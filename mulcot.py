@@ -247,13 +247,12 @@ def safe_path(name, folder):
     refused."""
     if not name:
         return None
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name) or "\\" in name or "\0" in name:
-        raise InputError(f"file {name!r} must be a plain name inside {folder}: no URL, no "
-                         "absolute path")
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
-    if ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
-        raise InputError(f"file {name!r} leads outside {folder}")
+    foreign = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name) or "\\" in name  # URL, C:, absolute
+    if foreign or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
+        raise InputError(f"file {name!r} leads outside {folder}: it must be a plain name inside, "
+                         "no URL, no absolute path")
     return path
 
 
@@ -439,7 +438,7 @@ def without_inputs(post, names):
 
 def clip_frames(value, folder):
     """At most 16 paths, evenly spaced, of a clip's frames: a folder or a list of image names."""
-    if value is None:
+    if value in (None, ""):
         return []
     names = value
     if isinstance(value, str):
@@ -1934,23 +1933,19 @@ def save_readout(readout, folder):
     write_json(Path(folder, "head.json"), readout.config)
 
 
-def load_readout(folder, width):
-    """The Readout that save_readout wrote, for hidden states of `width`."""
-    with reading(f"{folder} holds a damaged or foreign readout head"):
-        readout = Readout(width, json.loads(Path(folder, "head.json").read_text()))
-        if readout.discriminative:
-            readout.load_state_dict(load_file(Path(folder, "head.safetensors")))
-    return readout
-
-
 def load_trained(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """`load_model` with what this section adds: the language model's linears in NF4 (nf4: default
     as the adapter was trained) and the readout head that lies beside an adapter."""
     nf4 = adapter_nf4(name) if nf4 is None else nf4
     model, processor = load_model(name, device, dtype, max_pixels,
                                   quantize=quantize_linears if nf4 else None)
-    if Path(name, "head.json").exists():
-        model.readout = load_readout(name, model.lm_head.in_features).to(device).eval()
+    config = Path(name, "head.json")
+    if config.exists():
+        with reading(f"{name} holds a damaged or foreign readout head"):
+            readout = Readout(model.lm_head.in_features, json.loads(config.read_text()))
+            if readout.discriminative:
+                readout.load_state_dict(load_file(Path(name, "head.safetensors")))
+        model.readout = readout.to(device).eval()
     return model, processor
 
 
@@ -1965,8 +1960,12 @@ def regression_metrics(gold, predicted):
     predicted = np.array([math.nan if p is None else p for p in predicted], float)
     parsed = np.isfinite(predicted)
     g, p = gold[parsed], predicted[parsed]
-    metrics = dict(mae=float(np.abs(g - p).mean()) if len(p) else None, corr=_pearson(g, p),
-                   unparsed=int((~parsed).sum()), out_of_range=int((np.abs(p) > 3).sum()))
+    metrics = dict(mae=None, corr=None, unparsed=int((~parsed).sum()),
+                   out_of_range=int((np.abs(p) > 3).sum()))
+    if parsed.any():
+        metrics["mae"] = float(np.abs(g - p).mean())
+        if np.ptp(g) > 0 and np.ptp(p) > 0:
+            metrics["corr"] = float(np.corrcoef(g, p)[0, 1])
     for name, limit in (("acc7", 3), ("acc5", 2)):
         same = np.round(np.clip(g, -limit, limit)) == np.round(np.clip(p, -limit, limit))
         metrics[name] = float(same.sum() / len(gold))
@@ -1980,16 +1979,6 @@ def regression_metrics(gold, predicted):
             metrics[f"acc2_{name}"] = float(scores["accuracy"])
             metrics[f"f1_{name}"] = float(scores["weighted_f1"])
     return metrics
-
-
-def _pearson(x, y):
-    """Pearson's r, or None where a side is constant or empty."""
-    if not len(x):
-        return None
-    x = x - x.mean()
-    y = y - y.mean()
-    norm = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y) / norm if norm > 1e-12 else None
 
 
 # ---- NF4: a frozen base in 4 bits
@@ -2073,11 +2062,8 @@ def quantize_linears(model):
 
 def count_parameters(model):
     """All weights, those in 4 bits too."""
-    count = sum(p.numel() for p in model.parameters())
-    for module in model.modules():
-        if hasattr(module, "to_linear"):
-            count += module.in_features * module.out_features
-    return count
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    return sum(p.numel() for p in model.parameters()) + sum(2 * m.codes.numel() for m in packed)
 
 
 # ================================================================================================
@@ -2158,9 +2144,8 @@ class UBMMember(nn.Module):
         self.text, self.tokenizer = text, tokenizer
         self.image, self.image_processor, self.image_width = image, image_processor, 0
         if image is not None:  # how wide the encoder's output is, it says itself
-            with torch.no_grad():
-                blank = self._pixels([Image.new("RGB", (64, 64))])
-                self.image_width = self._mean_features(torch.zeros_like(blank)).shape[1]
+            blank = self._pixels([Image.new("RGB", (64, 64))])
+            self.image_width = self._mean_features(blank).shape[1]
         width = 2 * text.config.hidden_size + self.image_width
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, len(classes)))
 
@@ -2216,8 +2201,7 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
             model = AutoModel.from_pretrained(name, **options)
         else:
             model = AutoModel.from_config(AutoConfig.from_pretrained(name), **options)
-        pooler = getattr(model, "pooler", None)
-        if pooler is not None and list(pooler.parameters()):
+        if any(key.startswith("pooler.") for key, _ in model.named_parameters()):
             model.pooler = None  # unused here; without it no weight lacks a gradient
         return model
 
@@ -2229,8 +2213,7 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
         ensemble = []
         for _ in range(members):
             image_encoder = encoder(image) if image else None
-            member = UBMMember(encoder(text), tokenizer, classes, image_encoder, processor)
-            ensemble.append(member)
+            ensemble.append(UBMMember(encoder(text), tokenizer, classes, image_encoder, processor))
     return UBM(ensemble, classes)
 
 
@@ -2239,19 +2222,18 @@ def reinit_layers(encoder, count):
     trained on, and on few posts a random start learns better (Zhang et al. 2021,
     arXiv 2006.05987)."""
     stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
-    layers = max(stacks, key=len, default=())
+    layers = max(stacks, key=len, default=nn.ModuleList())
     own = len(layers) == encoder.config.num_hidden_layers  # ALBERT has one, used often
     if not 0 <= count <= len(layers) or (count and not own):
         raise InputError(f"the text encoder has no {count} layers of its own to draw anew: use "
                          "--reinit-layers 0")
-    for layer in layers[len(layers) - count :]:
-        for part in layer.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, std=encoder.config.initializer_range)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
-            elif isinstance(part, nn.LayerNorm):
-                part.reset_parameters()
+    for part in layers[len(layers) - count :].modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=encoder.config.initializer_range)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
 
 
 def save_ubm(model, folder):
@@ -2343,12 +2325,10 @@ def answer_verdict(answer, classes):
         return f"no label in {answer.text[:80]!r}"
     for token, likely in reversed(answer.logprobs or []):
         if _label_of_token(token) == parsed.prediction:  # where the label begins
-            mass = dict.fromkeys(LABELS, 1e-6)
+            mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
             for other, log_p in likely.items():
-                label = _label_of_token(other)
-                if label:
-                    mass[label] += math.exp(log_p)
-            probs = torch.tensor(list(mass.values()))
+                mass[_label_of_token(other)] += math.exp(log_p)
+            probs = torch.tensor([mass[label] for label in LABELS])
             return verdict(probs / probs.sum(), LABELS) | dict(prediction=parsed.prediction)
     return dict(prediction=parsed.prediction, uncertainty=None)
 
@@ -2487,11 +2467,8 @@ def read_rows(path):
     rows = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
-            try:
+            with reading(f"{path}:{n}: not a JSON row, delete the line and run again"):
                 rows.append(json.loads(line))
-            except ValueError as e:
-                raise InputError(f"{path}:{n}: not a JSON row ({e}): delete the line and run "
-                                 "again") from None
     return rows
 
 
@@ -2695,17 +2672,14 @@ def gather(value):
 
 
 def all_reduce_gradients(parameters):
-    """Gradients summed over all processes, in one message. trap: DDP acts in its own forward,
-    which we bypass; a parameter without a gradient (no image in this process) counts as zero."""
+    """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
+    parameter without a gradient (no image in this process) counts as zero."""
     if get_world_size() == 1:
         return
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
-    torch.distributed.all_reduce(flat)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+        torch.distributed.all_reduce(p.grad)
 
 
 # ---- command lines
