@@ -409,11 +409,10 @@ def _mvsa_rows(folder, images):
         raise InputError(f"{folder} has no labelResultAll.txt: give the MVSA folder as downloaded")
 
     def parse(line):
-        name, *cells = line.decode().strip().split("\t")
-        pairs = [tuple(cell.strip().lower().split(",")) for cell in cells]
+        name, *cells = line.decode().split()
+        pairs = [tuple(cell.lower().split(",")) for cell in cells]
         if not pairs or any(len(pair) != 2 or not set(pair) <= set(LABELS) for pair in pairs):
             raise InputError("expected an id and pairs of text,image labels")
-        name = name.strip()
         label = mvsa_label(pairs)
         if label is None:
             raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
@@ -794,8 +793,8 @@ class Endpoint:
             status = reply.status_code
             if status == 200:
                 return _read_reply(reply.json()), None
-        except (requests.RequestException, ValueError, LookupError, TypeError,
-                AttributeError) as e:  # no reply, or one of another form
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            # no reply (requests raises OSErrors), or one of another form
             return None, f"{type(e).__name__}: {e}"
         problem = f"HTTP {status}: {self._without_key(reply.text)[:300]}"
         if re.search("unsupported.(parameter|value)", problem, re.I):
@@ -2063,7 +2062,8 @@ def quantize_linears(model):
 def count_parameters(model):
     """All weights, those in 4 bits too."""
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    return sum(p.numel() for p in model.parameters()) + sum(2 * m.codes.numel() for m in packed)
+    weights = sum(2 * module.codes.numel() for module in packed)  # two a byte
+    return weights + sum(p.numel() for p in model.parameters())
 
 
 # ================================================================================================
