@@ -882,8 +882,7 @@ def data_url(path, max_side=1120, quality=92):
 
 
 # ================================================================================================
-# §4 Tokens [needs: math, dataclass, field, replace, partial, torch, InputError, reading, §1,
-#    §2]
+# §4 Tokens [needs: math, dataclass, field, replace, torch, InputError, reading, §1, §2]
 # ================================================================================================
 
 
@@ -1014,11 +1013,12 @@ class Processor:
         content = [dict(type="image")] * images + [dict(type="audio")] * sounds
         messages = [dict(role="user", content=[*content, dict(type="text", text=user)]),
                     dict(role="assistant", content=[dict(type="text", text=answer)])]
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+        options = dict(tokenize=False, enable_thinking=False)
+        render = self.tokenizer.apply_chat_template
         with reading("the tokenizer's chat template cannot be used"):
-            asked = render(messages[:1], add_generation_prompt=True)
+            asked = render(messages[:1], add_generation_prompt=True, **options)
             before, tail = asked.split(user)
-            told, end = render(messages).split(answer)
+            told, end = render(messages, **options).split(answer)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
         # trap: SmolVLM2 puts a space after "Assistant:"; other templates leave out empty thoughts
