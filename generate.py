@@ -2,6 +2,8 @@
 
     python generate.py teacher --data train.tsv --images img --model gpt-4o-mini \\
         --endpoint https://api.openai.com/v1 --out chains.jsonl
+    python generate.py augment --data chains.jsonl --images img --model runs/student/best \\
+        --samples 8 --out sampled.jsonl
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out predictions.jsonl
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
@@ -24,6 +26,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,7 +53,8 @@ YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 STAGES = {
     "teacher": "two-stage chains: predict; keep if right, else explain the label",
-    "augment": "one more chain per training post by the assistant, kept if right",
+    "augment": "one more chain per training post by the assistant, kept if right; or several, by "
+               "any model, to learn preferences from (train.py dpo)",
     "soft": "the assistant's hidden states at the supervised positions",
     "predict": "label by the label prompt, chain by the reason prompt",
     "cascade": "a small model first, the MLLM only where that one is unsure",
@@ -72,7 +76,7 @@ def parse_args(argv=None):
     p = stages.choices[args.stage]
     if unknown:  # with the stage's own usage
         p.error(f"unrecognized arguments: {' '.join(unknown)}")
-    check_at_least(p, args, 1, "batch", "workers", "max_tries")
+    check_at_least(p, args, 1, "batch", "workers", "max_tries", "samples")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
     if args.stage == "cascade":
         args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
@@ -140,6 +144,8 @@ def own_flags(flag, stage):
         flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
+        flag("--samples", type=int, default=1, metavar="K", help="chains per post (paper: 1); for "
+             "train.py dpo at least 4; an --out that has fewer is completed")
     elif stage == "soft":
         flag("--kl-positions", choices=("response", "all"), default="response",
              help="all: prompt and image positions too, near to what the authors' script does")
@@ -461,13 +467,20 @@ def dry_run(args, posts):
 
 
 def augment(args):
-    """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
+    """paper: the assistant writes one more chain per training post; D_a keeps the right ones.
+    choice: with --samples several, all right ones are kept."""
     posts, rejects = select_posts(args, labelled=True)
+    if args.samples > 1 and any("post_id" in post.columns for post in posts):
+        raise InputError(f"{', '.join(args.data)} holds several samples a post already: give "
+                         "--data one row a post")
     output = Output(args, rejects)
     model, processor = load(args)
 
-    def respond(posts, n):
-        torch.manual_seed(args.seed * 100_003 + n)
+    def respond(k, posts, n):
+        seed = args.seed * 100_003 + n
+        if k:  # trap: of a seed a CPU's generator takes 32 bits
+            seed = int(digest(seed, k)[:8], 16)
+        torch.manual_seed(seed)
         batch = encode_batch(posts, [(REASON_FORMAT, None)], model, processor)
         answers = generate_text(model, processor, batch, args.max_new_tokens, args.temperature)
         results = []
@@ -478,9 +491,18 @@ def augment(args):
                                 cot=None if problem else render_reasoning(parsed.fields)))
         return results
 
-    for post, result in in_batches(args, posts, output.done, respond):
-        output.write(new_row(post, args, "assistant", result), keep=result["problem"] is None)
+    for k in range(args.samples):
+        draw = [sample_of(post, k) for post in posts]
+        for post, result in in_batches(args, draw, output.done, partial(respond, k)):
+            output.write(new_row(post, args, "assistant", result), keep=result["problem"] is None)
     output.close()
+
+
+def sample_of(post, k):
+    """The post; for samples after the first with an id of their own, the post's in `post_id`."""
+    if k == 0:
+        return post
+    return replace(post, id=f"{post.id}#{k}", columns=post.columns | dict(post_id=post.id))
 
 
 @torch.no_grad()

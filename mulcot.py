@@ -80,6 +80,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 LABELS = ("negative", "neutral", "positive")
@@ -1462,6 +1463,26 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     return total / max(len(kl), 1) if reduction == "mean" else total
 
 
+def preference_loss(chosen, rejected, ref_chosen, ref_rejected, tokens, beta=0.1, alpha=1.0):
+    """RPO, with alpha=0 DPO, summed over the pairs -> scalar. `chosen`, `rejected`: log π_c and
+    log π_r (B,), the policy's log-probabilities of whole answers; `ref_chosen`, `ref_rejected`
+    (B,): the frozen reference's; `tokens` (B,): how many the chosen answer has.
+
+    DPO: -log σ(β Δ). Rafailov et al. 2023, arXiv 2305.18290, eq. 7. RPO: DPO + α (-log π_c /
+    tokens_c). Pang et al. 2024, arXiv 2404.19733, §2; without that term both log-probabilities tend
+    to fall, the chosen one's only more slowly. paper: MulCoT-RD names DPO as future work."""
+    margin = preference_margin(chosen, rejected, ref_chosen, ref_rejected, beta)  # (B,)
+    dpo = -F.logsigmoid(margin)
+    nll = -chosen / tokens
+    return (dpo + alpha * nll).sum()
+
+
+def preference_margin(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
+    """β Δ (B,): by how much more than the reference the policy prefers the chosen answer,
+    Δ = (log π_c - log ref_c) - (log π_r - log ref_r)."""
+    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+
+
 def in_chunks(loss_of, hidden, size):
     """The sum of `loss_of(hidden[a:b], slice(a, b))` over chunks of `size` rows of hidden (N, D) ->
     scalar. Same value and gradient as `loss_of(hidden, slice(0, N))`, but only one chunk's (size,
@@ -1503,7 +1524,8 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: json, os, re, Path, torch, LABELS, InputError, reading, §1, §2, §4, §5]
+# §7 Model [needs: json, os, re, Path, torch, F, checkpoint, LABELS, InputError, reading, §1, §2,
+#    §4, §5]
 # ================================================================================================
 
 
@@ -1681,6 +1703,33 @@ def training_items(paths, images, branches_of):
     return items, rejects
 
 
+# ---- answers
+
+CHUNK_LOGITS = 2**25  # of one (n, V) tensor: 128 MiB in fp32, 220 positions of Qwen's vocabulary
+
+
+def answer_log_probs(model, batch, hidden):
+    """Log-probabilities (B, C) of the batch's answers, branch k's in column k - 1, each summed over
+    its tokens; hidden (B, T, D). Positions go by in chunks whose logits are made once more in the
+    backward pass, so that no (N, V) logits are held. trap: in_chunks, which takes gradients on the
+    spot, fits sums of positions only; a preference is no linear function of them."""
+    at = batch.targets != -100  # (B, T)
+    targets = batch.targets[at]  # (N,)
+
+    def log_prob(h, targets):  # (n, D), (n,) -> (n,)
+        return -F.cross_entropy(model.lm_head(h).float(), targets, reduction="none")
+
+    parts = []
+    size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
+    for h, part in zip(hidden[at].split(size), targets.split(size)):
+        parts.append(checkpoint(log_prob, h, part, use_reentrant=False, preserve_rng_state=False))
+    log_p = torch.cat(parts)  # (N,)
+    row = at.nonzero()[:, 0]
+    branch = batch.branch_ids[at]
+    sums = log_p.new_zeros(len(batch), int(branch.max()))
+    return sums.index_put((row, branch - 1), log_p, accumulate=True)
+
+
 # ---- labels
 
 
@@ -1703,14 +1752,7 @@ def score_labels(model, batch, hidden=None):
     forward pass (`hidden`, if it has been made), exact, never unparsed."""
     if hidden is None:
         hidden = forward_branches(model, batch)
-    at = batch.targets != -100  # (B, T)
-    logits = model.lm_head(hidden[at]).float()  # (N, V)
-    log_p = logits.log_softmax(-1).gather(1, batch.targets[at][:, None])[:, 0]  # (N,)
-    row = at.nonzero()[:, 0]
-    branch = batch.branch_ids[at]
-    scores = log_p.new_zeros(len(batch), int(branch.max()))
-    scores.index_put_((row, branch - 1), log_p, accumulate=True)
-    return scores.log_softmax(-1)
+    return answer_log_probs(model, batch, hidden).log_softmax(-1)
 
 
 # ---- chains

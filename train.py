@@ -5,6 +5,8 @@
         --model Qwen/Qwen2.5-VL-7B-Instruct
     python train.py student --data chains.jsonl augmented.jsonl --dev dev.tsv --images img \\
         --soft soft --model Qwen/Qwen2.5-VL-3B-Instruct --out runs/student
+    python train.py dpo --data sampled.jsonl --rejected sampled.rejects.jsonl --dev dev.tsv \\
+        --images img --adapter runs/student/best --out runs/dpo
     python train.py readout --data label.csv --dev label.csv --target score --out runs/readout \\
         --model Qwen/Qwen2.5-Omni-7B
     python train.py ubm --data train.tsv --dev dev.tsv --images img --out runs/ubm \\
@@ -13,10 +15,10 @@
 Last line: `best dev accuracy 0.930 (macro_f1 0.912) at step 120: runs/student/best`. Reads rows
 with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
 lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters, a readout's
-head with them). ubm writes config.json, member-K.jsonl (log) and member-K.safetensors (a killed
-member starts anew), then ubm.safetensors, ubm.json, text/ and image/; its last line begins
-`2 members together:`. Killed and run again with the same command each goes on and ends with the
-same result.
+head with them); dpo also reference.json. ubm writes config.json, member-K.jsonl (log) and
+member-K.safetensors (a killed member starts anew), then ubm.safetensors, ubm.json, text/ and
+image/; its last line begins `2 members together:`. Killed and run again with the same command each
+goes on and ends with the same result.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,24 +39,27 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mulcot import (
-    LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, SoftLabels, add_lora,
-    all_reduce_gradients, barrier, check_at_least, check_settings, chunks, class_targets,
-    collate, confusion_scores, confusion_table, count_parameters, digest, distill_kl, encode,
-    fit_temperature, forward_branches, gather, get_rank, get_world_size, in_chunks,
-    init_distributed, load_processor, load_trained, multitask_loss, new_ubm, predict, progress,
-    read_dev_posts, read_out, read_rows, readout_branches, readout_loss, regression_metrics,
-    reinit_layers, render_score, row_text, run_info, run_stage, save_adapter, save_readout,
-    save_ubm, say, show_tokens, student_loss, tokenizer_hash, training_branches, training_items,
-    without_inputs, write_atomic, write_json, write_rows, write_tensors)
+    CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, SoftLabels,
+    add_lora, all_reduce_gradients, answer_log_probs, barrier, check_at_least, check_settings,
+    chunks, class_targets, collate, confusion_scores, confusion_table, count_parameters, digest,
+    distill_kl, encode, fit_temperature, forward_branches, gather, get_rank, get_world_size,
+    in_chunks, init_distributed, load_processor, load_trained, lora_layers, multitask_loss,
+    new_ubm, parse_reasoning, predict, preference_loss, preference_margin, progress,
+    read_dev_posts, read_out, read_posts, read_rows, reading, readout_branches, readout_loss,
+    regression_metrics, reinit_layers, render_score, row_text, run_info, run_stage,
+    save_adapter, save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash,
+    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
+    write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`, which knows no stage. A stage is a
 # class of three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage for
-# MulCoT-RD's assistant and student, ReadoutStage for paper 3. The losses themselves are the pure
-# functions of mulcot.py §6, called in `task_loss`. `ubm` (paper 2) is a small loop of its own.
+# MulCoT-RD's assistant and student, PreferenceStage for dpo (whose `prepare` fixes the reference
+# before the first step), ReadoutStage for paper 3. The losses themselves are the pure functions of
+# mulcot.py §6, called in `task_loss` and PreferenceStage.loss. `ubm` (paper 2) is a small loop of
+# its own.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 DEV_BATCH = 16  # posts
-CHUNK_LOGITS = 2**25  # of one (n, V) tensor: 128 MiB in fp32, 220 positions of Qwen's vocabulary
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -73,11 +79,15 @@ def parse_args(argv=None):
             ubm_flags(p.add_argument)
             p.set_defaults(epochs=3, batch=32, lr=1e-4)
             continue
-        loop_flags(p.add_argument)
+        loop_flags(p.add_argument, stage)
         if stage == "readout":
             readout_flags(p.add_argument)
             p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
                            schedule="cosine", warmup=0.1)
+        elif stage == "dpo":
+            preference_flags(p.add_argument)
+            p.set_defaults(epochs=1, lr=1e-5, schedule="cosine", warmup=0.1, dropout=0.0, nf4=None,
+                           reasoning=True)
         else:
             chain_flags(p.add_argument, stage)
     stages.choices["assistant"].set_defaults(dropout=0.2)
@@ -86,7 +96,8 @@ def parse_args(argv=None):
     if unknown:  # with the stage's own usage
         p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "epochs", "batch", "accumulate", "log_every", "rank", "members")
-    check_at_least(p, args, 0, "max_pixels", "workers", "save_every", "reinit_layers")
+    check_at_least(p, args, 0, "max_pixels", "workers", "save_every", "reinit_layers", "alpha",
+                   "beta")
     if args.stage == "student" and not args.temperature > 0:
         p.error("argument --temperature: must be above 0")
     if args.stage == "student" and not args.no_soft and not args.soft:
@@ -100,6 +111,7 @@ def parse_args(argv=None):
 STAGES = {
     "assistant": "both tasks on the teacher's chains",
     "student": "both tasks on all chains, from hard and soft labels",
+    "dpo": "a trained adapter on pairs of a right and a wrong chain (RPO, DPO; not in the paper)",
     "readout": "a score or label read off the last hidden state (arXiv 2606.05713; its values: "
                "rank, dropout, --lr, --head-lr, --nf4, --scope all; the rest is ours)",
     "ubm": "small classifier for the cascade: short runs that answer together, calibrated"}
@@ -119,9 +131,17 @@ def shared_flags(flag):
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
 
 
-def loop_flags(flag):
+def loop_flags(flag, stage):
     """Of the stages that train an adapter in the one loop."""
-    flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+    if stage == "dpo":
+        flag("--adapter", dest="model", required=True, metavar="RUN/best", help="the reference "
+             "and what is trained on, over its own base, with its rank, alpha and layers")
+    else:
+        flag("--model", required=True, help="hub name or folder (paper: Qwen2.5-VL-7B, then 3B)")
+        flag("--rank", type=int, default=16, help="of LoRA (paper: 16)")
+        flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
+        flag("--scope", choices=("language", "all"), default="language",
+             help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
     flag("--accumulate", type=int, default=20, help="micro-batches per step (paper: 20)")
     flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
     flag("--schedule", choices=("plateau", "cosine"), default="plateau", help="plateau: halve at "
@@ -130,12 +150,10 @@ def loop_flags(flag):
     flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (paper: none)")
     flag("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: bfloat16 "
          "on GPU, float32 on CPU); LoRA, optimiser and losses are float32")
-    flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits")
-    flag("--rank", type=int, default=16, help="of LoRA (paper: 16)")
-    flag("--alpha", type=float, default=32, help="of LoRA (paper: 32)")
-    flag("--dropout", type=float, default=0.05, help="of LoRA (paper: 0.2 assistant, 0.05 student)")
-    flag("--scope", choices=("language", "all"), default="language",
-         help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
+    flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits (of dpo "
+         "default as the adapter was trained)")
+    flag("--dropout", type=float, default=0.05, help="of LoRA (paper: 0.2 assistant, 0.05 student; "
+         "dpo: none, to begin at the reference)")
     flag("--max-pixels", type=int, default=0,
          help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
     flag("--ties", choices=("macro", "weighted"), default="macro",
@@ -164,6 +182,16 @@ def chain_flags(flag, stage):
         flag("--lam", type=float, default=0.3, help="λ, weight of the soft labels (paper: 0.3)")
         flag("--temperature", type=float, default=2.0, help="τ, softens both sides (paper: 2)")
         flag("--t-squared", action=YES_NO, default=False, help="Hinton's τ² on the KL (paper: off)")
+
+
+def preference_flags(flag):
+    """choice: all of them; the paper names DPO as future work. Values of arXiv 2305.18290 and
+    2404.19733; the learning rate is what LoRA needs."""
+    flag("--rejected", nargs="+", required=True, metavar="ROWS", help="wrong chains of the same "
+         "posts: what generate.py augment --samples set aside (malformed ones are passed over)")
+    flag("--beta", type=float, default=0.1, help="β, holds to the reference (DPO: 0.1)")
+    flag("--alpha", type=float, default=1.0, help="α of -log π_c / tokens (RPO: 1), 0: plain DPO")
+    flag("--max-answer", type=int, default=512, help="longest chain in tokens (paper: 512)")
 
 
 def readout_flags(flag):
@@ -234,6 +262,104 @@ class ChainStage:
         for part in chunks(posts, DEV_BATCH):
             rows += predict(model, self.processor, part, chain=False)
         return label_scores(self.args, rows, posts)
+
+
+class PreferenceStage(ChainStage):
+    """`dpo`: a right and a wrong chain of a post, both answers to the reason prompt, as two
+    branches of one prefix. Dev metrics are the student's."""
+
+    def __init__(self, args, processor):
+        super().__init__(args, processor)
+        with reading(f"--adapter {args.model} is no adapter folder (a student's RUN/best)"):
+            weights = Path(args.model, "adapter_model.safetensors").read_bytes()
+        args.adapter_digest = digest(weights)  # a setting: no run goes on from another adapter
+        self.wrong = {}  # the wrong chains of every post, as branches
+        self.right = set()  # posts that have a right one
+        for path in args.rejected:
+            for post in read_posts(path, args.images, rejects=[], allow_empty=True):
+                self.wrong.setdefault(post_id(post), []).extend(self.wrong_chains(post))
+
+    def wrong_chains(self, post):
+        """[the chain of a row that was set aside, as a branch]; [] if it is malformed, cut off, too
+        long, or right after all. choice: in the one written form, as right chains are, so that a
+        pair differs in its reasoning and not in its quotes."""
+        raw = str(post.columns.get("raw"))
+        label = parse_reasoning(raw).prediction  # the one that this chain fits
+        if post.label in (label, None) or post.columns.get("problem") == "truncated":
+            return []
+        fitting = replace(post, cot=raw, label=label)
+        branches, _ = training_branches(fitting, self.processor, self.args.max_answer)
+        return branches[:1] if branches else []
+
+    def branches_of(self, post):
+        """([right chain, wrong chain] or None, why there are none). choice: one pair a post, its
+        first right chain and, of the wrong ones, the nearest to it in length: sums of
+        log-probabilities can be told apart by length alone."""
+        wrong = self.wrong.setdefault(post_id(post), [])
+        branches, problem = super().branches_of(post)
+        if problem or post_id(post) in self.right:
+            return None, problem
+        self.right.add(post_id(post))
+        if not wrong:
+            return None, "no wrong chain of this post in --rejected to pair it with"
+        chosen = branches[0]
+        return [chosen, min(wrong, key=partial(self.distance, chosen))], None
+
+    def distance(self, one, other):
+        """Between two branches' answers, in tokens."""
+        return abs(len(self.processor.text_ids(one[1])) - len(self.processor.text_ids(other[1])))
+
+    def prepare(self, model, items):
+        """The reference, {post: [log ref_c, log ref_r]} by the starting weights, before the first
+        step: no second model is held. It is kept in reference.json, where a resumed run, whose
+        weights are others, reads it."""
+        posts, right, pairs = len(self.wrong), len(self.right), len(items)
+        print(f"data       {posts} posts: {pairs} pairs, {posts - right} posts without a right "
+              f"chain, {right - pairs} without a wrong one")
+        file = Path(self.args.out, "reference.json")
+        if get_rank() == 0 and not Path(self.args.out, "state.pt").exists():
+            write_json(file, self.reference_log_probs(model, items))
+        barrier()
+        with reading(f"{file} is damaged: delete {self.args.out} and train anew"):
+            self.reference = json.loads(file.read_text())
+
+    @torch.no_grad()
+    def reference_log_probs(self, model, items):
+        """By the weights as they are, in eval mode."""
+        model.eval()
+        reference, bar = {}, progress(len(items), "reference", "pair")
+        for part in chunks(items, self.args.batch):
+            ((batch, examples),) = micro_batches(self.processor, self.args.batch, part)
+            log_probs = self.log_probs(model, batch.to(self.args.device)).tolist()
+            reference |= zip([post_id(example.post) for example in examples], log_probs)
+            bar.update(len(part))
+        bar.close()
+        model.train()
+        return reference
+
+    def log_probs(self, model, batch):
+        """log π of the chosen and of the rejected chains (B, 2)."""
+        return answer_log_probs(model, batch, forward_branches(model, batch))
+
+    def loss(self, model, batch, examples, counts):
+        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}); all are
+        means over the step's pairs."""
+        args = self.args
+        reference = [self.reference[post_id(example.post)] for example in examples]
+        ref_chosen, ref_rejected = torch.tensor(reference, device=args.device).unbind(1)  # (B,)
+        chosen, rejected = self.log_probs(model, batch).unbind(1)  # (B,)
+        pairs = chosen, rejected, ref_chosen, ref_rejected
+        tokens = batch.supervised(1).sum(1)  # (B,)
+        loss = preference_loss(*pairs, tokens, args.beta, args.alpha) / counts["posts"]
+        margin = preference_margin(*pairs, args.beta)
+        terms = dict(logp_chosen=chosen, logp_rejected=rejected, margin=margin,
+                     pair_accuracy=(margin > 0).float(), chosen_gain=chosen - ref_chosen)
+        return loss, {name: x.detach().sum() / counts["posts"] for name, x in terms.items()}
+
+
+def post_id(post):
+    """Which post a row is of: the further samples of generate.py augment have ids of their own."""
+    return str(post.columns.get("post_id", post.id))
 
 
 def task_loss(stage, model, hidden, batch, names, counts, branch, task):
@@ -371,7 +497,15 @@ def build_model(args, items):
     readout learns z-scores, so it keeps the mean and deviation of its training scores."""
     torch.manual_seed(args.seed)
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
-    names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
+    if args.stage == "dpo":
+        model.requires_grad_(False)
+        for layer in lora_layers(model).values():
+            layer.lora_A.requires_grad_()
+            layer.lora_B.requires_grad_()
+            layer.dropout.p = args.dropout
+        names = list(lora_layers(model))
+    else:
+        names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
     if get_rank() == 0:
         write_json(Path(args.out, "lora_modules.json"), names)
     kinds = Counter(name.rpartition(".")[2] for name in names)
@@ -533,7 +667,8 @@ def train(args):
     """Set-up, the loop, the closing lines."""
     args.device = init_distributed(args.device)
     processor = load_processor(args.model, args.max_pixels)
-    stage = (ReadoutStage if args.stage == "readout" else ChainStage)(args, processor)
+    stage_class = dict(dpo=PreferenceStage, readout=ReadoutStage).get(args.stage, ChainStage)
+    stage = stage_class(args, processor)
     items, rejects = training_items(args.data, args.images, stage.branches_of)
     if args.stage == "readout":
         items = [(without_inputs(post, args.without), branches) for post, branches in items]
@@ -556,6 +691,8 @@ def train(args):
         print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
               "posts: a lower --accumulate gives more")
     model = build_model(args, items)
+    if args.stage == "dpo":
+        stage.prepare(model, items)  # while the weights are the reference's
     state = TrainingState(args, model)
     if state.step < total:
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
@@ -599,9 +736,12 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
             sums = sum_over_processes(state.sums)
             speed = round(sums.pop("tokens") / (time.time() - logged_at))
             steps = sums.pop("steps") / get_world_size()
+            means = {name: value / steps for name, value in sums.items()}
             log_row(args, step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
-                    lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed,
-                    **{name: value / steps for name, value in sums.items()})
+                    lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
+            if means.get("chosen_gain", 0) < -0.1:  # choice: what 16 bits may round a chain by
+                say("warning    log π_c is below its start: right chains become less likely; raise "
+                    "--alpha or --beta, or lower --lr")
             state.sums.clear()
             logged_at = time.time()
         if state.step % per_epoch == 0:
