@@ -420,13 +420,13 @@ def warm_up(folder, size, posts, epochs=3, lr=0.002, batch_size=16, seed=42, dev
     model, processor = load_model(part, device, torch.float32)
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    examples = [encode(post, post.columns["branches"], processor) for post in posts]
     lengths = [sum(len(answer) for _, answer in post.columns["branches"]) for post in posts]
     steps = [rows for epoch in range(epochs)
              for rows in deterministic_batches(lengths, batch_size, epoch, seed)]
     bar = progress(len(steps), f"warm-up {size}", "step")
     for step, rows in enumerate(steps, 1):
-        examples = [encode(posts[i], posts[i].columns["branches"], processor) for i in rows]
-        batch = collate(sorted(examples, key=len), processor.pad_id).to(device)
+        batch = collate(sorted((examples[i] for i in rows), key=len), processor.pad_id).to(device)
         hidden = forward_branches(model, batch)  # (B, T, D)
         loss = 0.0
         for branch in (1, 2, 3):
