@@ -175,6 +175,9 @@ def ablate(args):
 
 # ---- readouts
 
+# choice: on fewer steps, or at a constant rate, it is a matter of the last digits (of the number of
+# threads, even) whether the tiny base has learnt to name words, pictures and voices when it ends
+OMNI_WARMUP = "--epochs 8 --lr 0.003 --schedule cosine"
 INPUTS = {"text": "--without frames audio", "text + frames": "--without audio",
           "text + frames + audio": ""}
 TOY_READOUT = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
@@ -191,7 +194,7 @@ def readout_commands(args):
         model, flags = f"{args.out}/base", TOY_READOUT
         commands = [
             f"tests/toy.py posts --clips --seed {args.seed} --out {out}",
-            f"tests/toy.py base --size omni --data {out}/warmup.jsonl --epochs 6 "
+            f"tests/toy.py base --size omni --data {out}/warmup.jsonl {OMNI_WARMUP} "
             f"--seed {args.seed} --out {out}/base"]
     data, dev, model = shlex.quote(data), shlex.quote(dev), shlex.quote(model)
     images = f" --images {shlex.quote(args.images)}" if args.images else ""

@@ -14,6 +14,7 @@ from transformers import (
 import demo
 import generate
 import mulcot
+import toy as toy_world
 import train
 from mulcot import InputError, Readout
 from toy import TOY_PITCHES, TOY_SIDES, toy_clip_warmup, toy_clips
@@ -330,6 +331,34 @@ def test_toy_clips_need_each_input(tmp_path):
     assert len(set(sums)) > 25
     warm = toy_clip_warmup(tmp_path / "warm", 6)
     assert all(p.score is None and len(p.columns["branches"]) == 3 for p in warm)
+
+
+def test_the_base_is_warmed_up_at_a_rate_that_falls_and_each_file_is_read_once(
+        tmp_path, monkeypatch):
+    """A base that ends at its full rate ends wherever its last steps threw it."""
+    warm, rates, encoded = toy_clip_warmup(tmp_path / "warm", 6), [], []
+    step = torch.optim.AdamW.step
+
+    def encode(post, *more):
+        encoded.append(post.id)
+        return mulcot.encode(post, *more)
+
+    def watched(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(toy_world, "encode", encode)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    toy_world.warm_up(tmp_path / "base", "omni", warm, 20, 0.003, "cosine", batch_size=3)
+    assert len(rates) == 40 and sorted(encoded) == [post.id for post in warm]
+    assert rates[0] == 0.0015 and max(rates) == rates[1] == pytest.approx(0.003, rel=0.01)
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.003 / 500
+    rates.clear()
+    toy_world.warm_up(tmp_path / "even", "omni", warm, 2, batch_size=3)
+    assert set(rates) == {0.002}
+    args, _ = toy_world.parse_args(
+        f"base --size omni --data w --out o {demo.OMNI_WARMUP}".split())
+    assert args.schedule == "cosine"
 
 
 def test_compare_commands_parse_and_differ_in_one_thing():

@@ -408,9 +408,17 @@ def prompts_of(posts, tasks):
     return corpus
 
 
-def warm_up(folder, size, posts, epochs=3, lr=0.002, batch_size=16, seed=42, device="cpu"):
+def warmup_rate(step, total):
+    """The part of its peak that the rate has at step 1, 2, ..., `total` of a cosine warm-up: it
+    rises for a twentieth of the steps and falls to nearly 0."""
+    return min(1.0, step / (0.05 * total)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+
+
+def warm_up(folder, size, posts, epochs=3, lr=0.002, schedule="constant", batch_size=16, seed=42,
+            device="cpu"):
     """Writes a tiny model of TINY[size] or TINY_OMNI[size], all its weights trained on the warm-up
-    posts' branches: an ordinary model folder. Stands where pre-training would."""
+    posts' branches: an ordinary model folder. Stands where pre-training would. `schedule`: the rate
+    stays constant or follows warmup_rate."""
     tasks = ("score",) if size in TINY_OMNI else ("reason", "label")
     tokenizer = tiny_tokenizer(prompts_of(posts, tasks), omni=size in TINY_OMNI)
     part = f"{folder}.part"
@@ -426,6 +434,8 @@ def warm_up(folder, size, posts, epochs=3, lr=0.002, batch_size=16, seed=42, dev
              for rows in deterministic_batches(lengths, batch_size, epoch, seed)]
     bar = progress(len(steps), f"warm-up {size}", "step")
     for step, rows in enumerate(steps, 1):
+        if schedule == "cosine":
+            optimizer.param_groups[0]["lr"] = lr * warmup_rate(step, len(steps))
         batch = collate(sorted((examples[i] for i in rows), key=len), processor.pad_id).to(device)
         hidden = forward_branches(model, batch)  # (B, T, D)
         loss = 0.0
@@ -460,6 +470,8 @@ def parse_args(argv=None):
     p = stages.add_parser("base", formatter_class=Help, help="warm up a random tiny model")
     p.add_argument("--size", choices=(*TINY, *TINY_OMNI), required=True)
     p.add_argument("--epochs", type=int, default=3)
+    p.add_argument("--lr", type=float, default=0.002, help="peak rate")
+    p.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
     p.add_argument("--data", required=True, help="warmup.jsonl")
     p = stages.add_parser("teacher", formatter_class=Help, help="chains of the toy teacher; takes "
                           "generate.py teacher's flags")
@@ -498,7 +510,8 @@ def base(args):
     """The warmed-up model folder, unless it is there."""
     if Path(args.out).exists():
         return print(f"finished   {args.out} is there")
-    warm_up(args.out, args.size, read_posts(args.data), args.epochs, seed=args.seed)
+    warm_up(args.out, args.size, read_posts(args.data), args.epochs, args.lr, args.schedule,
+            seed=args.seed)
     print(f"wrote a warmed-up {args.size} to {args.out}")
 
 
