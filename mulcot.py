@@ -925,7 +925,9 @@ class SmolVLM:
             for col in range(1, int(out["cols"][0][0]) + 1):
                 text += f"{fake}<row_{row}_col_{col}>{tile}"
             text += "\n"
-        return (text and text + "\n") + f"{fake}<global-img>{tile}{fake}"
+        if text:
+            text += "\n"
+        return text + f"{fake}<global-img>{tile}{fake}"
 
     def limit(self, images, max_pixels):
         edge = images.max_image_size["longest_edge"]
