@@ -416,6 +416,16 @@ def test_merging_goes_through_the_dequantised_base(adapted, toy, inputs, tmp_pat
     assert torch.equal(logits(mulcot.load_model(folder)[0], inputs), logits(model, inputs))
 
 
+def test_export_makes_a_dense_folder(adapted, inputs, tmp_path):  # noqa: F811
+    """Of an adapter over NF4: ordinary weights with the same logits."""
+    model, folder = adapted  # noqa: F811
+    out = tmp_path / "exported"
+    assert generate.main(["export", "--model", str(folder), "--out", str(out)]) == 0
+    exported = mulcot.load_trained(out)[0]
+    assert not packed_names(exported) and not mulcot.lora_layers(exported)
+    assert (logits(exported, inputs) - logits(model, inputs)).abs().max() < 1e-5
+
+
 def test_layers_without_an_adapter_become_dense_too(packed, inputs):  # noqa: F811
     """Or a merged model could not be saved."""
     mulcot.add_lora(packed, targets=("q_proj",))
