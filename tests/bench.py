@@ -14,6 +14,8 @@ metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk 
 one process each, on the same pairs; only ours also count Distinct, agreement and the like.
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
+trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
+without images, token ids, LoRA, dtype and optimiser steps; seconds a post and each process's peak.
 """
 
 import argparse
@@ -656,13 +658,111 @@ def nf4(_):
             "ours / bitsandbytes"), rows
 
 
+# ---- beside TRL ----------------------------------------------------------------------------------
+
+MICRO, ACCUMULATE = 2, 2  # posts per micro-batch, micro-batches per step
+
+
+def trl_theirs(options, steps, size):
+    """SFTTrainer on the same steps, a post's two tasks as two examples, `size` of them at once; its
+    log. loss_type stays "nll", which since 1.16 is what "chunked_nll" was."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    model, processor = mulcot.load_model(options.model, "cpu", options.dtype)
+    model.accepts_loss_kwargs = True  # trap: else the mean of the micro-batches' own means
+    asked, tokenizer = [], processor.tokenizer
+    for step in steps:  # like lengths together: in the posts' order it takes 1.7 times as long
+        rows = [(e.prefix + ids[:-n], ids[-n:]) for e in step for ids, n in e.branches]
+        asked += sorted(rows, key=lambda row: len(row[0] + row[1]))
+    rows = [dict(zip(("prompt", "completion"), tokenizer.decode(row))) for row in asked]
+    config = SFTConfig(
+        options.out, num_train_epochs=1, per_device_train_batch_size=size, max_length=None,
+        gradient_accumulation_steps=2 * MICRO * ACCUMULATE // size, learning_rate=options.lr,
+        lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=options.clip, use_cpu=True,
+        bf16=options.dtype == "bfloat16", gradient_checkpointing=False, report_to="none",
+        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no")
+    lora = LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
+                      target_modules=mulcot.linear_names(model), task_type="CAUSAL_LM")
+    trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), peft_config=lora,
+                         processing_class=tokenizer)
+    for row, (ask, answer) in zip(trainer.train_dataset, asked, strict=True):
+        assert (row["input_ids"], row["labels"]) == (ask + answer, [-100] * len(ask) + answer)
+    trainer.train()
+    return trainer.state.log_history[: len(steps)]
+
+
+def trl_side(args, folder):
+    """[seconds a post, the process's peak in GiB, losses of all steps] of one side, in this
+    process; posts without images, as many as fill whole steps; the first step is not measured."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    rows = json.loads(Path(args.data).read_text(encoding="utf-8"))
+    no_image = dict.fromkeys(("image", "image_id", "image_path"))
+    mulcot.write_json(f"{folder}/rows.json", [row | no_image for row in rows])
+    options = train_script.parse_args([
+        "student", *FLAGS, "--data", f"{folder}/rows.json", "--out", folder, "--model", args.model,
+        "--dtype", args.dtype, "--batch", str(MICRO), "--accumulate", str(ACCUMULATE), "--epochs",
+        "1", "--log-every", "1"])
+    stage = train_script.ChainStage(options, mulcot.load_processor(args.model))
+    items, _ = mulcot.training_items(options.data, None, stage.branches_of)
+    size, ends = MICRO * ACCUMULATE, []  # posts of a step; when the steps ended
+    items = items[: args.posts // size * size]
+    steps = [[example for _, part in step for example in part]
+             for step in train_script.step_loader(options, items, stage.processor, 0)]
+    tokens = [sum(e.branches[k][1] for step in steps for e in step) for k in (0, 1)]
+    # with these weights the tasks' two means are TRL's one mean over all tokens
+    options.reasoning_weight, options.label_weight = (n / sum(tokens) for n in tokens)
+    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    if args.peak_of == "ours":
+        model = train_script.build_model(options, items)
+        state = train_script.TrainingState(options, model)
+        train_script.train_loop(options, stage, model, state, items, None, len(steps) + 1,
+                                len(steps))  # no epoch ends, so nothing is evaluated or saved
+        log = mulcot.read_rows(Path(options.out, "log.jsonl"))
+    else:
+        log = trl_theirs(options, steps, int(args.peak_of.split()[1]))
+    assert len(ends) == len(log) == len(steps)
+    return [(ends[-1] - ends[0]) / (len(items) - size),
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, [r["loss"] for r in log]]
+
+
+def trl(args):
+    """A fresh process for each side, in turns; means of two."""
+    if args.peak_of:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(trl_side(args, folder)))
+        sys.exit()
+    sides = {"ours": [], f"TRL, {2 * MICRO} examples": [], f"TRL, {MICRO} examples": []}
+    for name in [*sides] * 2:
+        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peak-of", name],
+                             capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr[-2000:]
+        sides[name].append(json.loads(out.stdout.split("\n")[-2]))
+    rows, mean = [], lambda name, k: statistics.mean(run[k] for run in sides[name])
+    for name, ((_, _, losses), _) in sides.items():
+        s, peak = mean(name, 0), mean(name, 1)
+        # lora_B is zero in the first step, so that no dropout tells the sides apart
+        assert abs(losses[0] / sides["ours"][0][2][0] - 1) < 2e-3, sides
+        rows.append((name, f"{s:.2f}", f"{s / mean('ours', 0):.2f}", f"{peak:.2f}",
+                     f"{mean('ours', 1) / peak:.2f}", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))
+    return ("way", "s a post", "ours times faster", "peak GiB of the process", "ours of its peak",
+            "first loss", "last loss"), rows
+
+
 def main(argv=None):
     """Prints one table per subject."""
     subjects = dict(train=train, student=student, classify=classify, generate=generate,
-                    data=data, metrics=metrics, nf4=nf4, teacher=teacher)
+                    data=data, metrics=metrics, nf4=nf4, teacher=teacher, trl=trl)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--model", default="models/smol", help="of trl: what to train")
+    parser.add_argument("--data", default="dev_chains.json", help="of trl: a .json list with cot")
+    parser.add_argument("--posts", type=int, default=16, help="of trl: how many")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of trl",
+                        default="bfloat16")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     head, rows = subjects[args.subject](args)
