@@ -53,6 +53,7 @@ import base64
 import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -1526,8 +1527,8 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: json, os, re, Path, torch, F, checkpoint, LABELS, InputError, reading, §1, §2,
-#    §4, §5]
+# §7 Model [needs: inspect, json, os, re, Path, torch, F, checkpoint, LABELS, InputError, reading,
+#    §1, §2, §4, §5]
 # ================================================================================================
 
 
@@ -1619,8 +1620,11 @@ def run_model(model, input_ids, position_ids, mask, cache=None, **media):
         media[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
+    if cache is not None:  # trap: transformers 5.24 calls it cache, 5.23 past_key_values
+        known = inspect.signature(model.model.forward).parameters
+        media["cache" if "cache" in known else "past_key_values"] = cache
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
-                      past_key_values=cache, use_cache=cache is not None, **media)
+                      use_cache=cache is not None, **media)
     return out.last_hidden_state
 
 
