@@ -188,9 +188,9 @@ def select_posts(args, labelled=False):
     if args.split is None:  # what is judged later
         args.split = "test" if any(post.split == "test" for post in everyone) else "all"
     posts = select_split(everyone, args.split)
-    id, n = Counter(post.id for post in everyone).most_common(1)[0]
+    commonest, n = Counter(post.id for post in everyone).most_common(1)[0]
     if n > 1:
-        raise InputError(f"id {id!r} occurs in two --data files: ids name posts later on")
+        raise InputError(f"id {commonest!r} occurs in two --data files: ids name posts later on")
     if len(posts) < len(everyone):
         splits = Counter(post.split for post in everyone)
         del splits[args.split]
@@ -270,7 +270,7 @@ def in_batches(args, posts, done, respond):
             for post, result in part:
                 if post.id not in done:
                     yield post, result | seconds
-        bar.update(len(batch))
+        bar.update(sum(len(each) for each in batches[first : first + get_world_size()]))
     bar.close()
 
 
@@ -626,7 +626,7 @@ def export(args):
     model, processor = load_trained(args.model, args.device, args.dtype or "auto")
     if hasattr(model, "readout"):
         raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
-    part = f"{args.out}.part"
+    part = f"{Path(args.out)}.part"  # trap: a slash at its end
     shutil.rmtree(part, ignore_errors=True)  # of a killed run
     merge_lora(model).save_pretrained(part)
     processor.tokenizer.save_pretrained(part)

@@ -21,7 +21,7 @@ P prefix tokens, T tokens, V vocabulary, D width, R rank, N supervised tokens, C
 Departures from the paper and from the authors' released scripts
  1. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
     it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
-    prefix's draw; the authors run each task by itself.
+    prefix's draw; the authors run each task by itself. (Qwen3.5: a pass for each branch.)
  2. Task weights 0.8 / 0.2 as the paper says; the released scripts sum the tasks 1 : 1.
  3. The KL term covers response tokens; the released script also averages prompt, image and padding
     positions. `generate.py soft --kl-positions all` adds prompt and image, never padding.
@@ -890,11 +890,13 @@ def data_url(path, max_side=1120, quality=92):
 
 # ---- model families: how an image enters the prompt; all else is common code
 
+# Each family has: placeholder, an image's token in the chat template, and of each of its features;
+# grid, whether positions are 3-D; image_text, what stands for an image in the prompt, from what the
+# image processor made of it; limit, which caps an image's pixels.
+
 
 class QwenVL:
-    """`placeholder`: an image's token in the chat template, and of each of its features; `grid`:
-    positions are 3-D; image_text: what stands for an image in the prompt, from what the image
-    processor made of it; limit: caps an image's pixels."""
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: a placeholder for each merged patch."""
 
     placeholder, grid = "<|image_pad|>", True
 
@@ -903,7 +905,8 @@ class QwenVL:
         return self.placeholder * (int(out["image_grid_thw"].prod()) // merged)
 
     def limit(self, images, max_pixels):
-        images.size = dict(shortest_edge=min(56 * 56, max_pixels), longest_edge=max_pixels)
+        floor = min(images.size["shortest_edge"], max_pixels)
+        images.size = dict(shortest_edge=floor, longest_edge=max_pixels)
 
 
 class QwenOmni(QwenVL):
@@ -1023,12 +1026,12 @@ class Processor:
             asked = render(messages[:1], add_generation_prompt=True, **options)
             before, tail = asked.split(user)
             told, end = render(messages, **options).split(answer)
+            tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+            cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
         # trap: SmolVLM2 puts a space after "Assistant:"; other templates leave out empty thoughts
         lead = told.removeprefix(asked) if told.startswith(asked) else ""
-        tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
-        cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         return Turn(before[:cut], before[cut:], tail, lead, end)
 
     def text_ids(self, text):
@@ -1067,8 +1070,8 @@ class Processor:
 class Example:
     """Token ids of one post. `prefix` (P,) and its 3-D positions (3, P); per branch the ids of
     prompt and answer, and how many of them (from the end) are supervised answer tokens; `media`:
-    what the model is given beside ids, {name: tensor} of all its images; `audio` (frames, mel
-    bins)."""
+    what the model is given beside ids, of all its images: pixel_values, image_grid_thw (images, 3),
+    pixel_attention_mask, each where the family has it; audio (frames, mel bins)."""
 
     prefix: list
     positions: torch.Tensor
@@ -1635,7 +1638,8 @@ def is_recurrent(model):
 
 def forward_branches(model, batch, cache=None):
     """Hidden states (B, T, D) of the last layer: one pass over image, sound and prefix for all
-    branches. `cache` then holds what `decode_branch` goes on from."""
+    branches (of recurrent layers a pass for each). `cache` then holds what `decode_branch` goes on
+    from."""
     if "flash" in (model.config._attn_implementation or ""):
         raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
                          "or eager")
@@ -1846,6 +1850,8 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     three answers are scored; decode="greedy" generates one, as the authors do (`raw_label`)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
+    if not posts:
+        return []
     answers = []
     if decode == "score" and chain:  # one pass over image and post serves the labels and the chain
         branches = [*label_branches(), (REASON_FORMAT, None)]
@@ -2654,8 +2660,8 @@ class SoftLabels:
         """The entry (n, D') of this name."""
         if name not in self.parts:
             raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
-                             "rerun generate.py soft with the same --data, chains and model "
-                             "sizes, or train with --no-soft")
+                             "rerun generate.py soft with the same --data and --max-pixels, or "
+                             "train with --no-soft")
         return self.parts[name].get_tensor(name)
 
     def write_head(self, weight):
@@ -2691,6 +2697,8 @@ def init_distributed(device):
     """Under torchrun: meets the other processes and returns this one's device. All but the first
     are silent."""
     if get_world_size() == 1:
+        with reading(f"--device {device} cannot be used"):
+            torch.empty(0, device=device)
         return device
     on_gpu = str(device).startswith("cuda")
     if on_gpu:
@@ -2721,13 +2729,12 @@ def gather(value):
 
 def all_reduce_gradients(parameters):
     """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
-    parameter without a gradient (no image in this process) counts as zero."""
-    if get_world_size() == 1:
-        return
+    parameter without a gradient (no image in the step) counts as zero, in one process too."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        torch.distributed.all_reduce(p.grad)
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(p.grad)
 
 
 # ---- command lines
@@ -2777,8 +2784,6 @@ def run_stage(stage, args):
     """Runs stage(args) and returns the exit code: a user's mistake, a full disk or a path that
     cannot be written is one line and 2, Ctrl-C says how to go on and is 130."""
     try:
-        with reading(f"--device {getattr(args, 'device', 'cpu')} cannot be used"):
-            torch.empty(0, device=getattr(args, "device", "cpu"))
         stage(args)
         return 0
     except InputError as e:

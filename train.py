@@ -46,10 +46,10 @@ from mulcot import (
     in_chunks, init_distributed, load_processor, load_trained, lora_layers, multitask_loss,
     new_ubm, parse_reasoning, predict, preference_loss, preference_margin, progress,
     read_dev_posts, read_out, read_posts, read_rows, reading, readout_branches, readout_loss,
-    regression_metrics, reinit_layers, render_score, row_text, run_info, run_stage,
-    save_adapter, save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash,
-    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
-    write_tensors)
+    regression_metrics, reinit_layers, render_score, report_rejects, row_text, run_info,
+    run_stage, save_adapter, save_readout, save_ubm, say, show_tokens, student_loss,
+    tokenizer_hash, training_branches, training_items, without_inputs, write_atomic, write_json,
+    write_rows, write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`, which knows no stage. A stage is a
 # class of three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage for
@@ -59,7 +59,7 @@ from mulcot import (
 # its own.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
-DEV_BATCH = 16  # posts
+DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -247,19 +247,21 @@ class ChainStage:
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
         L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
-        names = self.soft and [self.soft.names(example) for example in examples]
-        loss_of = partial(task_loss, self, model, hidden, batch, names, counts)
+        names = None
+        if self.soft:
+            names = [self.soft.names(example) for example in examples]
+        one_task = partial(task_loss, self, model, hidden, batch, names, counts)
         if not self.args.reasoning:
-            return loss_of(branch=1, task="label")
-        reason, terms = loss_of(branch=1, task="reason")
-        label, more = loss_of(branch=2, task="label")
+            return one_task(branch=1, task="label")
+        reason, terms = one_task(branch=1, task="reason")
+        label, more = one_task(branch=2, task="label")
         loss = multitask_loss(reason, label, self.args.reasoning_weight, self.args.label_weight)
         return loss, terms | more
 
     def metrics(self, model, posts):
         """{name: number}, more is better; the first selects, the second breaks ties."""
         rows = []
-        for part in chunks(posts, DEV_BATCH):
+        for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += predict(model, self.processor, part, chain=False)
         return label_scores(self.args, rows, posts)
 
@@ -275,9 +277,11 @@ class PreferenceStage(ChainStage):
         args.adapter_digest = digest(weights)  # a setting: no run goes on from another adapter
         self.wrong = {}  # the wrong chains of every post, as branches
         self.right = set()  # posts that have a right one
+        rejects = []
         for path in args.rejected:
-            for post in read_posts(path, args.images, rejects=[], allow_empty=True):
+            for post in read_posts(path, args.images, rejects, allow_empty=True):
                 self.wrong.setdefault(post_id(post), []).extend(self.wrong_chains(post))
+        report_rejects(rejects, "rows in --rejected")
 
     def wrong_chains(self, post):
         """[the chain of a row that was set aside, as a branch]; [] if it is malformed, cut off, too
@@ -295,10 +299,10 @@ class PreferenceStage(ChainStage):
         """([right chain, wrong chain] or None, why there are none). choice: one pair a post, its
         first right chain and, of the wrong ones, the nearest to it in length: sums of
         log-probabilities can be told apart by length alone."""
-        wrong = self.wrong.setdefault(post_id(post), [])
         branches, problem = super().branches_of(post)
         if problem or post_id(post) in self.right:
             return None, problem
+        wrong = self.wrong.setdefault(post_id(post), [])
         self.right.add(post_id(post))
         if not wrong:
             return None, "no wrong chain of this post in --rejected to pair it with"
@@ -444,7 +448,7 @@ class ReadoutStage:
     def metrics(self, model, posts):
         """{name: number}, more is better; the first selects, the second breaks ties."""
         rows = []
-        for part in chunks(posts, DEV_BATCH):
+        for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += read_out(model, self.processor, part)
         if self.args.target == "label":
             return label_scores(self.args, rows, posts)
@@ -578,7 +582,9 @@ class TrainingState:
         if args.stage == "readout":
             groups.append(dict(params=[], peak_lr=args.head_lr))
         for name, p in self.trained.items():
-            groups[name.startswith("readout.")]["params"].append(p)
+            group = groups[-1] if name.startswith("readout.") else groups[0]
+            group["params"].append(p)
+        # choice: torch's weight decay, 0.01
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=0.5, patience=2, min_lr=1e-6,
@@ -611,12 +617,12 @@ class TrainingState:
             p.data.copy_(values["trained"][name])
         self.optimizer.load_state_dict(values["optimizer"])
         self.plateau.load_state_dict(values["plateau"])
-        own = values["processes"]  # there may be more of us now
-        rng, cuda, sums = own[get_rank() % len(own)]
-        self.sums = Counter(sums)
-        torch.set_rng_state(rng)
-        if cuda is not None and str(self.args.device).startswith("cuda"):
-            torch.cuda.set_rng_state(cuda, self.args.device)
+        if len(values["processes"]) == get_world_size():  # else other processes, other draws
+            rng, cuda, sums = values["processes"][get_rank()]
+            self.sums = Counter(sums)
+            torch.set_rng_state(rng)
+            if cuda is not None and str(self.args.device).startswith("cuda"):
+                torch.cuda.set_rng_state(cuda, self.args.device)
         if get_rank() == 0:
             write_rows(log, [row for row in read_rows(log) if row["step"] <= self.step])
         print(f"resumed    at step {self.step}")
@@ -638,12 +644,12 @@ def sum_over_processes(counts):
     return total
 
 
-def step_counts(step):
-    """What a whole optimiser step holds, over all processes: supervised (response) and all attended
-    tokens of each branch, and posts. trap: to divide by each micro-batch's own count would make
-    1 x 8 differ from 8 x 1."""
+def step_counts(micro):
+    """What a whole optimiser step holds, over all processes: {"posts", ("response", branch): its
+    supervised tokens, ("all", branch): all that it attends}. trap: to divide by each micro-batch's
+    own count would make 1 x 8 differ from 8 x 1."""
     counts = Counter()
-    for batch, _ in step:
+    for batch, _ in micro:
         counts["posts"] += len(batch)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
             counts["response", branch] += int(batch.supervised(branch).sum())
@@ -711,7 +717,7 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     1 x 8 posts, 8 x 1 and two processes are the same step."""
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
-    logged_at = time.time()
+    began = time.time()
     for micro in step_loader(args, items, stage.processor, state.step):
         set_learning_rate(args, state, total)
         counts = step_counts(micro)
@@ -725,16 +731,18 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
         if not math.isfinite(norm + state.sums["loss"]):
             raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since last log "
-                             f"{state.sums['loss']}: training diverged; lower --lr or set --clip; "
-                             f"the last whole state is in {args.out}")
+                             f"{state.sums['loss']}: training diverged; delete {args.out} and "
+                             "begin with a lower --lr or with --clip")
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.sums["steps"] += 1
+        state.sums["seconds"] += time.time() - began
+        began = time.time()
         bar.update()
         if state.step % args.log_every == 0 or state.step == total:
             sums = sum_over_processes(state.sums)
-            speed = round(sums.pop("tokens") / (time.time() - logged_at))
+            speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
             steps = sums.pop("steps") / get_world_size()
             means = {name: value / steps for name, value in sums.items()}
             log_row(args, step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
@@ -743,9 +751,9 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
                 say("warning    log π_c is below its start: right chains become less likely; raise "
                     "--alpha or --beta, or lower --lr")
             state.sums.clear()
-            logged_at = time.time()
         if state.step % per_epoch == 0:
             evaluate_and_save(args, stage, model, state, dev)
+            began = time.time()
         if state.step % per_epoch == 0 or (args.save_every and state.step % args.save_every == 0):
             state.save()
     bar.close()
