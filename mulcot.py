@@ -1715,7 +1715,7 @@ def training_items(paths, images, branches_of):
 
 # ---- answers
 
-CHUNK_LOGITS = 2**25  # of one (n, V) tensor: 128 MiB in fp32, 220 positions of Qwen's vocabulary
+CHUNK_LOGITS = 2**26  # of one (n, V) tensor: 256 MiB in fp32, 440 positions of Qwen's vocabulary
 
 
 def answer_log_probs(model, batch, hidden):

@@ -166,7 +166,8 @@ def samples(count, vocab=151936, seed=0):
         positions = mulcot.rope_positions(prefix, vocab - 281, grid, 2)
         patches = torch.randn(400, 1176, generator=generator)
         post = mulcot.Post(str(n), "random", image=f"{n}.png")
-        examples.append(mulcot.Example(prefix, positions, branches, post, patches, grid))
+        media = dict(pixel_values=patches, image_grid_thw=grid)
+        examples.append(mulcot.Example(prefix, positions, branches, post, media))
     return examples
 
 
