@@ -1024,7 +1024,7 @@ style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-act
 <div class=pair>{error_tables(seeds[0], posts, pair[name])}</div><h2>Runs</h2>
 {html_table(zip(*short), "runs")}<details><summary>all columns, and how they are computed</summary>
 {html_table(zip(*full), "runs")}{computed}</details><div class=pair>{charts}</div>
-<h2>{len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
+<h2>{min(most, len(posts))} of {len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
 <output name=left></output></form>{cards}<script nonce={nonce}>{SCRIPT}</script></html>
 """
