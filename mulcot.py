@@ -757,7 +757,7 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
         self.retries, self.stop = Counter(), threading.Event()
-        self._paused_until = 0.0  # of all threads
+        self._thread, self._paused_until = threading.local(), 0.0  # a connection each; one pause
 
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
@@ -786,12 +786,14 @@ class Endpoint:
 
     def _post(self, body):
         """One call -> (Answer, None), or (None, why it is worth another try)."""
+        if not hasattr(self._thread, "session"):
+            self._thread.session = requests.Session()
         headers = {}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
-            reply = requests.post(self.url, json=body, headers=headers, timeout=self.timeout,
-                                  allow_redirects=False)
+            reply = self._thread.session.post(self.url, json=body, headers=headers,
+                                              timeout=self.timeout, allow_redirects=False)
             status = reply.status_code
             if status == 200:
                 return _read_reply(reply.json()), None
