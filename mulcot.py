@@ -52,6 +52,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import functools
 import hashlib
 import inspect
 import io
@@ -893,14 +894,18 @@ def data_url(path, max_side=1120, quality=92):
 # ---- model families: how an image enters the prompt; all else is common code
 
 # Each family has: placeholder, an image's token in the chat template, and of each of its features;
-# grid, whether positions are 3-D; image_text, what stands for an image in the prompt, from what the
-# image processor made of it; limit, which caps an image's pixels.
+# grid, whether positions are 3-D; options of its image processor's call; of what that made of one
+# image, image_text, what stands in the prompt, and inputs, what the model is given; and limit,
+# which caps an image's pixels.
 
 
 class QwenVL:
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: a placeholder for each merged patch."""
 
-    placeholder, grid = "<|image_pad|>", True
+    placeholder, grid, options = "<|image_pad|>", True, {}
+
+    def inputs(self, out):  # patches (n, C t p²) and their grid (1, 3)
+        return dict(pixel_values=out["pixel_values"], image_grid_thw=out["image_grid_thw"])
 
     def image_text(self, out, processor):
         merged = processor.image_processor.merge_size**2
@@ -920,7 +925,11 @@ class QwenOmni(QwenVL):
 class SmolVLM:
     """Square tiles row by row, where the image is split, then the whole of it as one more."""
 
-    placeholder, grid = "<image>", False
+    placeholder, grid, options = "<image>", False, dict(return_row_col_info=True)
+
+    def inputs(self, out):  # (1, tiles, …) -> (tiles, 1, …), so that images join along the first
+        return dict(pixel_values=out["pixel_values"].transpose(0, 1),
+                    pixel_attention_mask=out["pixel_attention_mask"].transpose(0, 1))
 
     def image_text(self, out, processor):
         vision, fake = processor.config.vision_config, "<fake_token_around_image>"
@@ -944,7 +953,10 @@ class SmolVLM:
 class InternVL:
     """As many square tiles as suit the image's shape, then the whole of it as one more."""
 
-    placeholder, grid = "<IMG_CONTEXT>", False
+    placeholder, grid, options = "<IMG_CONTEXT>", False, {}
+
+    def inputs(self, out):  # (tiles, 3, H, W)
+        return dict(pixel_values=out["pixel_values"])
 
     def image_text(self, out, processor):
         n = int(out["num_patches"][0]) * processor.config.image_seq_length
@@ -1047,17 +1059,8 @@ class Processor:
 
     def image(self, path):
         """({input of the model: tensor}, what stands in the prompt) of an image file."""
-        images = [load_image(path)]
-        if isinstance(self.family, SmolVLM):
-            out = self.image_processor(images, return_tensors="pt", return_row_col_info=True)
-            media = dict(pixel_values=out["pixel_values"].transpose(0, 1),  # (tiles, 1, 3, H, W)
-                         pixel_attention_mask=out["pixel_attention_mask"].transpose(0, 1))
-        else:
-            out = self.image_processor(images, return_tensors="pt")
-            media = dict(pixel_values=out["pixel_values"])
-            if self.family.grid:
-                media["image_grid_thw"] = out["image_grid_thw"]  # (1, 3)
-        return media, self.family.image_text(out, self)
+        out = self.image_processor([load_image(path)], return_tensors="pt", **self.family.options)
+        return self.family.inputs(out), self.family.image_text(out, self)
 
     def audio(self, path):
         """Log-mel features (10 ms frames, mel bins) of a WAV file: those of the model's own
@@ -1085,6 +1088,15 @@ class Example:
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
 
 
+def join_media(parts):
+    """[{name: tensor}, …] -> {name: the tensors of all that have it, one after another}."""
+    joined = {}
+    for part in parts:
+        for name, tensor in part.items():
+            joined.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in joined.items()}
+
+
 def encode(post, branches, processor, prompt=None):
     """One post and its branches [(prompt text, answer text or None), …] -> Example. `prompt`: the
     shared text before the branches (default `post_prompt(post)`). Ids equal those of the model's
@@ -1092,13 +1104,12 @@ def encode(post, branches, processor, prompt=None):
     never learns to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
     head, *rest = turn.head.split(processor.family.placeholder)
-    parts = {}
+    images = []
     for path, after in zip(post.images, rest):
-        media, text = processor.image(path)
+        inputs, text = processor.image(path)
+        images.append(inputs)
         head += text + after
-        for name, tensor in media.items():
-            parts.setdefault(name, []).append(tensor)
-    media = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    media = join_media(images)
     if post.audio:
         if processor.extractor is None:
             raise InputError(f"post {post.id} has audio, and this model hears nothing: take "
@@ -1208,13 +1219,9 @@ def collate(examples, pad_id):
                 targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             at = end
     batch = Batch(input_ids, position_ids, branch_ids, targets)
-    parts = {}
-    for example in examples:
-        for name, tensor in example.media.items():
-            parts.setdefault(name, []).append(tensor)
-    clips = parts.pop("audio", [])
-    batch.media = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    if clips:
+    batch.media = join_media(example.media for example in examples)
+    if batch.media.pop("audio", None) is not None:  # sounds are padded instead
+        clips = [example.media["audio"] for example in examples if "audio" in example.media]
         pad = torch.nn.utils.rnn.pad_sequence
         heard = [torch.ones(len(clip), dtype=torch.long) for clip in clips]
         batch.media["input_features"] = pad(clips, batch_first=True).mT  # (clips, mel bins, frames)
@@ -1532,8 +1539,8 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: inspect, json, os, re, Path, torch, F, checkpoint, LABELS, InputError, reading,
-#    §1, §2, §4, §5]
+# §7 Model [needs: functools, inspect, json, os, re, Path, torch, F, checkpoint, LABELS, InputError,
+#    reading, §1, §2, §4, §5]
 # ================================================================================================
 
 
@@ -1616,6 +1623,14 @@ def new_cache(model):
     return DynamicCache(config=model.config)
 
 
+@functools.cache
+def cache_name(model_class):
+    """What a model calls its cache. trap: "cache" from transformers 5.24 on, "past_key_values" in
+    5.23."""
+    known = inspect.signature(model_class.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
     our positions (3, B, T) and mask. The logits are left to the caller, who needs them at few
@@ -1625,9 +1640,8 @@ def run_model(model, input_ids, position_ids, mask, cache=None, **media):
         media[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
-    if cache is not None:  # trap: transformers 5.24 calls it cache, 5.23 past_key_values
-        known = inspect.signature(model.model.forward).parameters
-        media["cache" if "cache" in known else "past_key_values"] = cache
+    if cache is not None:
+        media[cache_name(type(model.model))] = cache
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
                       use_cache=cache is not None, **media)
     return out.last_hidden_state
