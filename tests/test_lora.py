@@ -180,6 +180,30 @@ def test_bf16_base_keeps_fp32_adapters():
     assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("p", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_torchs_in_distribution(p, dtype):
+    """Each element by itself is zero with probability p, else x / (1 - p), in the gradient too; an
+    element count that four does not divide; another draw each time; the same after a seed."""
+    ours, theirs = mulcot.Dropout(p), torch.nn.Dropout(p)
+    x = torch.full((501, 401), 3.0, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    y, other = ours(x), ours(x)
+    kept = y != 0
+    assert torch.equal(y[kept].unique(), theirs(x).unique()[1:])
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(float((~kept).float().mean()) - p) < 4 * deviation
+    both = float((~kept & (other == 0)).float().mean())  # two draws know nothing of each other
+    assert abs(both - p**2) < 4 * (p**2 / x.numel()) ** 0.5
+    beside = float((~kept[:, 1:] & ~kept[:, :-1]).float().mean())  # nor two neighbours
+    assert abs(beside - p**2) < 4 * (p**2 / x.numel()) ** 0.5
+    y.sum().backward()
+    assert torch.equal(x.grad * 3, y)
+    torch.manual_seed(0)
+    assert torch.equal(ours(x), y)
+    assert ours.eval()(x) is x and mulcot.Dropout(0.0)(x) is x
+
+
 def test_dropout_only_in_training(model, inputs):
     """It acts on the adapter's input: random in train mode, none in eval mode."""
     mulcot.add_lora(model, 4, 12, 0.5)
