@@ -511,7 +511,7 @@ def soft(args):
     hidden states, and its output matrix once."""
     model, processor = load(args)
     branches_of = partial(training_branches, processor=processor, max_answer=args.max_answer)
-    rows, _ = training_items(args.data, args.images, branches_of)
+    items, _ = training_items(args.data, args.images, branches_of)
     vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
     config = dict(stage="soft", assistant=fingerprint(model), positions=args.kl_positions,
                   tokenizer=tokenizer_hash(processor.tokenizer))
@@ -521,11 +521,11 @@ def soft(args):
         SoftLabels(args.out).write_head(model.lm_head.weight[:vocab])
     barrier()
     labels = SoftLabels(args.out)
-    rows.sort(key=lambda row: len(row[1][0][1]))  # by the length of the chain
-    starts = range(get_rank() * args.batch, len(rows), get_world_size() * args.batch)
+    items.sort(key=lambda item: len(item[1][0][1]))  # (post, [(question, chain), …])
+    starts = range(get_rank() * args.batch, len(items), get_world_size() * args.batch)
     bar = progress(len(starts), "soft", "batch")
     for start in starts:
-        examples = [encode(*row, processor) for row in rows[start : start + args.batch]]
+        examples = [encode(*item, processor) for item in items[start : start + args.batch]]
         names = [SoftLabels.names(example) for example in examples]
         if not all(labels.parts.keys() >= set(own) for own in names):
             labels.write_part(soft_entries(model, processor, examples, names, args.kl_positions))
@@ -543,7 +543,7 @@ def soft_entries(model, processor, examples, names, positions):
     hidden = forward_branches(model, batch)  # (B, T, D')
     entries = {}
     for branch in range(1, int(batch.branch_ids.max()) + 1):
-        at = batch.attended(branch) if positions == "all" else batch.supervised(branch)  # (B, T)
+        at = batch.positions(branch, positions)  # (B, T)
         for row, own in enumerate(names):
             entries[own[branch - 1]] = hidden[row, at[row]].cpu()
     return entries

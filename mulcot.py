@@ -887,7 +887,7 @@ def data_url(path, max_side=1120, quality=92):
 
 
 # ================================================================================================
-# §4 Tokens [needs: math, dataclass, field, replace, torch, InputError, reading, §1, §2]
+# §4 Tokens [needs: math, dataclass, replace, torch, InputError, reading, §1, §2]
 # ================================================================================================
 
 
@@ -1082,7 +1082,7 @@ class Example:
     positions: torch.Tensor
     branches: list  # of (ids, number of answer tokens)
     post: Post
-    media: dict = field(default_factory=dict)
+    media: dict
 
     def __len__(self):
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
@@ -1098,10 +1098,10 @@ def join_media(parts):
 
 
 def encode(post, branches, processor, prompt=None):
-    """One post and its branches [(prompt text, answer text or None), …] -> Example. `prompt`: the
-    shared text before the branches (default `post_prompt(post)`). Ids equal those of the model's
-    chat template. trap: train on the end of the turn and mask by length; with pad == eos a model
-    never learns to stop."""
+    """One post and its branches [(question, answer or None), …] -> Example. `prompt`: the text that
+    all of them share (default `post_prompt(post)`). Ids equal those of the model's chat template.
+    trap: train on the end of the turn and mask by length; with pad == eos a model never learns to
+    stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
     head, *rest = turn.head.split(processor.family.placeholder)
     images = []
@@ -1130,11 +1130,11 @@ def encode(post, branches, processor, prompt=None):
     example = Example(prefix, positions, [], post, media)
     tail_ids = processor.template_ids(turn.tail)
     for question, answer in branches:
-        ids = []
+        answer_ids = []
         if answer is not None:
-            ids = processor.text_ids(turn.lead + answer) + [processor.end_id]
-        n_answer = len(ids)
-        example.branches.append((processor.text_ids(question) + tail_ids + ids, n_answer))
+            answer_ids = processor.text_ids(turn.lead + answer) + [processor.end_id]
+        ids = processor.text_ids(question) + tail_ids + answer_ids
+        example.branches.append((ids, len(answer_ids)))
     return example
 
 
@@ -1172,10 +1172,7 @@ class Batch:
     position_ids: torch.Tensor  # (3, B, T)
     branch_ids: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T)
-    media: dict = field(default_factory=dict)
-
-    def __len__(self):
-        return len(self.input_ids)
+    media: dict
 
     def supervised(self, branch):
         """Where an answer token of this branch is to be predicted (B, T)."""
@@ -1184,6 +1181,10 @@ class Batch:
     def attended(self, branch):
         """Which tokens this branch sees: the prefix's and its own (B, T)."""
         return (self.branch_ids == 0) | (self.branch_ids == branch)
+
+    def positions(self, branch, which):
+        """One of the two, by the names of --kl-positions: "response" or "all" (B, T)."""
+        return self.attended(branch) if which == "all" else self.supervised(branch)
 
     def alone(self, branch):
         """Rows of [padding | prefix | this branch]: where in the packed rows their tokens stand
@@ -1218,15 +1219,14 @@ def collate(examples, pad_id):
             if n_answer:  # the only shift in the house: position t learns to predict token t + 1
                 targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             at = end
-    batch = Batch(input_ids, position_ids, branch_ids, targets)
-    batch.media = join_media(example.media for example in examples)
-    if batch.media.pop("audio", None) is not None:  # sounds are padded instead
+    media = join_media(example.media for example in examples)
+    if media.pop("audio", None) is not None:  # sounds are padded instead
         clips = [example.media["audio"] for example in examples if "audio" in example.media]
         pad = torch.nn.utils.rnn.pad_sequence
         heard = [torch.ones(len(clip), dtype=torch.long) for clip in clips]
-        batch.media["input_features"] = pad(clips, batch_first=True).mT  # (clips, mel bins, frames)
-        batch.media["feature_attention_mask"] = pad(heard, batch_first=True)  # (clips, frames)
-    return batch
+        media["input_features"] = pad(clips, batch_first=True).mT  # (clips, mel bins, frames)
+        media["feature_attention_mask"] = pad(heard, batch_first=True)  # (clips, frames)
+    return Batch(input_ids, position_ids, branch_ids, targets, media)
 
 
 def branch_mask(branch_ids, dtype):
@@ -1511,8 +1511,8 @@ def in_chunks(loss_of, hidden, size):
         loss = loss_of(chunk, part)
         (gradient[part],) = torch.autograd.grad(loss, chunk)
         total += loss.detach()
-    link = (hidden * gradient).sum()  # its gradient in hidden is `gradient`
-    return total + (link - link.detach())
+    surrogate = (hidden * gradient).sum()  # its gradient in hidden is `gradient`
+    return total + (surrogate - surrogate.detach())
 
 
 def confusion_table(gold, predicted, classes=LABELS):
@@ -1632,22 +1632,23 @@ def new_cache(model):
 
 
 def extend_cache(layer, keys, values, *_, **__):
-    """A layer's keys and values (B, H, T, D) with the new ones behind, written into room left for
-    them. choice: transformers' own `update` copies the whole cache for each token, which takes two
-    thirds of the time of decoding 64 chains on a CPU."""
+    """A layer's keys and values (B, H, T, D) with the new ones behind. They are views of buffers
+    with room for more. choice: transformers' own `update` copies the whole cache for each token,
+    which takes two thirds of the time of decoding 64 chains on a CPU."""
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
-        layer.room = layer.keys, layer.values = keys[:, :, :0], values[:, :, :0]
+        layer.keys, layer.values = keys[:, :, :0], values[:, :, :0]
+        layer.buffers = layer.keys, layer.values
     start = layer.keys.shape[2]
     end = start + keys.shape[2]
-    # where rows have left the batch, the layer holds copies that have no room
-    at_home = layer.keys.data_ptr() == layer.room[0].data_ptr()
-    if not at_home or end > layer.room[0].shape[2]:
-        spare = keys.new_empty(*keys.shape[:2], keys.shape[2] + CACHE_ROOM, keys.shape[3])
-        layer.room = torch.cat([layer.keys, spare], 2), torch.cat([layer.values, spare], 2)
-    layer.room[0][:, :, start:end] = keys
-    layer.room[1][:, :, start:end] = values
-    layer.keys, layer.values = layer.room[0][:, :, :end], layer.room[1][:, :, :end]
+    # reorder_cache, where rows leave the batch, makes copies that are no views
+    views = layer.keys.data_ptr() == layer.buffers[0].data_ptr()
+    if not views or end > layer.buffers[0].shape[2]:
+        room = keys.new_empty(*keys.shape[:2], keys.shape[2] + CACHE_ROOM, keys.shape[3])
+        layer.buffers = torch.cat([layer.keys, room], 2), torch.cat([layer.values, room], 2)
+    layer.buffers[0][:, :, start:end] = keys
+    layer.buffers[1][:, :, start:end] = values
+    layer.keys, layer.values = layer.buffers[0][:, :, :end], layer.buffers[1][:, :, :end]
     return layer.keys, layer.values
 
 
@@ -1661,17 +1662,18 @@ def cache_name(model_class):
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
-    our positions (3, B, T) and mask. The logits are left to the caller, who needs them at few
-    positions."""
+    our positions (3, B, T) and mask: additive (B, 1, T, T), or (B, T) of 1 and 0 for recurrent
+    layers. The logits are left to the caller, who needs them at few positions."""
     dtype = model.get_input_embeddings().weight.dtype
+    inputs = {}
     for name, tensor in media.items():
-        media[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        inputs[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
     if cache is not None:
-        media[cache_name(type(model.model))] = cache
+        inputs[cache_name(type(model.model))] = cache
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
-                      use_cache=cache is not None, **media)
+                      use_cache=cache is not None, **inputs)
     return out.last_hidden_state
 
 
@@ -1720,14 +1722,14 @@ def encode_batch(posts, branches, model, processor):
 # ---- what a post is trained on
 
 
-def training_branches(post, processor, max_answer=512, reasoning=True):
+def training_branches(post, processor, max_answer=512, need_chain=True):
     """(the training tasks of a labelled post: reasoning, then label; why it has none). The chain is
     brought into the one written form; choice: one that contradicts its label is unfit. Without
-    `reasoning` the label task alone, whatever the chain."""
+    `need_chain` the label task alone, whatever the chain."""
     if post.label is None:
         return None, "no label"
     label_task = (LABEL_FORMAT, render_label(post.label))
-    if not reasoning:
+    if not need_chain:
         return [label_task], None
     if not post.cot:
         return None, "no cot: run generate.py teacher first"
@@ -1779,8 +1781,8 @@ def answer_log_probs(model, batch, hidden):
         parts.append(checkpoint(log_prob, h, part, use_reentrant=False, preserve_rng_state=False))
     log_p = torch.cat(parts)  # (N,)
     row = at.nonzero()[:, 0]
-    branch = batch.branch_ids[at]
-    sums = log_p.new_zeros(len(batch), int(branch.max()))
+    branch = batch.branch_ids[at]  # (N,): of answered branches alone
+    sums = log_p.new_zeros(len(at), int(branch.max()))
     return sums.index_put((row, branch - 1), log_p, accumulate=True)
 
 
@@ -1795,8 +1797,8 @@ def label_branches(classes=LABELS, prompt=LABEL_FORMAT):
 def label_example(post, processor):
     """The three answers as branches behind the whole label prompt, whose tokens so cost once: for
     `score_labels` alone."""
-    answers = [("", render_label(label)) for label in LABELS]
-    return encode(post, answers, processor, prompt=post_prompt(post) + LABEL_FORMAT)
+    prompt = post_prompt(post) + LABEL_FORMAT
+    return encode(post, label_branches(prompt=""), processor, prompt)
 
 
 @torch.no_grad()
@@ -1813,7 +1815,7 @@ def score_labels(model, batch, hidden=None):
 
 
 @torch.no_grad()
-def generate_text(model, processor, batch, max_new_tokens=512, temperature=0.0):
+def generate_text(model, processor, batch, max_new_tokens, temperature=0.0):
     """Answers [(text, finish), …] to a batch whose last branch has no answer yet; finish is "stop"
     or "length". Greedy at temperature 0."""
     cache = new_cache(model)
@@ -1822,18 +1824,18 @@ def generate_text(model, processor, batch, max_new_tokens=512, temperature=0.0):
 
 
 @torch.no_grad()
-def decode_branch(model, processor, batch, hidden, cache, max_new_tokens=512, temperature=0.0):
+def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temperature=0.0):
     """Goes on where `forward_branches` left the last branch of each row: hidden (B, T, D) and its
     cache -> [(text, finish), …]. New tokens see the prefix and their own branch, so one pass over
     a post can serve its labels and its chain. A row that has ended leaves the batch. Equal to
-    transformers' generate (tested), which is slower. Vision ids never come out."""
+    transformers' generate (tested), which is slower. Special ids never come out."""
     B, T = batch.input_ids.shape
     device = hidden.device
     branch = int(batch.branch_ids.max())
     in_branch = batch.branch_ids == branch  # (B, T)
     rows = torch.arange(B, device=device)
     last = (in_branch * torch.arange(T, device=device)).argmax(1)  # (B,)
-    state = hidden[rows, last]  # (B, D)
+    h = hidden[rows, last]  # (B, D)
     position = batch.position_ids[:, rows, last]  # (3, B)
     visible = batch.alone(branch)[1] if is_recurrent(model) else batch.attended(branch)  # (B, T)
     never = torch.tensor(processor.never_generated, device=device)
@@ -1842,7 +1844,7 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens=512, te
     finish = ["length"] * B
     alive = list(range(B))  # which rows are still in the batch
     for _ in range(max_new_tokens):
-        logits = model.lm_head(state).float().index_fill(1, never, -torch.inf)  # (B, V)
+        logits = model.lm_head(h).float().index_fill(1, never, -torch.inf)  # (B, V)
         token = _next_token(logits, temperature)
         going = []
         for n, (row, t) in enumerate(zip(alive, token.tolist())):  # the step's only wait for a GPU
@@ -1857,10 +1859,10 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens=512, te
             alive = [alive[n] for n in going]
             kept = torch.tensor(going, device=device)
             token, position, visible = token[kept], position[:, kept], visible[kept]
-            cache.reorder_cache(kept)
+            cache.reorder_cache(kept)  # drops the others
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
-        state = _next_state(model, token, position, visible, cache)
+        h = _next_hidden(model, token, position, visible, cache)
     return list(zip(processor.tokenizer.batch_decode(generated_ids), finish))
 
 
@@ -1871,7 +1873,7 @@ def _next_token(logits, temperature):
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
-def _next_state(model, token, position, visible, cache):
+def _next_hidden(model, token, position, visible, cache):
     """The hidden states (B, D) of one more token (B,) at position (3, B), which sees the cached
     tokens that are `visible` (B, T)."""
     dtype = model.get_input_embeddings().weight.dtype

@@ -225,9 +225,9 @@ class ChainStage:
     prefix. The student also learns from the assistant's soft labels, unless --no-soft."""
 
     def __init__(self, args, processor):
-        self.args, self.processor, self.soft = args, processor, None
+        self.args, self.processor, self.soft_labels = args, processor, None
         if args.stage == "student" and not args.no_soft and args.lam > 0:
-            self.soft = open_soft_labels(args, processor)
+            self.soft_labels = open_soft_labels(args, processor)
 
     def branches_of(self, post):
         """(branches or None, why there are none)."""
@@ -237,20 +237,20 @@ class ChainStage:
         if args.stage == "student" and not args.augment and source == "assistant":
             return None, None
         # rows without a chain have no soft labels: generate.py soft passes over them
-        chain_needed = args.reasoning or self.soft is not None
-        branches, problem = training_branches(post, self.processor, args.max_answer, chain_needed)
+        need_chain = args.reasoning or self.soft_labels is not None
+        branches, problem = training_branches(post, self.processor, args.max_answer, need_chain)
         if branches and not args.reasoning:
-            branches = branches[-1:]
+            branches = branches[-1:]  # the label task
         return branches, problem
 
     def loss(self, model, batch, examples, counts):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
         L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
-        names = None
-        if self.soft:
-            names = [self.soft.names(example) for example in examples]
-        one_task = partial(task_loss, self, model, hidden, batch, names, counts)
+        entry_names = None
+        if self.soft_labels:
+            entry_names = [self.soft_labels.names(example) for example in examples]
+        one_task = partial(task_loss, self, model, hidden, batch, entry_names, counts)
         if not self.args.reasoning:
             return one_task(branch=1, task="label")
         reason, terms = one_task(branch=1, task="reason")
@@ -366,56 +366,56 @@ def post_id(post):
     return str(post.columns.get("post_id", post.id))
 
 
-def task_loss(stage, model, hidden, batch, names, counts, branch, task):
+def task_loss(stage, model, hidden, batch, entry_names, counts, branch, task):
     """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
 
     L_rea or L_cls is the cross-entropy summed over the supervised positions of this branch and
-    divided by their number in the whole optimiser step; the KL likewise. Positions go by in chunks,
-    so that no (N, V) logits are held. `names`: each example's entries of the soft labels."""
-    args, soft = stage.args, stage.soft
-    where = soft.config["positions"] if soft else "response"  # that is, the supervised ones
-    at = batch.attended(branch) if where == "all" else batch.supervised(branch)  # (B, T)
-    targets = batch.targets[at]  # (N,), -100 in the prefix
+    divided by their number in the whole optimiser step (`counts`, see step_counts); the KL over its
+    own positions likewise. Positions go by in chunks, so that no (N, V) logits are held.
+    `entry_names`: of each example's branches in the soft labels."""
+    args, soft_labels = stage.args, stage.soft_labels
+    positions = soft_labels.config["positions"] if soft_labels else "response"
+    at = batch.positions(branch, positions)  # (B, T)
+    targets = batch.targets[at]  # (N,), -100 (ignored) where no answer is to be predicted
     terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
-    if soft:
+    if soft_labels:
         terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
-        entries = []
-        for own in names:
-            entries.append(soft.read(own[branch - 1]))
-        teacher_hidden = torch.cat(entries).to(soft.head)  # (N, D')
+        entries = [soft_labels.read(names[branch - 1]) for names in entry_names]
+        teacher_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D'), rows as in hidden[at]
 
     def loss_of(h, part):  # a chunk of the positions: h (n, D), which of them: slice
         logits = model.lm_head(h).float()  # (n, V)
         hard = F.cross_entropy(logits, targets[part], reduction="sum") / counts["response", branch]
         terms[f"ce_{task}"] += hard.detach()
-        if not soft:
+        if not soft_labels:
             return hard
-        teacher_logits = F.linear(teacher_hidden[part], soft.head)  # (n, V')
+        teacher_logits = F.linear(teacher_hidden[part], soft_labels.head)  # (n, V')
         kl = distill_kl(logits, teacher_logits, args.temperature, args.t_squared,
-                        reduction="sum") / counts[where, branch]
+                        reduction="sum") / counts[positions, branch]
         terms[f"kl_{task}"] += kl.detach()
         return student_loss(hard, kl, args.lam)
 
-    return in_chunks(loss_of, hidden[at], max(1, CHUNK_LOGITS // model.lm_head.out_features)), terms
+    loss = in_chunks(loss_of, hidden[at], max(1, CHUNK_LOGITS // model.lm_head.out_features))
+    return loss, terms
 
 
 def open_soft_labels(args, processor):
     """The soft labels to train with, and the assistant's output matrix on our device; those of
     another tokenizer are refused."""
-    soft = SoftLabels(args.soft)
-    if soft.config["tokenizer"] != tokenizer_hash(processor.tokenizer):
+    soft_labels = SoftLabels(args.soft)
+    if soft_labels.config["tokenizer"] != tokenizer_hash(processor.tokenizer):
         raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
                          "equal ids would be other words; use an assistant of its family, or "
                          "--no-soft")
-    soft.head = soft.read_head().to(args.device)
-    return soft
+    soft_labels.head = soft_labels.read_head().to(args.device)
+    return soft_labels
 
 
 class ReadoutStage:
     """`readout`: a score or a label read off the last hidden state, or a score written as text.
     paper: arXiv 2606.05713."""
 
-    soft = None
+    soft_labels = None
 
     def __init__(self, args, processor):
         self.args, self.processor = args, processor
@@ -500,6 +500,7 @@ def build_model(args, items):
     The base is frozen, in 16 bits on a GPU or in 4 with --nf4; what is trained is in fp32. A score
     readout learns z-scores, so it keeps the mean and deviation of its training scores."""
     torch.manual_seed(args.seed)
+    # its processor is the stage's
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
     if args.stage == "dpo":
         model.requires_grad_(False)
@@ -547,12 +548,13 @@ def step_loader(args, items, processor, first):
     """A DataLoader of the optimiser steps from `first` to the last epoch's end: each a list of this
     process's micro-batches (Batch, its examples). Its workers decode the images. Under torchrun
     every process takes each world-size-th post of a step, so that the step is the same one."""
-    size = args.batch * args.accumulate
+    step_size = args.batch * args.accumulate
+    # in characters, where micro_batches goes by tokens
     lengths = [sum(len(answer or "") for _, answer in branches) for _, branches in items]
-    per_epoch = math.ceil(len(items) / size)
+    per_epoch = math.ceil(len(items) / step_size)
     steps = []
     for epoch in range(first // per_epoch, args.epochs):
-        steps += deterministic_batches(lengths, size, epoch, args.seed)
+        steps += deterministic_batches(lengths, step_size, epoch, args.seed)
     steps = steps[first % per_epoch :]
     mine = [step[get_rank() :: get_world_size()] for step in steps]
     return torch.utils.data.DataLoader(
@@ -644,16 +646,16 @@ def sum_over_processes(counts):
     return total
 
 
-def step_counts(micro):
-    """What a whole optimiser step holds, over all processes: {"posts", ("response", branch): its
-    supervised tokens, ("all", branch): all that it attends}. trap: to divide by each micro-batch's
-    own count would make 1 x 8 differ from 8 x 1."""
+def step_counts(step):
+    """What the micro-batches of an optimiser step hold, over all processes: {"posts", ("response",
+    branch): tokens of its answers, ("all", branch): all that it attends}. trap: to divide by each
+    micro-batch's own count would make 1 x 8 differ from 8 x 1."""
     counts = Counter()
-    for batch, _ in micro:
-        counts["posts"] += len(batch)
+    for batch, examples in step:
+        counts["posts"] += len(examples)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
-            counts["response", branch] += int(batch.supervised(branch).sum())
-            counts["all", branch] += int(batch.attended(branch).sum())
+            for positions in ("response", "all"):
+                counts[positions, branch] += int(batch.positions(branch, positions).sum())
     return sum_over_processes(counts)
 
 
@@ -718,10 +720,10 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
     began = time.time()
-    for micro in step_loader(args, items, stage.processor, state.step):
+    for step in step_loader(args, items, stage.processor, state.step):
         set_learning_rate(args, state, total)
-        counts = step_counts(micro)
-        for batch, examples in micro:
+        counts = step_counts(step)
+        for batch, examples in step:
             loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
             loss.backward()
             values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once

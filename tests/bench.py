@@ -204,7 +204,7 @@ def our_step(model, batch, examples, soft=None):
     """train.py's own step: one forward pass, two chunked losses, one backward pass."""
     args = train_script.parse_args(["student", *FLAGS])
     stage = train_script.ChainStage(args, None)
-    stage.soft = soft
+    stage.soft_labels = soft
     counts = train_script.step_counts([(batch, examples)])
     stage.loss(model, batch, examples, counts)[0].backward()
 
@@ -441,7 +441,7 @@ def data(args):
         posts = real = held = 0
         options.epochs, few = 1, items[: 60 * 16]
         for ((batch, _),) in train_script.step_loader(options, few, processor, 0):
-            posts += len(batch)
+            posts += len(batch.input_ids)
             real += int((batch.branch_ids >= 0).sum())
             held += batch.input_ids.numel()
         rate = posts / (time.time() - began)

@@ -368,7 +368,7 @@ def test_show_tokens_colours_the_supervised_text(student, mixed):
     """Green are the answers with their end token, branch by branch, and nothing else."""
     processor = student[1]
     batch = collate(encode_all(mixed, processor), processor.pad_id)
-    for row in range(len(batch)):
+    for row in range(len(batch.input_ids)):
         shown = mulcot.show_tokens(batch, processor.tokenizer, row)
         parts = re.split(r"\n\x1b\[0m---- (prefix|branch \d|padding) ----\n", shown)
         green = {name: "".join(re.findall(r"\x1b\[32m([^\x1b]*)", text))
