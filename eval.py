@@ -205,34 +205,20 @@ def ngrams(tokens, n):
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def bleu_counts(prediction, reference):
-    """What BLEU is made of, (10,): common 1- to 4-grams, the prediction's, both lengths. Sums of
-    it over posts give the corpus' BLEU."""
+def bleu4(prediction, reference):
+    """Sentence BLEU-4 in [0, 1] (Papineni et al. 2002): 13a tokens, no smoothing, no effective
+    order (the authors' way: a pair without a common 4-gram scores 0). Equal to sacrebleu's sentence
+    BLEU with smooth_method="none"."""
     prediction = tokenize(prediction.rstrip(), _13A)
     reference = tokenize(reference.rstrip(), _13A)
-    common, total = [], []
+    precisions = []
     for n in range(1, 5):
-        common.append((Counter(ngrams(prediction, n)) & Counter(ngrams(reference, n))).total())
-        total.append(len(ngrams(prediction, n)))
-    return np.array([*common, *total, len(prediction), len(reference)], float)
-
-
-def bleu_score(counts, smooth=False):
-    """BLEU-4 in [0, 1] (Papineni et al. 2002) from bleu_counts (10,). `smooth`: the k-th order
-    without a common n-gram counts as 1 / 2^k of one (sacrebleu's default)."""
-    common, total, lengths = np.split(counts, (4, 8))
-    if not common[0] or not total.all() or not (smooth or common.all()):
+        common = Counter(ngrams(prediction, n)) & Counter(ngrams(reference, n))
+        precisions.append(common.total() / max(len(ngrams(prediction, n)), 1))
+    if not precisions[3]:
         return 0.0
-    common = np.where(common, common, 0.5 ** np.cumsum(common == 0))
-    brevity = min(0.0, 1 - lengths[1] / lengths[0])
-    return float(np.exp(brevity + np.log(common / total).mean()))
-
-
-def bleu4(prediction, reference):
-    """Sentence BLEU-4 in [0, 1]: 13a tokens, no smoothing, no effective order (the authors' way: a
-    pair without a common 4-gram scores 0). Equal to sacrebleu's sentence BLEU with
-    smooth_method="none"."""
-    return bleu_score(bleu_counts(prediction, reference))
+    brevity = min(0.0, 1 - len(reference) / len(prediction))
+    return float(np.exp(brevity + np.log(precisions).mean()))
 
 
 def lcs(x, y):
@@ -265,14 +251,6 @@ def rouge_l(prediction, reference):
     precision = len(common) / max(len(set().union(*prediction)), 1)
     recall = len(common) / max(len(set().union(*reference)), 1)
     return 2 * precision * recall / (precision + recall + 1e-8)
-
-
-def rouge_l_plain(prediction, reference):
-    """ROUGE-L F in [0, 1] (Lin 2004) as Google's `rouge-score`: one LCS over whole texts,
-    lower-cased ASCII letters and digits, no stemming."""
-    prediction = re.findall("[a-z0-9]+", prediction.lower())
-    reference = re.findall("[a-z0-9]+", reference.lower())
-    return 2 * lcs(prediction, reference)[0] / max(len(prediction) + len(reference), 1)
 
 
 def distinct_n(texts, n):
@@ -445,9 +423,7 @@ def load_embedder(name):
 
 SIGNATURES = {  # how each text metric is computed: its name is not enough to compare papers by
     "bleu4": "BLEU-4|13a|per post, unsmoothed, mean|= sacrebleu sentence BLEU, smoothing none",
-    "bleu4_corpus": "BLEU-4|13a|corpus, exp smoothing|= sacrebleu's default",
     "rouge_l": "ROUGE-L F|sentences at full stops, union LCS, distinct words|= rouge 1.0.1",
-    "rouge_l_plain": "ROUGE-L F|whole text, a-z0-9 in lower case, no stemmer|= rouge-score 0.1.2",
     "meteor": "METEOR|Treebank tokens in lower case|exact, Porter, {synonyms}|= nltk 3.10",
     "sim": "Sim|cosine, mean-pooled {embedder}|first 256 pieces|= sentence-transformers",
     "distinct_1": "Distinct-1|Treebank tokens in lower case|per text, mean",
@@ -477,7 +453,7 @@ def chain_metrics(rows, references, wordnet=None, similarity=None):
     label alone. A chain that is unparsed or not there scores 0 against its reference and counts in
     `unparsed_chains`."""
     values = defaultdict(lambda: np.full(len(rows), np.nan))
-    texts, reference_texts, corpus_counts = [], [], 0
+    texts, reference_texts = [], []
     for i, (row, reference) in enumerate(zip(rows, references)):
         parsed = parse_reasoning(row.get("raw", ""))
         texts.append(chain_text(parsed) if parsed.complete else "")
@@ -488,11 +464,8 @@ def chain_metrics(rows, references, wordnet=None, similarity=None):
         if reference is not None:
             reference = chain_text(parse_reasoning(reference))
             reference_texts.append(reference)
-            counts = bleu_counts(texts[i], reference)
-            corpus_counts += counts
-            values["bleu4"][i] = bleu_score(counts)
+            values["bleu4"][i] = bleu4(texts[i], reference)
             values["rouge_l"][i] = rouge_l(texts[i], reference)
-            values["rouge_l_plain"][i] = rouge_l_plain(texts[i], reference)
             values["meteor"][i] = meteor(texts[i], reference, wordnet)
             if similarity:
                 values["sim"][i] = similarity(texts[i], reference)
@@ -502,7 +475,6 @@ def chain_metrics(rows, references, wordnet=None, similarity=None):
     if reference_texts:
         # choice: Distinct is of the predictions; the authors' script measures the references.
         metrics |= dict(referenced=len(reference_texts),
-                        bleu4_corpus=bleu_score(corpus_counts, smooth=True),
                         distinct_1_references=distinct_n(reference_texts, 1),
                         distinct_2_references=distinct_n(reference_texts, 2))
     return metrics | means(values), values

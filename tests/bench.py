@@ -563,7 +563,7 @@ def ours(rows, references):
     from eval import chain_metrics
 
     out, _ = chain_metrics(list(rows.values()), [references[i] for i in rows])
-    return [out[k] for k in ("bleu4", "bleu4_corpus", "rouge_l", "meteor")]
+    return [out[k] for k in ("bleu4", "rouge_l", "meteor")]
 
 
 def theirs(rows, references):
@@ -587,7 +587,6 @@ def theirs(rows, references):
     mean = lambda values: sum(values) / len(pairs)
     return [mean(sacrebleu.sentence_bleu(p, [r], smooth_method="none", use_effective_order=False)
                  .score / 100 for p, r in pairs),
-            sacrebleu.corpus_bleu([p for p, _ in pairs], [[r for _, r in pairs]]).score / 100,
             mean(judge.get_scores(p, r)[0]["rouge-l"]["f"] for p, r in pairs),
             mean(single_meteor_score(tokens(r.lower()), tokens(p.lower()), wordnet=none)
                  for p, r in pairs)]
