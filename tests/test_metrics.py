@@ -20,8 +20,9 @@ from nltk.translate.meteor_score import single_meteor_score
 
 import eval as scores
 from eval import (
-    bootstrap, calibration_metrics, chain_metrics, chain_text, diagnose, group_seeds, intervals, lcs, load_embedder, meteor, names_only, p_value, read_wordnet,
-    regression_metrics, stem, treebank_tokens)
+    bootstrap, calibration_metrics, chain_metrics, chain_text, diagnose, group_seeds, intervals,
+    lcs, load_embedder, meteor, names_only, p_value, read_wordnet, regression_metrics, stem,
+    treebank_tokens)
 from mulcot import FIELDS, LABELS, InputError, parse_reasoning, render_reasoning
 
 PIECES = ['"', "'", "''", "``", "'s", "n't", "'ll", "can", "not", "cannot", "gimme", "wanna",
