@@ -117,16 +117,104 @@ def test_ablation_commands_parse_and_feed_each_other(tmp_path, quick):
     """Whatever a command reads, an earlier one wrote; every setting has a file per seed."""
     commands, files = demo.ablation_commands(str(tmp_path), (1, 2), quick)
     assert len(commands) == len(set(commands))
-    written = {f"{tmp_path}/posts.jsonl", f"{tmp_path}/warmup.jsonl"}
-    for command in commands[1:]:
-        args = parsed(command)
-        read = {args.data} if isinstance(args.data, str) else {*args.data}
-        model = getattr(args, "model", "toy")
-        read |= {model.removesuffix("/best"), getattr(args, "soft", None)} - {"toy", None}
-        assert read <= written, (command, read - written)
-        written.add(args.out)
+    written = files_written(commands, tmp_path)
     assert set(files) == set(demo.QUICK if quick else demo.SETTINGS)
     assert all(len(each) == 2 and set(each) <= written for each in files.values())
+
+
+def files_written(commands, folder):
+    """What the commands write, in turn; fails where one reads what none before it wrote."""
+    written = {f"{folder}/posts.jsonl", f"{folder}/warmup.jsonl"}
+    for command in commands[1:]:
+        args = parsed(command)
+        read = {getattr(args, name, None) for name in ("soft", "text_encoder", "image_encoder")}
+        for name in ("data", "rejected", "predictions", "references", "gold"):
+            files = getattr(args, name, [])
+            read |= {files} if isinstance(files, str) else {*files}
+        model = (getattr(args, "model", None) or "toy").removesuffix("/best")
+        read = {file.partition("=")[2] or file for file in {*read, model} - {None, "toy"}}
+        assert read <= written, (command, read - written)
+        written |= {args.out, args.out.replace(".jsonl", ".rejects.jsonl"), f"{args.out}/text",
+                    f"{args.out}/image"}
+    return written
+
+
+@pytest.mark.parametrize("road", demo.EXPERIMENTS)
+def test_experiments_parse_and_feed_each_other(tmp_path, road):
+    """What they share with the ablations is the same command."""
+    commands = demo.EXPERIMENTS[road][0](str(tmp_path), (3,))
+    files_written(commands, tmp_path)
+    own = {shlex.split(each.partition("--out ")[2])[0]: each for each in commands}
+    shared = 0
+    for command in demo.ablation_commands(str(tmp_path), (3,), quick=False)[0]:
+        same = own.get(shlex.split(command.partition("--out ")[2])[0])
+        shared += same == command
+        assert same in (None, command)
+    assert shared >= 8 and parsed(commands[-1]).baseline
+    assert demo.parse_args([road, "--seeds", "1"]).out == demo.parse_args(["ablate"]).out
+
+
+def test_exchanged_posts_and_symbols(tmp_path):
+    """One part changes, and the label by the law; symbols come between words, more at a higher
+    rate."""
+    posts = toy.toy_posts(tmp_path / "images", {"test": 40}, 5, noise=0.5)
+    mulcot.write_rows(tmp_path / "posts.jsonl", [post.row() for post in posts])
+    posts = {post.id: post for post in posts}
+    at = ["--data", f"{tmp_path}/posts.jsonl", "--out", f"{tmp_path}/new.jsonl"]
+    assert toy.main(["exchange", *at]) == 0
+    changed = mulcot.read_posts(tmp_path / "new.jsonl")
+    assert len(changed) == 80 and len({post.id for post in changed}) == 80
+    for post in changed:
+        old, new = posts[post.columns["post_id"]], post.columns["facts"]
+        facts, picture = old.columns["facts"], post.columns["exchanged"] == "picture"
+        assert (new["mood"] != facts["mood"]) == picture == (new["scene"] != facts["scene"])
+        assert (new["words"] != facts["words"]) != picture != (new["word"] != facts["word"])
+        assert (post.text == old.text) == picture == (post.image != old.image)
+        assert post.text == old.text.replace(f" {facts['word']}", f" {new['word']}") or (
+            post.text.startswith(new["word"]))
+        assert post.columns["label_before"] == toy.toy_label(facts["words"], facts["mood"])
+        assert post.label == toy.toy_label(new["words"], new["mood"])
+    before = 0
+    for rate in ("0", "0.3", "1"):
+        assert toy.main(["symbols", *at, "--rate", rate]) == 0
+        symbols = 0
+        for post in mulcot.read_posts(tmp_path / "new.jsonl"):
+            old = posts[post.id]
+            words = iter(post.text.split())
+            assert all(word in words for word in old.text.split()) and post.label == old.label
+            symbols += len(post.text.split()) - len(old.text.split())
+        assert symbols > before or rate == "0" == str(symbols)
+        before = symbols
+    assert before == sum(len(post.text.split()) + 1 for post in posts.values())
+    mulcot.write_rows(tmp_path / "posts.jsonl", [dict(id="1", text="x", split="test")])
+    assert toy.main(["symbols", *at, "--rate", "1"]) == 2
+
+
+def answer(post, part, law, label, chain, seen, before="negative", scene="cheerful"):
+    """A row for an exchanged post: its law's label, the model's, its chain's, and what that saw."""
+    fields = dict.fromkeys(mulcot.FIELDS, "x") | dict(Prediction=chain)
+    fields["Image_analysis"] = f"The image shows a face, which is {seen}."
+    return dict(id=f"{post}-{part}", post_id=post, exchanged=part, label=law, label_before=before,
+                facts=dict(mood=scene, words="blame"), prediction=label,
+                raw=mulcot.render_reasoning(fields))
+
+
+def test_reason_shares_by_hand():
+    """Six posts, of which one was wrong before, two must keep their label and three must change."""
+    old = {str(n): dict(prediction="negative") for n in range(6)} | {
+        "5": dict(prediction="neutral")}
+    rows = [answer("0", "picture", "positive", "positive", "positive", "cheerful"),
+            answer("1", "picture", "positive", "positive", "negative", "cheerful"),
+            answer("2", "picture", "positive", "negative", "negative", "gloomy"),
+            answer("3", "picture", "negative", "negative", "negative", "cheerful, not gloomy"),
+            answer("4", "picture", "negative", "positive", "positive", "plain"),
+            answer("5", "picture", "positive", "positive", "positive", "cheerful"),
+            answer("0", "words", "positive", "positive", "positive", "cheerful")]
+    assert demo.reason_shares([(old, rows)], "picture") == dict(
+        n=6, n_change=3, field=3 / 6, label=2 / 3, chain=1 / 3, old=2 / 3, old_read=1 / 2,
+        label_stays=1 / 2)
+    assert demo.reason_shares([(old, rows)] * 2, "words") == dict(
+        n=2, n_change=2, field=0, label=1, chain=1, old=0, old_read=None, label_stays=None)
 
 
 # ---- training: order, resume, settings
