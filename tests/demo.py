@@ -183,6 +183,13 @@ def student_command(out, seed, run, teacher, flags="", model="base/student", epo
             f"{flags}").rstrip()
 
 
+def setting_commands(out, seed, name):
+    """A student of the ablations, with all that it needs of its seed."""
+    teacher, flags = SETTINGS[name]
+    return [*teacher_commands(out, teacher, seed),
+            student_command(out, seed, f"{out}/students/{name}-{seed}", teacher, flags)]
+
+
 def predict_command(posts, model, out, flags=""):
     """A model's answers to the test posts."""
     command = f"generate.py predict --data {posts} --split test --model {model} --out {out} {flags}"
@@ -198,18 +205,14 @@ def judge_command(files, gold, out, flags):
 def ablation_commands(out, seeds, quick):
     """(commands, {setting: [its predictions, one file a seed]}). Posts and base models are shared
     by all, a teacher's chains, assistant and soft labels by the settings of a seed."""
-    commands, files = world_commands(out), {}
-    chosen = {name: SETTINGS[name] for name in (QUICK if quick else SETTINGS)}
+    posts, commands, files = f"{out}/posts.jsonl", world_commands(out), {}
     for seed in seeds:
-        for teacher in dict.fromkeys(teacher for teacher, _ in chosen.values()):
-            commands += teacher_commands(out, teacher, seed)
-        for name, setting in chosen.items():
+        for name in QUICK if quick else SETTINGS:
             run = f"{out}/students/{name}-{seed}"
             files.setdefault(name, []).append(f"{run}.jsonl")
-            commands += [student_command(out, seed, run, *setting),
-                         predict_command(f"{out}/posts.jsonl", f"{run}/best", f"{run}.jsonl",
-                                         "--no-chain")]
-    return commands, files
+            commands += [*setting_commands(out, seed, name),
+                         predict_command(posts, f"{run}/best", f"{run}.jsonl", "--no-chain")]
+    return list(dict.fromkeys(commands)), files
 
 
 def ablate(args):
@@ -223,16 +226,10 @@ def ablate(args):
 
 # ---- preference, sizes, reasons, symbols: on the ablations' posts and runs
 
-# choice: on dev, of the first seed; about as many steps as 2 epochs of KD, see BENCHMARKS.md
-SAMPLING = "--samples 8 --temperature 1"
-PREFERENCE = f"--lr 0.001 --epochs 6 --log-every 20 {SHORT}"
-
-
-def setting_commands(out, seed, name):
-    """A student of the ablations, with all that it needs of its seed."""
-    teacher, flags = SETTINGS[name]
-    return [*teacher_commands(out, teacher, seed),
-            student_command(out, seed, f"{out}/students/{name}-{seed}", teacher, flags)]
+SAMPLING = "--samples 8 --temperature 1"  # where half of the chains are wrong
+# choice: the rate by the first seed's dev posts, of 0.0003, 0.001 and 0.003; about as many steps as
+# two epochs of KD
+PREFERENCE = f"--lr 0.0003 --epochs 4 --log-every 20 {SHORT}"
 
 
 def preference_commands(out, seeds):
@@ -246,11 +243,12 @@ def preference_commands(out, seeds):
         for name, setting in (("hard", "no-soft-labels"), ("KD", "full")):
             run = runs[name] = f"{out}/students/{setting}-{seed}"
             runs[f"{name}-RPO"] = f"{run}-rpo"
+            sampled = f"{out}/{setting}-{seed}.sampled"  # beside images/
             commands += [
                 *setting_commands(out, seed, setting),
                 f"generate.py augment --data {out}/full-{seed}.chains.jsonl --model {run}/best "
-                f"{SAMPLING} --seed {seed} --out {run}.sampled.jsonl",
-                f"train.py dpo --data {run}.sampled.jsonl --rejected {run}.sampled.rejects.jsonl "
+                f"{SAMPLING} --seed {seed} --out {sampled}.jsonl",
+                f"train.py dpo --data {sampled}.jsonl --rejected {sampled}.rejects.jsonl "
                 f"--dev {posts} --adapter {run}/best {PREFERENCE} --seed {seed} --out {run}-rpo"]
         # choice: a new adapter on the student's merged weights, with a schedule of its own
         runs["KD-more"], merged = f"{out}/students/full-{seed}-more", f"students/full-{seed}-merged"

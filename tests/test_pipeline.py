@@ -128,9 +128,12 @@ def files_written(commands, folder):
     for command in commands[1:]:
         args = parsed(command)
         read = {getattr(args, name, None) for name in ("soft", "text_encoder", "image_encoder")}
-        for name in ("data", "rejected", "predictions", "references", "gold"):
+        for name in ("data", "rejected", "gold", "references", "predictions"):
             files = getattr(args, name, [])
-            read |= {files} if isinstance(files, str) else {*files}
+            files = {files} if isinstance(files, str) else {*files}
+            beside = all(Path(file).parent == folder for file in files)
+            assert beside or name == "predictions", command  # where images/ is looked for
+            read |= files
         model = (getattr(args, "model", None) or "toy").removesuffix("/best")
         read = {file.partition("=")[2] or file for file in {*read, model} - {None, "toy"}}
         assert read <= written, (command, read - written)
