@@ -582,12 +582,12 @@ def change(args):
              if post.split == "test" and "facts" in post.columns]
     if not posts:
         raise InputError(f"{args.data} has no toy post of split test: give it toy.py posts' rows")
-    if args.stage == "symbols":
-        changed = [with_symbols(post, args.rate) for post in posts]
-    else:
-        folder = Path(args.out).parent / "images"
-        changed = [exchanged(post, part, folder) for post in posts
-                   for part in ("picture", "words")]
+    changed, folder = [], Path(args.out).parent / "images"
+    for post in posts:
+        if args.stage == "symbols":
+            changed.append(with_symbols(post, args.rate))
+        else:
+            changed += [exchanged(post, part, folder) for part in ("picture", "words")]
     write_rows(args.out, [post.row() for post in changed])
     print(f"wrote {len(changed)} rows to {args.out}")
 
