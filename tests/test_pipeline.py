@@ -157,6 +157,16 @@ def test_experiments_parse_and_feed_each_other(tmp_path, road):
     assert demo.parse_args([road, "--seeds", "1"]).out == demo.parse_args(["ablate"]).out
 
 
+def test_a_killed_experiment_goes_on(tmp_path, monkeypatch):
+    """Each command once; an exported folder that is there is not asked for again."""
+    ran = []
+    monkeypatch.setattr(demo, "run_commands", ran.extend)
+    (tmp_path / "my out" / "students" / "full-1-merged").mkdir(parents=True)
+    assert demo.main(["prefer", "--out", f"{tmp_path}/my out", "--seeds", "2"]) == 0
+    exports = [parsed(command).out for command in ran if " export " in command]
+    assert exports == [f"{tmp_path}/my out/students/full-2-merged"] and len(ran) == len(set(ran))
+
+
 def test_exchanged_posts_and_symbols(tmp_path):
     """One part changes, and the label by the law; symbols come between words, more at a higher
     rate."""
