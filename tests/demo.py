@@ -205,13 +205,14 @@ def judge_command(files, gold, out, flags):
 def ablation_commands(out, seeds, quick):
     """(commands, {setting: [its predictions, one file a seed]}). Posts and base models are shared
     by all, a teacher's chains, assistant and soft labels by the settings of a seed."""
-    posts, commands, files = f"{out}/posts.jsonl", world_commands(out), {}
+    commands, files = world_commands(out), {}
     for seed in seeds:
         for name in QUICK if quick else SETTINGS:
             run = f"{out}/students/{name}-{seed}"
             files.setdefault(name, []).append(f"{run}.jsonl")
             commands += [*setting_commands(out, seed, name),
-                         predict_command(posts, f"{run}/best", f"{run}.jsonl", "--no-chain")]
+                         predict_command(f"{out}/posts.jsonl", f"{run}/best", f"{run}.jsonl",
+                                         "--no-chain")]
     return list(dict.fromkeys(commands)), files
 
 
@@ -235,7 +236,9 @@ PREFERENCE = f"--lr 0.0003 --epochs 4 --log-every 20 {SHORT}"
 def preference_commands(out, seeds):
     """The paper's open question 1: students of hard labels and of KD, both with preference training
     on their own chains, and KD for as many more steps."""
-    posts, references, files = f"{out}/posts.jsonl", f"{out}/references.jsonl", {}
+    posts = f"{out}/posts.jsonl"
+    references = f"{out}/references.jsonl"
+    files = {}
     commands = [*world_commands(out),
                 f"tests/toy.py teacher --data {posts} --split test --out {references}"]
     for seed in seeds:
@@ -251,7 +254,8 @@ def preference_commands(out, seeds):
                 f"train.py dpo --data {sampled}.jsonl --rejected {sampled}.rejects.jsonl "
                 f"--dev {posts} --adapter {run}/best {PREFERENCE} --seed {seed} --out {run}-rpo"]
         # choice: a new adapter on the student's merged weights, with a schedule of its own
-        runs["KD-more"], merged = f"{out}/students/full-{seed}-more", f"students/full-{seed}-merged"
+        merged = f"students/full-{seed}-merged"
+        runs["KD-more"] = f"{out}/students/full-{seed}-more"
         commands += [f"generate.py export --model {runs['KD']}/best --out {out}/{merged}",
                      student_command(out, seed, runs["KD-more"], "full", "", merged, epochs=2)]
         for name, run in runs.items():
@@ -288,7 +292,9 @@ def size_commands(out, seeds):
 def reason_commands(out, seeds):
     """The reviewers' check 2, reasons or justifications: students on both stages' chains and on
     stage 1's alone answer the test posts, and those with a part exchanged."""
-    posts, changed, files = f"{out}/posts.jsonl", f"{out}/exchanged.jsonl", {}
+    posts = f"{out}/posts.jsonl"
+    changed = f"{out}/exchanged.jsonl"
+    files = {}
     commands = [*world_commands(out), f"tests/toy.py exchange --data {posts} --out {changed}"]
     for seed in seeds:
         for name in ("full", "no-stage2"):
@@ -364,12 +370,14 @@ def symbol_commands(out, seeds):
         commands.append(f"tests/toy.py symbols --data {posts} --rate {rate} "
                         f"--out {out}/symbols-{rate}.jsonl")
     for seed in seeds:
-        run, small = f"{out}/students/full-{seed}", f"{out}/ubm-{seed}"
+        run = f"{out}/students/full-{seed}"
+        small = f"{out}/ubm-{seed}"
         commands += [*setting_commands(out, seed, "full"),
                      f"train.py ubm --data {posts} --dev {posts} {TOY_UBM.format(out=out)} "
                      f"--seed {seed} --out {small}"]
         for rate in RATES:
-            name, changed = f"symbols-{rate}", f"{out}/symbols-{rate}.jsonl"
+            name = f"symbols-{rate}"
+            changed = f"{out}/{name}.jsonl"
             student.setdefault(f"student-{rate}", []).append(f"{run}.{name}.jsonl")
             ubm.setdefault(f"ubm-{rate}", []).append(f"{small}.{name}.jsonl")
             commands += [
@@ -390,7 +398,8 @@ EXPERIMENTS = {
 def experiment(args):
     """One of the four, and what eval.py does not count."""
     refuse_ranks(args.road)
-    seeds, commands_of = range(1, args.seeds + 1), EXPERIMENTS[args.road][0]
+    commands_of, _ = EXPERIMENTS[args.road]
+    seeds = range(1, args.seeds + 1)
     commands = dict.fromkeys(commands_of(shlex.quote(args.out), seeds))  # each once
     # trap: export refuses a folder that is there
     run_commands([command for command in commands if not command.startswith("generate.py export")
