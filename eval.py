@@ -15,7 +15,6 @@ first run, beside the second.
 """
 
 import argparse
-import json
 import re
 import secrets
 import time
@@ -29,8 +28,8 @@ import torch
 
 from mulcot import (
     FIELDS, LABELS, Help, InputError, confusion_scores, confusion_table, data_url, parse_reasoning,
-    read_posts, read_rows, reading, regression_metrics, report_rejects, run_info, run_stage,
-    select_split, sibling, write_json, write_text)
+    read_json, read_posts, read_rows, reading, regression_metrics, report_rejects, run_info,
+    run_stage, select_split, sibling, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -58,15 +57,26 @@ def require(condition, message):
 
 
 def is_number(value):
-    """Whether a JSON value is a finite number (True is none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+    """Whether a JSON value is a number to reckon with (True, NaN and 1e300 are none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def is_distribution(value):
+    """Whether a JSON value holds a probability of each label."""
+    return (isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
+            and min(value) >= 0 and abs(sum(value) - 1) < 1e-3)
+
+
+KINDS = dict(stage=is_number, tries=is_number, probs=is_distribution)  # of a row's values, if any
 
 
 def checked_rows(path, stage):
     """("FILE:LINE", row) of each JSON object in a file that `stage` wrote."""
     require(Path(path).exists(), f"{path} does not exist: run {stage} first")
     for n, row in enumerate(read_rows(path), 1):
-        require(isinstance(row, dict), f"{path}:{n}: not a JSON object")
+        for name, fits in KINDS.items():
+            require(row.get(name) is None or fits(row[name]),
+                    f"{path}:{n}: {name} is no {fits.__name__.removeprefix('is_')}")
         yield f"{path}:{n}", row
 
 
@@ -488,7 +498,7 @@ def add_faithfulness(values, rows, posts):
     for i, (row, post) in enumerate(zip(rows, posts)):
         right = row.get("prediction") == post.label
         values["accuracy_agree" if values["agreement"][i] else "accuracy_disagree"][i] = right
-        if post.columns.get("stage") in of_stage:
+        if post.columns.get("stage") in (1, 2):  # a gold file may hold anything there
             values[of_stage[post.columns["stage"]]][i] = right
 
 
@@ -508,15 +518,16 @@ def teacher_metrics(path):
     were given, at least: what came before a kept one is not on file."""
     rows = teacher_chains(path).values()
     rejects = read_rows(sibling(path, "rejects.jsonl"))
-    tries = [row.get("tries", 1) for row in rows]
+    tries = [row.get("tries") or 1 for row in rows]
     concludes, contradicts = defaultdict(list), defaultdict(list)  # by stage
     for row in rows:
         parsed = parse_reasoning(row["cot"])
         concludes[row.get("stage")].append(names_only(parsed, parsed.prediction))
         contradicts[row.get("stage")].append(False)
-    for row in rejects:
-        for attempt in row.get("attempts", ()):
-            contradicts[attempt["stage"]].append(attempt["problem"].startswith("predicts "))
+    with reading(f"the rejects of {path} are damaged"):
+        for row in rejects:
+            for attempt in row.get("attempts", ()):
+                contradicts[attempt["stage"]].append(attempt["problem"].startswith("predicts "))
     return dict(kept=len(rows), unaided=len(concludes[1]), label_conditioned=len(concludes[2]),
                 set_aside=len(rejects), answers_per_kept_chain=float(np.mean(tries or 0)),
                 concludes_unaided=float(np.mean(concludes[1] or 0)),
@@ -564,7 +575,7 @@ def sign_label(score):
 
 def prediction_rows(path):
     """{id: row} of a prediction file, checked: prediction is a label or None, score a number or
-    None, probs three numbers where given, raw a text where given."""
+    None, probs a distribution whose largest is the prediction's, raw a text where given."""
     rows = {}
     for where, row in checked_rows(path, "generate.py predict"):
         require("id" in row and row.keys() & {"prediction", "score"},
@@ -577,9 +588,10 @@ def prediction_rows(path):
         if "prediction" not in row or "predicted_score" in row:  # as for gold posts with scores
             row["prediction"] = sign_label(score)
         require(row["prediction"] in (*LABELS, None), f"{where}: prediction is no label nor null")
-        probs = row.get("probs") or [0, 0, 0]
-        require(isinstance(probs, list) and [*map(is_number, probs)] == [True] * 3,
-                f"{where}: probs must be three numbers")
+        if row["prediction"] and row.get("probs"):
+            probs = dict(zip(LABELS, row["probs"]))
+            require(probs[row["prediction"]] > max(probs.values()) - 1e-6,
+                    f"{where}: probs contradict the prediction")
         rows[str(row["id"])] = row | dict(score=score)
     return rows
 
@@ -620,20 +632,15 @@ def read_specs(specs):
     return files
 
 
-def read_json(path):
-    """The object in a JSON file of another stage, {} if there is no such file."""
-    with reading(f"{path} cannot be read"):
-        return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
-
-
 def training_posts(model):
     """{(id, text)} that a model was trained on, as far as train.py's config.json beside it and the
     row files named there are at hand."""
-    config = read_json(Path(model).parent / "config.json")
+    config = read_json(Path(model).parent / "config.json", {})
     found = set()
-    for file in [each for each in config.get("data", ()) if each.endswith(".jsonl")]:
-        found |= {(row.get("id"), row.get("text")) for row in read_rows(file)
-                  if row.get("split") not in ("dev", "test")}  # train.py sets these aside
+    with reading(f"{model}: the config.json beside it names no row files"):
+        for file in [each for each in config.get("data", ()) if each.endswith(".jsonl")]:
+            found |= {(row.get("id"), row.get("text")) for row in read_rows(file)
+                      if row.get("split") not in ("dev", "test")}  # train.py sets these aside
     return found
 
 
@@ -753,7 +760,7 @@ def evaluate(args):
         for name in samples.keys() - {args.baseline}:
             runs[name]["p"] = p_value(samples[name]["accuracy"], base, len(posts))
     teacher = teacher_metrics(args.chains) if args.chains else {}
-    settings = read_json(sibling(next(iter(specs.values()))[0], "settings.json"))
+    settings = read_json(sibling(next(iter(specs.values()))[0], "settings.json"), {})
     synonyms = "WordNet 3.0 synonyms" if args.wordnet else "no synonyms"
     used = set().union(*runs.values())  # names of metrics
     about = args.info | dict(

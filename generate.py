@@ -34,17 +34,16 @@ from pathlib import Path
 import torch
 
 from mulcot import (
-    BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help,
-    InputError, Post, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict,
-    barrier, base_of, best_thresholds, build_messages, cascade_route, check_answer,
-    check_at_least, check_settings, chunks, collate, count_parameters, digest, encode,
-    encode_batch, fingerprint, forward_branches, gather, generate_text, get_rank,
-    get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
-    mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts, read_out,
-    read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects, row_text, run_info,
-    run_stage, score_labels, second_pass_prompt, select_split, sibling, stages_asked,
-    threshold_grid, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict,
-    write_json, write_rows)
+    BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
+    Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier, base_of,
+    best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
+    chunks, collate, count_parameters, digest, encode, encode_batch, fingerprint, forward_branches,
+    gather, generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
+    load_trained, load_ubm, mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts,
+    read_json, read_out, read_posts, read_rows, reading, refuse_ranks, render_reasoning,
+    report_rejects, row_text, run_info, run_stage, score_labels, second_pass_prompt, select_split,
+    sibling, stages_asked, threshold_grid, to_json, to_post, tokenizer_hash, training_branches,
+    training_items, two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -128,7 +127,8 @@ def endpoint_flags(flag):
     flag("--extra-body", type=json_object, default={}, metavar="JSON", help="--endpoint: merged "
          "into each request, null removes a key: max_completion_tokens, chat_template_kwargs …")
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
-    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call")
+    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call, in all")
+    flag("--proxy", help="--endpoint: URL of a proxy (those of the environment are not used)")
 
 
 def own_flags(flag, stage):
@@ -359,14 +359,16 @@ class PaidCalls:
 
     def __init__(self, args, done):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
-                                 allow_http=args.allow_http, extra_body=args.extra_body)
+                                 allow_http=args.allow_http, extra_body=args.extra_body,
+                                 proxy=args.proxy)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
         for row in read_rows(self.file.path):
-            answer = Answer(**row["answer"])
-            self.spent += answer.tokens_in + answer.tokens_out
-            if row["id"] not in done:  # finished posts need theirs no more
-                self.known[row["call"]] = answer
+            with reading(f"{self.file.path}: delete the damaged line of call {row.get('call')}"):
+                answer = Answer(**row["answer"])
+                self.spent += answer.tokens_in + answer.tokens_out
+                if row["id"] not in done:  # finished posts need theirs no more
+                    self.known[row["call"]] = answer
 
     def ask(self, requests):
         """list of Requests -> list of Answers."""
@@ -601,9 +603,14 @@ def controlled(posts, args):
 
 def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
-    if args.image:
-        load_image(args.image)
-    row = responder(args)([Post("1", args.text, args.image, args.aspect)])[0]
+    file = Path(os.path.realpath(args.image or "none"))
+    row = dict(id="1", text=args.text, aspect=args.aspect, image=args.image and file.name)
+    with reading("--text, --image or --aspect"):
+        post = to_post(row, file.parent)
+        if post.image:
+            load_image(post.image)
+    row = responder(args)([post])[0]
+    to_json(row, args.model)  # raises where a probability is NaN
     if "raw" in row:
         print(row["raw"] + "\n")
     score = row.get("predicted_score", row.get("score"))  # a UBM's, a readout's
@@ -628,8 +635,9 @@ def export(args):
         raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
     part = f"{Path(args.out)}.part"  # trap: a slash at its end
     shutil.rmtree(part, ignore_errors=True)  # of a killed run
-    merge_lora(model).save_pretrained(part)
-    processor.tokenizer.save_pretrained(part)
+    with reading(f"{part} cannot be written"):
+        merge_lora(model).save_pretrained(part)
+        processor.tokenizer.save_pretrained(part)
     sizes = processor.image_processor.to_dict()
     if processor.extractor:  # Omni keeps both in one file
         sizes = processor.extractor.to_dict() | sizes
@@ -637,7 +645,7 @@ def export(args):
     for name in ("processor_config.json", "video_preprocessor_config.json"):
         file = cached_file(base_of(args.model), name, _raise_exceptions_for_missing_entries=False)
         if file:
-            own = json.loads(Path(file).read_text(encoding="utf-8"))
+            own = read_json(file)
             own.pop("image_processor", None)  # it would stand before the sizes of training
             write_json(Path(part, name), own)
     os.replace(part, args.out)
@@ -652,9 +660,7 @@ def cascade(args):
     second time where it is unsure and contradicts the UBM."""
     ubm = load_ubm(args.ubm, args.device)
     config = Path(args.model).parent / "config.json"  # of train.py, beside best/
-    trained = None
-    if args.mllm and config.exists():
-        trained = json.loads(config.read_text()).get("stage")
+    trained = args.mllm and read_json(config, {}).get("stage")
     if trained == "readout" or (trained in ("assistant", "student") and ubm.classes != LABELS):
         raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
                          f"{', '.join(map(str, ubm.classes))}: choose another of the two")
@@ -713,7 +719,8 @@ class CascadeSteps:
         self.branches = label_branches(ubm.classes, prompt)
         self.settings = settings_of(args), ubm.classes
         self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
-        self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
+        with reading(f"{self.file.path} is damaged: delete it"):
+            self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
 
     def verdicts(self, posts, tau1, tau2):
         """[[UBM, MLLM, second pass], …] on posts, asking no more than the routes at these

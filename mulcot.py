@@ -63,6 +63,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -79,13 +80,14 @@ import requests
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 LABELS = ("negative", "neutral", "positive")
+REMEDY = "is this the right folder? Else delete the file and run its stage again"
 
 
 class InputError(ValueError):
@@ -107,13 +109,11 @@ def reading(what):
 
 def write_atomic(path, write):
     """`write(temporary path)` in the same folder, fsync, then rename: the file is whole or not
-    there. Raises OSError when the disk is full."""
+    there. Raises InputError when the disk is full."""
     path = str(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
+    with reading(f"{path} cannot be written"):  # a full disk is another error in each library
         write(path + ".part")
-    except (RuntimeError, SafetensorError) as e:  # how torch and safetensors say "disk full"
-        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
     with open(path + ".part", "rb+") as f:
         os.fsync(f.fileno())
     os.replace(path + ".part", path)
@@ -125,15 +125,54 @@ def write_text(path, text):
     write_atomic(path, lambda part: Path(part).write_bytes(data))
 
 
+def to_json(value, what, indent=None):
+    """JSON text. A number in it that is NaN or infinite is an InputError that begins with `what`:
+    it has no meaning to whoever reads it, and comes from a damaged model."""
+    with reading(f"{what} cannot be written, is a model damaged?"):
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def write_json(path, value):
     """A JSON file, atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value, path, indent=1) + "\n")
 
 
-def write_tensors(path, tensors, **metadata):
-    """A .safetensors file of {name: tensor}, atomically."""
+def read_json(path, default=None):
+    """The object in a JSON file; the default, if given, where there is no such file. Raises
+    InputError that names it."""
+    if default is not None and not os.path.isfile(path):
+        return default
+    with reading(f"{path} is missing or damaged, {REMEDY}"):
+        return {} | json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def digest(*parts):
+    """A short hex name of strings, bytes, numbers, lists and tensors."""
+    h = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            part = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        h.update(part if isinstance(part, bytes) else repr(part).encode())
+        h.update(b"|")
+    return h.hexdigest()[:24]
+
+
+def write_tensors(path, tensors):
+    """A .safetensors file of {name: tensor}, atomically, with their digest."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda part: save_file(tensors, part, metadata=metadata or None))
+    metadata = dict(digest=digest(save(tensors)))  # trap: two entries would stand in random order
+    write_atomic(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors file. Raises InputError that names it if it is not as
+    `write_tensors` wrote it: one flipped bit in a weight shows nowhere else. PEFT's files have no
+    digest."""
+    with reading(f"{path} is missing or damaged, {REMEDY}"), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if (file.metadata() or {}).get("digest") not in (None, digest(save(tensors))):
+            raise ValueError("the digest of its tensors is another")
+        return tensors
 
 
 # ================================================================================================
@@ -194,7 +233,7 @@ def read_posts(path, images=None, rejects=None, allow_empty=False):
     checked = set()
     for where, raw in rows:
         try:
-            post = _to_post(parse(raw), images)
+            post = to_post(parse(raw), images)
             if post.id in posts:
                 raise InputError(f"duplicate id {post.id!r}: ids name posts in every later file")
             for image in set(post.images) - checked:
@@ -203,7 +242,7 @@ def read_posts(path, images=None, rejects=None, allow_empty=False):
             if post.audio:
                 load_audio(post.audio)
             posts[post.id] = post
-        except (ValueError, RecursionError, csv.Error) as e:  # InputError is a ValueError
+        except (ValueError, OSError, RecursionError, csv.Error) as e:  # InputError is a ValueError
             reason = str(e) if isinstance(e, InputError) else f"not a row: {e}"
             if rejects is None:
                 raise InputError(f"{where}: {reason}") from None
@@ -253,9 +292,11 @@ def safe_path(name, folder):
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
     foreign = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name) or "\\" in name  # URL, C:, absolute
-    if foreign or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
-        raise InputError(f"file {name!r} leads outside {folder}: it must be a plain name inside, "
-                         "no URL, no absolute path")
+    # trap: to open a pipe waits for ever
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if foreign or special or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
+        raise InputError(f"file {name!r} leads outside {folder}: it must be a plain file's name "
+                         "inside, no URL, no absolute path")
     return path
 
 
@@ -298,7 +339,7 @@ def load_audio(path):
 # ---- rows: a dict of any source -> Post
 
 
-def _to_post(columns, folder):
+def to_post(columns, folder):
     """A row dict of any source -> a checked Post; its files lie in `folder`."""
     if not isinstance(columns, dict) or columns.get("id") is None:
         raise InputError("expected an object with at least id and text: every row needs an id")
@@ -363,7 +404,8 @@ def _open_rows(path, images):
 def _lines(path):
     """[(where, line)] of the lines that hold something; bytes, so that one that is not UTF-8 costs
     that line only."""
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    lines = data.split(b"\n" if b"\n" in data else b"\r")  # a CR alone: old spreadsheets
     return [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -420,7 +462,8 @@ def _mvsa_rows(folder, images):
         if label is None:
             raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
         with reading(f"data/{name}.txt is missing or not UTF-8"):
-            text = (folder / "data" / f"{name}.txt").read_bytes().decode("utf-8-sig").strip()
+            file = Path(safe_path(f"{name}.txt", folder / "data"))
+            text = file.read_bytes().decode("utf-8-sig").strip()
         bucket = int(hashlib.sha256(f"mvsa:{name}".encode()).hexdigest(), 16) % 10
         return dict(id=name, image=f"{name}.jpg", label=label, text=text,
                     split={0: "test", 1: "dev"}.get(bucket, "train"))
@@ -468,7 +511,8 @@ def _csv_rows(path, folder):
     valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
     they exist."""
     lines = _lines(path) or [("", b"")]
-    header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
+    with reading(f"{path} has no header"):
+        header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
     if {"video_id", "clip_id", "text", "label", "mode"} - set(header):
         raise InputError(f"{path} must have the columns video_id, clip_id, text, label, mode, as "
                          "MMSA's label.csv")
@@ -646,8 +690,8 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
-#    field, parsedate_to_datetime, Path, requests, InputError, reading, §1, §2]
+# §3 Teacher [needs: base64, hashlib, io, json, math, os, random, re, threading, time, Counter,
+#    dataclass, field, parsedate_to_datetime, Path, requests, InputError, reading, §1, §2]
 # ================================================================================================
 
 
@@ -744,13 +788,15 @@ class Unreachable(InputError):
 
 class Endpoint:
     """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
-    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and is cut out
-    of every error text. `extra_body` is merged into each request; None removes a key. `retries`
-    counts what went wrong, `stop` ends all waiting."""
+    requests; many threads may call it at once. The key is read from OPENAI_API_KEY; it and control
+    characters are cut out of every text that comes back. `timeout`: seconds for a whole call.
+    `extra_body` is merged into each request; None removes a key. `proxy`: a URL; those of the
+    environment are not used. `retries` counts what went wrong, `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
-    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None):
+    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
+                 proxy=None):
         check_url(url, allow_http)
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
@@ -758,7 +804,18 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
         self.retries, self.stop = Counter(), threading.Event()
-        self._thread, self._paused_until = threading.local(), 0.0  # a connection each; one pause
+        self._paused_until = 0.0  # of all threads
+        self.session = requests.Session()  # of all threads, which it keeps connections for
+        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
+        self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
+        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        self.session.proxies = dict(http=proxy, https=proxy)
+        # trap: requests reads the whole body of a redirect, also of one it does not follow
+        self.session.get_redirect_target = lambda reply: None
+        # trap: what a compressed body grows to has no limit
+        self.session.headers["Accept-Encoding"] = "identity"
+        if self._key:
+            self.session.headers["Authorization"] = f"Bearer {self._key}"
 
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
@@ -778,30 +835,25 @@ class Endpoint:
             if delay > 0:
                 self.pause(delay)
             answer, problem = self._post(body)
-            if problem is None:
+            if answer:
                 return answer
             self.retries[problem.split(":")[0]] += 1
             ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
         raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
-                          f"{self._without_key(problem)}; run again to go on")
+                          f"{problem}; run again to go on")
 
     def _post(self, body):
-        """One call -> (Answer, None), or (None, why it is worth another try)."""
-        if not hasattr(self._thread, "session"):
-            self._thread.session = requests.Session()
-        headers = {}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        try:
-            reply = self._thread.session.post(self.url, json=body, headers=headers,
-                                              timeout=self.timeout, allow_redirects=False)
-            status = reply.status_code
-            if status == 200:
-                return _read_reply(reply.json()), None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            # no reply (requests raises OSErrors), or one of another form
-            return None, f"{type(e).__name__}: {e}"
-        problem = f"HTTP {status}: {self._without_key(reply.text)[:300]}"
+        """One call -> (Answer or None, why it is worth another try)."""
+        outcome = [(None, None, f"Timeout: no whole reply in {self.timeout:g} s", 0.0)]
+        # trap: a socket's time-out is for each read; a byte at a time would hold a call for ever
+        call = threading.Thread(target=self._exchange, args=(body, outcome), daemon=True)
+        call.start()
+        call.join(self.timeout)
+        status, answer, problem, seconds = outcome[-1]
+        problem = " ".join(self._plain(problem).split())[:300]
+        if status in (None, 200):
+            return answer, problem
+        problem = f"HTTP {status}: {problem}"
         if re.search("unsupported.(parameter|value)", problem, re.I):
             raise InputError(f"{self.url} refused: {problem}; a reasoning model wants --extra-body "
                              """'{"max_tokens": null, "max_completion_tokens": 4096, """
@@ -810,19 +862,34 @@ class Endpoint:
             raise InputError(f"{self.url} refused: {problem}")
         if status not in self.RETRIED:
             raise Refused(f"{self.url} refused: {problem}")
-        seconds = _retry_after(reply.headers.get("Retry-After", ""))
         if seconds > 3600:
             raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
         return None, problem
+
+    def _exchange(self, body, outcome):
+        """One call: appends (status, Answer or None, text, seconds to wait) to `outcome`. Whatever
+        happens while a reply is read and understood is that reply's fault: a text without status."""
+        try:
+            with self.session.post(self.url, json=body, timeout=self.timeout, stream=True) as reply:
+                data = reply.raw.read(2**23, decode_content=False)  # what is longer is cut off
+            answer, seconds = None, _retry_after(reply.headers.get("Retry-After", ""))
+            if reply.status_code == 200:
+                answer = _read_reply(json.loads(data), self._plain)
+            outcome.append((reply.status_code, answer, data.decode("utf-8", "replace"), seconds))
+        except Exception as e:
+            outcome.append((None, None, f"{type(e).__name__}: {e}", 0.0))
 
     def pause(self, seconds):
         """Sleeps; raises InputError if asked to stop meanwhile."""
         if self.stop.wait(seconds):
             raise InputError("stopped")
 
-    def _without_key(self, text):
-        return text.replace(self._key, "***") if self._key else text
+    def _plain(self, text):
+        """A text from the server without control characters and key. choice: keys of fewer than 8
+        characters are no secrets (EMPTY, x)."""
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+        return text.replace(self._key, "***") if len(self._key) >= 8 else text
 
 
 def check_url(url, allow_http=False):
@@ -839,30 +906,31 @@ def check_url(url, allow_http=False):
 
 
 def _retry_after(header):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 if it cannot be read."""
-    if re.fullmatch(r"\d{1,9}(\.\d{0,9})?", header):
-        return float(header)
-    try:
-        return parsedate_to_datetime(header).timestamp() - time.time()
-    except ValueError:
-        return 0.0
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
+    there is to raise if it cannot be read."""
+    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
+        return float(header or 0)
+    return parsedate_to_datetime(header).timestamp() - time.time()
 
 
-def _read_reply(reply):
-    """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty
-    answer."""
+def _read_reply(reply, plain):
+    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
+    (refusal, null content) is an empty answer. Raises what there is to raise."""
     choice = reply["choices"][0]
     content = choice["message"].get("content") or ""
     if isinstance(content, list):  # some servers answer in content parts
         content = "".join(part.get("text") or "" for part in content)
     logprobs = []
     for token in (choice.get("logprobs") or {}).get("content") or []:
-        likely = {x["token"]: float(x["logprob"]) for x in token.get("top_logprobs") or []}
-        logprobs.append((token["token"], likely))
+        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
+        if not all(-math.inf < log_p < 0.01 for log_p in likely.values()):
+            raise ValueError(f"log-probabilities {likely}")
+        logprobs.append((plain(token["token"]), likely))
     usage = reply.get("usage") or {}
-    return Answer("" + content, choice.get("finish_reason") or "stop",
-                  int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0),
-                  logprobs)
+    tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
+    if not 0 <= min(tokens) <= max(tokens) < 10**9:
+        raise ValueError(f"token counts {tokens}")
+    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
 
 
 def _wire_part(part):
@@ -1261,8 +1329,8 @@ def show_tokens(batch, tokenizer, row=0):
 
 
 # ================================================================================================
-# §5 LoRA [needs: json, math, os, re, sys, Path, torch, F, load_file, nn, InputError, reading,
-#    write_json, write_tensors]
+# §5 LoRA [needs: math, os, re, sys, Path, torch, F, nn, InputError, reading, write_json, read_json,
+#    write_tensors, read_tensors]
 # ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -1378,7 +1446,7 @@ def save_adapter(model, folder):
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=layer.rank, lora_alpha=layer.alpha,
                   lora_dropout=layer.dropout.p, bias="none", target_modules=sorted(layers),
                   base_model_name_or_path=base, inference_mode=True)
-    write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors, format="pt")
+    write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
     write_json(os.path.join(folder, "mulcot.json"), {"nf4": is_quantized(model)})
 
@@ -1390,17 +1458,15 @@ def is_quantized(model):
 
 def adapter_nf4(folder):
     """Whether an adapter was trained over an NF4 base; None where no file says so."""
-    file = Path(folder, "mulcot.json")
-    return json.loads(file.read_text()).get("nf4") if file.exists() else None
+    return read_json(Path(folder, "mulcot.json"), {}).get("nf4")
 
 
 def load_adapter(model, folder):
     """Wraps and fills the layers that the file names; returns their names. Every key must find its
     layer and every layer both its halves. trap: keys that match nothing load as a silent no-op
     elsewhere."""
-    with reading(f"{folder} is no adapter folder, or a damaged one"):
-        config = json.loads(Path(folder, "adapter_config.json").read_text())
-        tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    config = read_json(Path(folder, "adapter_config.json"))
+    tensors = read_tensors(Path(folder, "adapter_model.safetensors"))
     unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
                                "fan_in_fan_out", "modules_to_save", "lora_bias") if config.get(key)]
     if unknown or config.get("bias", "none") != "none" or config.get("peft_type") != "LORA":
@@ -1409,21 +1475,20 @@ def load_adapter(model, folder):
     modules = dict(model.named_modules())
     state = {_current_key(key, modules): tensor for key, tensor in tensors.items()}
     names = sorted({key.removesuffix(".lora_A").removesuffix(".lora_B") for key in state})
-    for name in names:
-        base, lora_A = modules.get(name), state.get(f"{name}.lora_A")
-        if isinstance(base, LoRALinear):
-            base = base.base
-        if lora_A is None or not hasattr(base, "in_features"):
-            raise InputError(f"{folder}: {name} fits no linear layer here, or lacks its lora_A: "
-                             "wrong base model?")
-        layer = LoRALinear(base, len(lora_A), config["lora_alpha"], config.get("lora_dropout", 0.0))
-        replace_module(model, name, layer)
-    with reading(f"{folder} does not fit: wrong base model?"):
-        report = model.load_state_dict(state, strict=False)
-    missing = [key for key in report.missing_keys if ".lora_" in key]
-    if missing or report.unexpected_keys:
-        raise InputError(f"{folder} leaves {missing[:1]} unfilled, or has keys too many: "
-                         f"{report.unexpected_keys[:1]}")
+    with reading(f"{folder} does not fit: wrong base model, or half a file?"):
+        for name in names:
+            base = modules.get(name)
+            if isinstance(base, LoRALinear):
+                base = base.base
+            if not hasattr(base, "in_features"):
+                raise ValueError(f"{name} fits no linear layer here")
+            layer = LoRALinear(base, config["r"], config["lora_alpha"],
+                               config.get("lora_dropout", 0.0))
+            halves = {half: state[f"{name}.{half}"] for half in ("lora_A", "lora_B")}
+            layer.load_state_dict(halves, strict=False)
+            replace_module(model, name, layer)
+        if adapter_nf4(folder) is not None and sorted(config["target_modules"]) != names:  # ours
+            raise ValueError(f"it holds {len(names)} layers, target_modules names others")
     quantized = is_quantized(model)
     if adapter_nf4(folder) not in (None, quantized):
         print(f"note: {folder} was trained with nf4 {not quantized}, here it is {quantized}",
@@ -1539,8 +1604,8 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: functools, inspect, json, os, re, Path, torch, F, checkpoint, LABELS, InputError,
-#    reading, §1, §2, §4, §5]
+# §7 Model [needs: functools, inspect, os, re, Path, torch, F, checkpoint, LABELS, InputError,
+#    reading, read_json, §1, §2, §4, §5]
 # ================================================================================================
 
 
@@ -1587,7 +1652,7 @@ def load_processor(name, max_pixels=None):
         tokenizer = AutoTokenizer.from_pretrained(base)
         if tokenizer.chat_template is None:  # older folders keep it beside the processor
             file = cached_file(base, "chat_template.json")
-            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
+            tokenizer.chat_template = read_json(file)["chat_template"]
         # the image size of training is kept beside an adapter
         trained = Path(name, "preprocessor_config.json").exists()
         images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")
@@ -1605,8 +1670,7 @@ def base_of(name):
     """The model that a hub name or folder stands for: itself, or the base of an adapter folder."""
     base, config = str(name), Path(name, "adapter_config.json")
     if config.exists():
-        with reading(f"{config} does not name its base_model_name_or_path"):
-            base = str(json.loads(config.read_text())["base_model_name_or_path"])
+        base = str(read_json(config).get("base_model_name_or_path"))
         if os.path.realpath(base) == os.path.realpath(name):
             raise InputError(f"{name} holds a model and its adapter: give each its own folder")
     if Path(name, "best", "adapter_config.json").exists():
@@ -1836,6 +1900,8 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
     rows = torch.arange(B, device=device)
     last = (in_branch * torch.arange(T, device=device)).argmax(1)  # (B,)
     h = hidden[rows, last]  # (B, D)
+    if not h.isfinite().all():  # else the text of whatever token is the largest of NaNs
+        raise InputError(f"{model.config._name_or_path} or its adapter yields NaN: is it damaged?")
     position = batch.position_ids[:, rows, last]  # (3, B)
     visible = batch.alone(branch)[1] if is_recurrent(model) else batch.attended(branch)  # (B, T)
     never = torch.tensor(processor.never_generated, device=device)
@@ -1940,8 +2006,8 @@ def rounded(tensor):
 
 
 # ================================================================================================
-# §8 Readout and NF4 (arXiv 2606.05713) [needs: json, math, re, Path, np, torch, F, load_file, nn,
-#    LABELS, reading, write_json, write_tensors, §1, §2, §5, §6, §7]
+# §8 Readout and NF4 (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, reading,
+#    write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2032,19 +2098,25 @@ def save_readout(readout, folder):
     write_json(Path(folder, "head.json"), readout.config)
 
 
+def load_readout(model, folder):
+    """Puts the head that `save_readout` wrote on the model."""
+    with reading(f"{folder} holds a damaged or foreign readout head"):
+        readout = Readout(model.lm_head.in_features, read_json(Path(folder, "head.json")))
+        if not math.isfinite(readout.config["mean"] / readout.config["deviation"]):
+            raise ValueError(f"head.json holds {readout.config}")
+        if readout.discriminative:
+            readout.load_state_dict(read_tensors(Path(folder, "head.safetensors")))
+    model.readout = readout.to(model.device).eval()
+
+
 def load_trained(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """`load_model` with what this section adds: the language model's linears in NF4 (nf4: default
     as the adapter was trained) and the readout head that lies beside an adapter."""
     nf4 = adapter_nf4(name) if nf4 is None else nf4
     model, processor = load_model(name, device, dtype, max_pixels,
                                   quantize=quantize_linears if nf4 else None)
-    config = Path(name, "head.json")
-    if config.exists():
-        with reading(f"{name} holds a damaged or foreign readout head"):
-            readout = Readout(model.lm_head.in_features, json.loads(config.read_text()))
-            if readout.discriminative:
-                readout.load_state_dict(load_file(Path(name, "head.safetensors")))
-        model.readout = readout.to(device).eval()
+    if Path(name, "head.json").exists():
+        load_readout(model, name)
     return model, processor
 
 
@@ -2167,8 +2239,8 @@ def count_parameters(model):
 
 
 # ================================================================================================
-# §9 UBM and cascade (arXiv 2509.04459) [needs: itertools, json, math, re, Path, np, torch, F,
-#    Image, load_file, nn, LABELS, InputError, reading, write_json, write_tensors, §1, §2]
+# §9 UBM and cascade (arXiv 2509.04459) [needs: itertools, math, re, Path, np, torch, F, Image, nn,
+#    LABELS, InputError, reading, write_json, read_json, write_tensors, read_tensors, §1, §2]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2341,7 +2413,8 @@ def save_ubm(model, folder):
     hub."""
     folder, member = Path(folder), model.members[0]
     member.text.config.save_pretrained(folder / "text")
-    model.tokenizer.save_pretrained(folder / "text")
+    with reading(f"{folder} cannot be written"):
+        model.tokenizer.save_pretrained(folder / "text")
     if member.image is not None:
         member.image.config.save_pretrained(folder / "image")
         member.image_processor.save_pretrained(folder / "image")
@@ -2354,12 +2427,15 @@ def save_ubm(model, folder):
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
     with reading(f"{folder} is no folder of train.py ubm, or a damaged one"):
-        config = json.loads(Path(folder, "ubm.json").read_text())
+        config = read_json(Path(folder, "ubm.json"))
+        if not (0 < config["temperature"] < math.inf and config["members"] < 100
+                and tuple(config["classes"]) in (LABELS, SCORE_BINS)):
+            raise ValueError(f"ubm.json holds {config}")
         image = str(Path(folder, "image")) if config["image"] else None
         model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
                         weights=False)
-        model.load_state_dict(load_file(Path(folder, "ubm.safetensors")))
-        model.temperature = float(config["temperature"])
+        model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
+        model.temperature = config["temperature"]
     return model.to(device).eval()
 
 
@@ -2429,7 +2505,7 @@ def answer_verdict(answer, classes):
             for other, log_p in likely.items():
                 mass[_label_of_token(other)] += math.exp(log_p)
             probs = torch.tensor([mass[label] for label in LABELS])
-            return verdict(probs / probs.sum(), LABELS) | dict(prediction=parsed.prediction)
+            return verdict(probs / probs.sum(), LABELS)  # choice: their largest is the prediction
     return dict(prediction=parsed.prediction, uncertainty=None)
 
 
@@ -2551,9 +2627,9 @@ def _in_words(answer):
 
 
 # ================================================================================================
-# §10 Files, settings and processes [needs: argparse, contextlib, hashlib, json, os, shlex, sys,
-#    timedelta, version, Path, np, torch, safe_open, load_file, tqdm, InputError, reading,
-#    write_text, write_json, write_tensors]
+# §10 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
+#    threading, Counter, timedelta, version, Path, np, torch, safe_open, tqdm, InputError, reading,
+#    write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
 # ================================================================================================
 
 
@@ -2568,13 +2644,18 @@ def read_rows(path):
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             with reading(f"{path}:{n}: not a JSON row, delete the line and run again"):
-                rows.append(json.loads(line))
+                rows.append({} | json.loads(line))
     return rows
+
+
+def row_line(path, row):
+    """A row as a line of that file."""
+    return to_json(row, f"{path}: a row of post {row.get('id')}") + "\n"
 
 
 def write_rows(path, rows):
     """A .jsonl of these rows, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(row_line(path, row) for row in rows))
 
 
 def sibling(path, name):
@@ -2585,7 +2666,7 @@ def sibling(path, name):
 class RowWriter:
     """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last
     line (the mark of a killed run), so that `done` (a set of `key` values) holds just what is safe
-    to skip."""
+    to skip. A file that holds one of them twice is refused."""
 
     def __init__(self, path, key="id"):
         self.path, self.key = str(path), key
@@ -2595,27 +2676,19 @@ class RowWriter:
         if torn[:1] not in (b"", b"{"):  # trap: truncating would eat a user's file
             raise InputError(f"{path} does not end in a row of ours: choose another --out")
         self.file.truncate(self.file.tell() - len(torn))
-        self.done = {row.get(key) for row in read_rows(path)}
+        counts = Counter(str(row[key]) for row in read_rows(path) if key in row)
+        if len(counts) < counts.total():
+            raise InputError(f"{path} holds {key} {counts.most_common(1)[0][0]!r} more than once, "
+                             "as two runs at once leave it: keep one of these rows")
+        self.done = set(counts)
 
     def write(self, row):
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        self.file.write(line.encode("utf-8", "replace"))
+        self.file.write(row_line(self.path, row).encode("utf-8", "replace"))
         self.file.flush()
         self.done.add(row.get(self.key))
 
 
 # ---- what a stage was started with
-
-
-def digest(*parts):
-    """A short hex name of strings, bytes, numbers, lists and tensors."""
-    h = hashlib.sha256()
-    for part in parts:
-        if torch.is_tensor(part):
-            part = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        h.update(part if isinstance(part, bytes) else repr(part).encode())
-        h.update(b"|")
-    return h.hexdigest()[:24]
 
 
 def fingerprint(model):
@@ -2651,8 +2724,8 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
     settings = json.loads(json.dumps(settings))
     previous = {}
     if os.path.exists(file):
-        with contextlib.suppress(ValueError, TypeError):  # foreign, as the next lines say
-            previous = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+        with contextlib.suppress(InputError):  # foreign, as the next lines say
+            previous = read_json(file)
         if "stage" not in previous:
             raise InputError(f"{file} is not of this program (a model's?): choose another --out")
     elif begun:
@@ -2660,7 +2733,7 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
                          "or whether it is ours: choose another --out")
     for key, value in settings.items():
         old = previous.get(key)
-        grown = key in may_grow and old is not None and value >= old
+        grown = key in may_grow and isinstance(old, int) and value >= old
         if begun and value != old and not grown:
             raise InputError(f"this --out was begun with {key} = {old!r}, not {value!r} ({file}): "
                              "delete the --out itself or choose another")
@@ -2682,11 +2755,10 @@ class SoftLabels:
         if not (self.folder / "soft.json").exists():
             raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
                              "train with --no-soft")
-        self.config = json.loads((self.folder / "soft.json").read_text())
-        self.parts, self.head = {}, None  # the open file of each entry; set by the student
+        self.config = read_json(self.folder / "soft.json")
+        self.parts, self.head = {}, None  # the file of each entry; set by the student
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            part = safe_open(path, "pt")
-            self.parts.update(dict.fromkeys(part.keys(), part))
+            self.parts.update(dict.fromkeys(read_tensors(path), path))  # read once, for its digest
 
     @staticmethod
     def names(example):
@@ -2708,7 +2780,8 @@ class SoftLabels:
             raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
                              "rerun generate.py soft with the same --data and --max-pixels, or "
                              "train with --no-soft")
-        return self.parts[name].get_tensor(name)
+        with safe_open(self.parts[name], "pt") as part:
+            return part.get_tensor(name)
 
     def write_head(self, weight):
         """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""
@@ -2716,8 +2789,7 @@ class SoftLabels:
 
     def read_head(self):
         """The assistant's output matrix (V, D')."""
-        with reading(f"delete {self.folder} and run generate.py soft"):
-            return load_file(self.folder / "head.safetensors")["weight"]
+        return read_tensors(self.folder / "head.safetensors")["weight"]
 
 
 # ---- processes of torchrun
@@ -2826,10 +2898,37 @@ def say(line):
     tqdm.write(line) if sys.stderr.isatty() else print(line)
 
 
-def run_stage(stage, args):
-    """Runs stage(args) and returns the exit code: a user's mistake, a full disk or a path that
-    cannot be written is one line and 2, Ctrl-C says how to go on and is 130."""
+def lock_out(out):
+    """Keeps a second run from --out while the file that it returns is open: a lock on .NAME.lock
+    beside it, which the system takes back however the process ends. Raises InputError if another
+    process has it. trap: flock would also refuse a stage within this process (tests/demo.py)."""
+    out = Path(os.path.realpath(out))
     try:
+        import fcntl  # not on every system
+
+        os.makedirs(out.parent, exist_ok=True)
+        file = open(out.with_name(f".{out.name}.lock"), "a")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise InputError(f"another run is at work on --out {out}: wait for its end") from None
+    except (ImportError, OSError) as e:
+        print(f"note       nothing keeps a second run from --out {out}: {e}")
+
+
+def _terminated(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def run_stage(stage, args):
+    """Runs stage(args), alone on its --out, and returns the exit code: a user's mistake, a full
+    disk or a path that cannot be written is one line and 2; Ctrl-C (130) and SIGTERM (143) say how
+    to go on."""
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminated)
+        if args.out and get_rank() == 0 and not getattr(args, "dry_run", False):
+            lock = lock_out(args.out)  # noqa: F841, held until this function ends
         stage(args)
         return 0
     except InputError as e:
@@ -2837,7 +2936,7 @@ def run_stage(stage, args):
     except OSError as e:
         print(f"error: {e}; what was written before is whole: mend this and run the same command "
               "again", file=sys.stderr)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return 143 if e.args else 130
     return 2

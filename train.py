@@ -23,12 +23,12 @@ goes on and ends with the same result.
 
 import argparse
 import copy
-import json
 import math
 import runpy
 import statistics
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -36,20 +36,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from mulcot import (
-    CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, SoftLabels,
-    add_lora, all_reduce_gradients, answer_log_probs, barrier, check_at_least, check_settings,
-    chunks, class_targets, collate, confusion_scores, confusion_table, count_parameters, digest,
-    distill_kl, encode, fit_temperature, forward_branches, gather, get_rank, get_world_size,
-    in_chunks, init_distributed, load_processor, load_trained, lora_layers, multitask_loss,
-    new_ubm, parse_reasoning, predict, preference_loss, preference_margin, progress,
-    read_dev_posts, read_out, read_posts, read_rows, reading, readout_branches, readout_loss,
-    regression_metrics, reinit_layers, render_score, report_rejects, row_text, run_info,
-    run_stage, save_adapter, save_readout, save_ubm, say, show_tokens, student_loss,
-    tokenizer_hash, training_branches, training_items, without_inputs, write_atomic, write_json,
-    write_rows, write_tensors)
+    CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, RowWriter,
+    SoftLabels, add_lora, all_reduce_gradients, answer_log_probs, barrier, check_at_least,
+    check_settings, chunks, class_targets, collate, confusion_scores, confusion_table,
+    count_parameters, digest, distill_kl, encode, fit_temperature, forward_branches, gather,
+    get_rank, get_world_size, in_chunks, init_distributed, load_adapter, load_processor,
+    load_readout, load_trained, lora_layers, multitask_loss, new_ubm, parse_reasoning, predict,
+    preference_loss, preference_margin, progress, read_dev_posts, read_json, read_out, read_posts,
+    read_rows, read_tensors, reading, readout_branches, readout_loss, regression_metrics,
+    reinit_layers, render_score, report_rejects, row_line, row_text, run_info, run_stage,
+    save_adapter, save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash,
+    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
+    write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`, which knows no stage. A stage is a
 # class of three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage for
@@ -324,8 +324,7 @@ class PreferenceStage(ChainStage):
         if get_rank() == 0 and not Path(self.args.out, "state.pt").exists():
             write_json(file, self.reference_log_probs(model, items))
         barrier()
-        with reading(f"{file} is damaged: delete {self.args.out} and train anew"):
-            self.reference = json.loads(file.read_text())
+        self.reference = read_json(file)
 
     @torch.no_grad()
     def reference_log_probs(self, model, items):
@@ -403,7 +402,7 @@ def open_soft_labels(args, processor):
     """The soft labels to train with, and the assistant's output matrix on our device; those of
     another tokenizer are refused."""
     soft_labels = SoftLabels(args.soft)
-    if soft_labels.config["tokenizer"] != tokenizer_hash(processor.tokenizer):
+    if soft_labels.config.get("tokenizer") != tokenizer_hash(processor.tokenizer):
         raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
                          "equal ids would be other words; use an assistant of its family, or "
                          "--no-soft")
@@ -609,16 +608,22 @@ class TrainingState:
             write_atomic(self.file, lambda part: torch.save(values, part))
 
     def restore(self):
-        """Everything as it was, if there is something; log rows behind it are written anew."""
+        """Everything as it was, if there is something; log rows behind it are written anew. A file
+        that is not as `save` wrote it is refused: a flipped bit in a weight or a moment would show
+        as other final weights, and nowhere else."""
         log = Path(self.args.out, "log.jsonl")
         if not self.file.exists():  # a run killed before its first resume point begins anew
             return log.unlink(missing_ok=True)
-        values = torch.load(self.file, weights_only=True, map_location="cpu")
-        self.step, self.best = values["step"], values["best"]
-        for name, p in self.trained.items():
-            p.data.copy_(values["trained"][name])
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.plateau.load_state_dict(values["plateau"])
+        with reading(f"{self.file} is damaged: delete it to train anew"):
+            with zipfile.ZipFile(self.file) as archive:  # trap: torch looks at no checksum
+                if archive.testzip():
+                    raise ValueError("a checksum is wrong")
+            values = torch.load(self.file, weights_only=True, map_location="cpu")
+            self.step, self.best = values["step"], values["best"]
+            for name, p in self.trained.items():
+                p.data.copy_(values["trained"][name])
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.plateau.load_state_dict(values["plateau"])
         if len(values["processes"]) == get_world_size():  # else other processes, other draws
             rng, cuda, sums = values["processes"][get_rank()]
             self.sums = Counter(sums)
@@ -626,7 +631,8 @@ class TrainingState:
             if cuda is not None and str(self.args.device).startswith("cuda"):
                 torch.cuda.set_rng_state(cuda, self.args.device)
         if get_rank() == 0:
-            write_rows(log, [row for row in read_rows(log) if row["step"] <= self.step])
+            RowWriter(log, key=None)  # cuts off a torn last line
+            write_rows(log, [row for row in read_rows(log) if row.get("step", 0) <= self.step])
         print(f"resumed    at step {self.step}")
 
 
@@ -634,7 +640,7 @@ def log_row(args, **row):
     """A line for the terminal, the same row in log.jsonl: the first process's, numbers of all."""
     if get_rank() == 0:
         with open(Path(args.out, "log.jsonl"), "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(row_line(f.name, row))
         say(row_text(row))
 
 
@@ -705,7 +711,10 @@ def train(args):
     if state.step < total:
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
-        print(f"finished   {args.out} is complete; delete it to train anew")
+        print(f"finished   no step is left; delete {args.out} to train anew")
+        load_adapter(model, Path(args.out, "best"))  # raises if it is missing or damaged
+        if args.stage == "readout":
+            load_readout(model, Path(args.out, "best"))
     (first, value), (second, other) = state.best["metrics"].items()
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  config "
           f"{args.out}/config.json\nbest dev {first} {value:.3f} ({second} {other:.3f}) at step "
@@ -814,7 +823,7 @@ def ubm(args):
     if get_rank() > 0:
         return
     for member, file in zip(model.members, files):
-        member.load_state_dict(load_file(file))
+        member.load_state_dict(read_tensors(file))
     logits = ubm_logits(model, dev)
     model.temperature = fit_temperature(logits, class_targets(dev, classes))
     save_ubm(model, out)
