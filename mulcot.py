@@ -295,8 +295,8 @@ def safe_path(name, folder):
     # trap: to open a pipe waits for ever
     special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     if foreign or special or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
-        raise InputError(f"file {name!r} leads outside {folder}: it must be a plain file's name "
-                         "inside, no URL, no absolute path")
+        raise InputError(f"file {name!r} leads outside {folder}: it must be a plain name inside, "
+                         "no URL, no absolute path, no pipe")
     return path
 
 
@@ -868,8 +868,8 @@ class Endpoint:
         return None, problem
 
     def _exchange(self, body, outcome):
-        """One call: appends (status, Answer or None, text, seconds to wait) to `outcome`. Whatever
-        happens while a reply is read and understood is that reply's fault: a text without status."""
+        """One call: appends (status, Answer or None, text, seconds to wait) to `outcome`. All that
+        happens while a reply is read and understood is that reply's fault: it has no status."""
         try:
             with self.session.post(self.url, json=body, timeout=self.timeout, stream=True) as reply:
                 data = reply.raw.read(2**23, decode_content=False)  # what is longer is cut off
@@ -1463,8 +1463,8 @@ def adapter_nf4(folder):
 
 def load_adapter(model, folder):
     """Wraps and fills the layers that the file names; returns their names. Every key must find its
-    layer and every layer both its halves. trap: keys that match nothing load as a silent no-op
-    elsewhere."""
+    layer, every layer both its halves, and of our own folders just the layers that the config names
+    must be there. trap: keys that match nothing, and half a file, load in silence elsewhere."""
     config = read_json(Path(folder, "adapter_config.json"))
     tensors = read_tensors(Path(folder, "adapter_model.safetensors"))
     unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -1475,20 +1475,20 @@ def load_adapter(model, folder):
     modules = dict(model.named_modules())
     state = {_current_key(key, modules): tensor for key, tensor in tensors.items()}
     names = sorted({key.removesuffix(".lora_A").removesuffix(".lora_B") for key in state})
-    with reading(f"{folder} does not fit: wrong base model, or half a file?"):
+    with reading(f"{folder} does not fit: half a file, or wrong base model?"):
         for name in names:
             base = modules.get(name)
             if isinstance(base, LoRALinear):
                 base = base.base
             if not hasattr(base, "in_features"):
                 raise ValueError(f"{name} fits no linear layer here")
-            layer = LoRALinear(base, config["r"], config["lora_alpha"],
-                               config.get("lora_dropout", 0.0))
-            halves = {half: state[f"{name}.{half}"] for half in ("lora_A", "lora_B")}
-            layer.load_state_dict(halves, strict=False)
-            replace_module(model, name, layer)
-        if adapter_nf4(folder) is not None and sorted(config["target_modules"]) != names:  # ours
-            raise ValueError(f"it holds {len(names)} layers, target_modules names others")
+            replace_module(model, name, LoRALinear(base, config["r"], config["lora_alpha"],
+                                                   config.get("lora_dropout", 0.0)))
+        report = model.load_state_dict(state, strict=False)
+        odd = [key for key in report.missing_keys if ".lora_" in key] + report.unexpected_keys
+        ours = adapter_nf4(folder) is not None  # then target_modules names each layer
+        if odd or ours and sorted(config["target_modules"]) != names:
+            raise ValueError(f"{odd[:1] or 'part of target_modules'} is unfilled, or too much")
     quantized = is_quantized(model)
     if adapter_nf4(folder) not in (None, quantized):
         print(f"note: {folder} was trained with nf4 {not quantized}, here it is {quantized}",

@@ -253,7 +253,7 @@ DAMAGE = [  # what the message must say, and what was done
      lambda t, c: t.update({KEY.format("lora_A").replace("0", "9"): torch.zeros(4, 96)})),
     ("lm_head.* fits no linear layer", lambda t, c: t.update({"lm_head.weight": torch.zeros(4)})),
     ("q_proj.lora_B.* unfilled", lambda t, c: t.pop(KEY.format("lora_B"))),
-    ("q_proj.* lacks its lora_A", lambda t, c: t.pop(KEY.format("lora_A"))),
+    ("q_proj.lora_A.* unfilled", lambda t, c: t.pop(KEY.format("lora_A"))),
     ("(?s)does not fit.*q_proj.lora_A.*4, 95", lambda t, c: t.update({KEY.format("lora_A"):
                                                         torch.zeros(4, 95)})),
     ("(?s)does not fit.*q_proj.lora_B.*95, 4", lambda t, c: t.update({KEY.format("lora_B"):
@@ -301,7 +301,7 @@ def test_missing_files_are_named(model, saved, gone):
     """Either file, or the folder."""
     folder = saved(lambda t, c: None)
     folder.joinpath(gone).unlink() if gone else shutil.rmtree(folder)
-    with pytest.raises(InputError, match="no adapter folder"):
+    with pytest.raises(InputError, match="is missing or damaged"):
         mulcot.load_adapter(model, folder)
 
 

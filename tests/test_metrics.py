@@ -583,7 +583,7 @@ def test_all_runs_are_judged_on_the_same_posts(gold, tmp_path):
 def test_columns(gold, tmp_path, embedder, capsys):
     """At most ten in 120 columns of text, the F1 of the dataset among them; all when asked for."""
     raw = lambda i: chain(LABELS[i % 3]) if i % 2 else None
-    probs = [0.2, 0.3, 0.5]
+    probs = [1 / 3] * 3
     files = [f"shuffled_images={predictions(tmp_path / 's.jsonl', 9, raw=raw, probs=probs)}",
              f"assistant={predictions(tmp_path / 'a.jsonl', 5, raw=raw, probs=probs)}"]
     more = ["--embedder", str(embedder)]

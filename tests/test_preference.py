@@ -389,7 +389,7 @@ def test_another_adapter_or_reference_is_refused(toy, world, tmp_path, capsys):
     file.write_text(kept)
     assert train.main(args) == 0
     weights = tmp_path / "adapter/adapter_model.safetensors"
-    tensors = mulcot.load_file(weights)
+    tensors = mulcot.read_tensors(weights)
     mulcot.write_tensors(weights, {name: tensor + 1 for name, tensor in tensors.items()})
     assert train.main(args) == 2 and "adapter_digest" in capsys.readouterr().err
 

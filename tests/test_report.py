@@ -147,7 +147,7 @@ def evil_inputs(folder):
         posts += [post, post | dict(id=str(i), aspect="so", cot=chain("neutral", evil))]
         row = dict(prediction="neutral", label=evil, image=evil, source=evil, route=evil,
                    reason=evil, stages=evil)
-        rows += [row | dict(id=f"{i}{evil}", raw=evil, probs=[0.1, 0.2, 0.7]),
+        rows += [row | dict(id=f"{i}{evil}", raw=evil, probs=[0.1, 0.7, 0.2]),
                  row | dict(id=str(i), raw=chain("positive", evil + "\ud83d"), model=evil)]
     return posts, rows
 
@@ -221,7 +221,7 @@ def small(tmp_path_factory):
     predicted = [("positive", "positive"), ("negative", "positive"), ("negative", "neutral"),
                  (None, "negative"), ("neutral", None), ("positive", "negative")]
     rows = [dict(id=f"p{i}", prediction=x, raw=chain(y, "Zürich") if y else "just prose",
-                 probs=[0.25, 0.5, 0.25]) for i, (x, y) in enumerate(predicted)]
+                 probs=[0.25 + (k == (x or "neutral")) / 4 for k in LABELS]) for i, (x, y) in enumerate(predicted)]
     return report(folder, posts, rows)
 
 
@@ -415,8 +415,9 @@ def toy_page(tmp_path_factory):
         messages = mulcot.build_messages(post, "predict")
         raw = [teacher.answer(mulcot.Request(post, messages, t, 512)).text for t in (0.0, 0.7)]
         gold.append(post.row() | dict(cot=raw[0]))
-        rows.append(dict(id=post.id, prediction=rng.choice(LABELS), raw=raw[1],
-                         probs=[rng.random() for _ in LABELS]))
+        draws = [rng.random() for _ in LABELS]
+        rows.append(dict(id=post.id, prediction=LABELS[draws.index(max(draws))], raw=raw[1],
+                         probs=[draw / sum(draws) for draw in draws]))
     return report(folder, gold, rows)
 
 
@@ -444,7 +445,7 @@ def test_a_case_by_hand(small):
     """Flags, verdicts, probabilities and both chains of one post."""
     assert words_of(small, "p5").startswith(
         "p5 wrong · chain ≠ label · chain ≠ teacher's text 5 of Rex gold neutral run label "
-        "positive ✗ 25.0% 50.0% 25.0% · chain negative ✗ Text analysis run: Text Zürich "
+        "positive ✗ 25.0% 25.0% 50.0% · chain negative ✗ Text analysis run: Text Zürich "
         "teacher: Text one two three Image analysis")
     assert "missing Text analysis" in words_of(small, "p4")
 

@@ -154,7 +154,7 @@ def test_top_layers_drawn_anew(encoder):
 
 def test_bad_folders(encoder, tmp_path):
     """Each tells what to do."""
-    with pytest.raises(mulcot.InputError, match="no folder of train.py ubm"):
+    with pytest.raises(mulcot.InputError, match="ubm.json is missing or damaged"):
         mulcot.load_ubm(tmp_path)
     mulcot.save_ubm(mulcot.new_ubm(encoder), tmp_path / "ubm")
     file = tmp_path / "ubm" / "ubm.safetensors"

@@ -1,0 +1,577 @@
+"""Held against an adversary: two runs at once, hostile replies, numbers without meaning, damaged
+files, hostile rows, full disks and signals. tests/campaign.py looks for more, at random."""
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import eval as scores
+import generate
+import mulcot
+import train
+from mulcot import (LABELS, Endpoint, InputError, Post, Request, Unreachable, build_messages,
+                    read_posts, read_rows, write_rows)
+from toy import tiny_encoders
+
+# ---- one run per --out
+
+STAGE = """import sys, time; sys.path.insert(0, {root!r}); import mulcot, argparse
+def stage(args): print("on", flush=True); time.sleep(60)
+sys.exit(mulcot.run_stage(stage, argparse.Namespace(out={out!r})))"""
+
+
+@contextlib.contextmanager
+def another_run(out):
+    """A process that is at work on this --out."""
+    code = STAGE.format(root=str(ROOT), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_run_is_refused(tmp_path, capsys):
+    """One line, exit 2 and nothing done while another process runs; after its kill -9 the stage
+    runs. A link to the --out is the same --out; a dry run and ranks but the first need no lock."""
+    out, link, ran = tmp_path / "new/out", tmp_path / "link", []
+    link.symlink_to(out)
+    with another_run(out):
+        assert mulcot.run_stage(ran.append, Namespace(out=str(link))) == 2 and not ran
+        assert capsys.readouterr().err.startswith("error: another run is at work on --out")
+        assert mulcot.run_stage(ran.append, Namespace(out=str(out), dry_run=True)) == 0 and ran
+    assert mulcot.run_stage(ran.append, Namespace(out=str(out))) == 0 and len(ran) == 2
+    nested = lambda args: mulcot.run_stage(ran.append, args)  # as tests/demo.py runs stages
+    assert mulcot.run_stage(nested, Namespace(out=str(out))) == 0 and len(ran) == 3
+
+
+def test_without_locks_a_stage_runs_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert mulcot.run_stage(lambda args: None, Namespace(out=str(tmp_path / "x"))) == 0
+    assert "nothing keeps a second run from --out" in capsys.readouterr().out
+
+
+def test_a_row_file_with_an_id_twice_is_refused(tmp_path):
+    """What two runs at once have left; rows without an id may be many."""
+    write_rows(tmp_path / "a", [dict(where="1"), dict(where="2"), dict(id="x"), dict(id="x")])
+    with pytest.raises(InputError, match="a holds id 'x' more than once"):
+        mulcot.RowWriter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_is_as_ctrl_c(tmp_path, number, status):
+    with another_run(tmp_path / "out") as process:
+        process.send_signal(number)
+        err = process.communicate(timeout=20)[1]
+    assert process.returncode == status
+    assert err == "\ninterrupted; run the same command again to go on\n"
+
+
+# ---- replies
+
+KEY = "sk-secret-0123456789"
+GOOD = dict(choices=[dict(message=dict(content="fine"), finish_reason="stop")])
+QUESTION = Request(Post("1", "t", label="neutral"), build_messages(Post("1", "t"), "label"), 0, 9)
+
+
+def http(body, *headers, status="200 OK"):
+    """A reply as bytes."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def drip(start, piece):
+    """A start, then one piece after the other for ever, each before any read's time-out."""
+    yield start
+    while True:
+        time.sleep(0.05)
+        yield piece
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(replies, …) -> Endpoint of a raw server; the reply of each connection: bytes or an
+    iterator. endpoint.seen: what was sent to it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(mulcot.random, "uniform", lambda *_: 0.0)
+    listeners = []
+
+    def handle(connection, reply, seen):
+        with contextlib.suppress(OSError), connection:
+            file = connection.makefile("rb")
+            head, line = b"", file.readline()
+            while line not in (b"", b"\r\n"):
+                head, line = head + line, file.readline()
+            length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            seen.append(head + file.read(length))
+            for piece in [reply] if isinstance(reply, bytes) else reply:
+                connection.sendall(piece)
+
+    def start(*replies, **options):
+        listener, seen = socket.create_server(("127.0.0.1", 0)), []
+        listeners.append(listener)
+
+        def accept():
+            with contextlib.suppress(OSError):
+                for reply in replies:
+                    threading.Thread(target=handle, args=(listener.accept()[0], reply, seen),
+                                     daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        options = dict(timeout=0.5, max_retries=len(replies) - 1) | options
+        endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", **options)
+        endpoint.seen = seen
+        return endpoint
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+def with_logprob(token="positive", likely="positive", logprob=-0.1):
+    choice = GOOD["choices"][0] | dict(logprobs=dict(content=[
+        dict(token=token, top_logprobs=[dict(token=likely, logprob=logprob)])]))
+    return dict(choices=[choice])
+
+
+BROKEN = {
+    "tokens 1e999": http(b'{"usage": {"prompt_tokens": 1e999}, ' + json.dumps(GOOD).encode()[1:]),
+    "tokens -1": http(GOOD | dict(usage=dict(prompt_tokens=-1))),
+    "tokens of 400 digits": http(GOOD | dict(usage=dict(completion_tokens=10**400))),
+    "logprob of 400 digits": http(with_logprob(logprob=-(10**400))),
+    "logprob 1000": http(with_logprob(logprob=1000)),
+    "logprob NaN": http(with_logprob(logprob=float("nan"))),
+    "token a number": http(with_logprob(token=5)), "likely a list": http(with_logprob(likely=[])),
+    "finish_reason a list": http(dict(choices=[GOOD["choices"][0] | dict(finish_reason=[1])])),
+    "deep nesting": http(b"[" * 100_000), "9 MiB": http(b" " * (9 * 2**20) + b"{}"),
+    "a header without end": b"HTTP/1.1 200 OK\r\nA: " + 2**17 * b"a",
+    "year 99999999999": http({}, "Retry-After: Wed, 01 Jan 99999999999 00:00:00 GMT", status="503 x"),
+    "odd Retry-After": http({}, "Retry-After: \xd9\xa3", status="503 x"),
+    "a gzip bomb": http(gzip.compress(bytes(2**27)), "Content-Encoding: gzip"),
+    "not HTTP": b"\x00\xff" * 100, "odd status": http(GOOD, status="abc x"),
+    "a length of text": b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}",
+    "a dripping body": drip(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", b" "),
+    "dripping headers": drip(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
+    "dripping chunks": drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "endless 100 Continue": drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n")}
+
+
+@pytest.mark.parametrize("reply", BROKEN.values(), ids=BROKEN)
+def test_a_reply_can_only_fail_itself(serve, reply):
+    """It is asked again, within the time of a call."""
+    began = time.time()
+    endpoint = serve(reply, http(GOOD))
+    assert endpoint(QUESTION).text == "fine" and time.time() - began < 1.5
+    assert sum(endpoint.retries.values()) == 1
+
+
+def test_the_last_broken_reply_is_unreachable(serve):
+    with pytest.raises(Unreachable, match="no whole reply in 0.5 s; run again"):
+        serve(drip(b"", b"H"))(QUESTION)
+
+
+def test_a_redirect_is_not_read_whole(serve):
+    """Nor followed: a bomb in it stays packed."""
+    bomb = gzip.compress(bytes(2**27))
+    headers = "Location: http://127.0.0.1:9/", "Content-Encoding: gzip"
+    with pytest.raises(InputError, match="refused: HTTP 302"):
+        serve(http(bomb, *headers, status="302 x"))(QUESTION)
+
+
+def test_no_key_and_no_control_character_comes_back(serve, monkeypatch):
+    """Not in a 200's text, tokens or an error; broken up by control characters neither. A key like
+    vLLM's EMPTY or x is no secret."""
+    echo = f"\x1b]0;x\x07{KEY[:5]}\x00{KEY[5:]} and \u009b{KEY}\r\n\tso"
+    reply = with_logprob(token=echo, likely=echo)
+    reply["choices"][0]["message"] = dict(content=echo)
+    answer = serve(http(reply))(QUESTION)
+    assert answer.text == "]0;x*** and ***\n\tso"
+    assert answer.logprobs == [(answer.text, {answer.text: -0.1})]
+    for status in ("401 x", "503 x", f"200 {KEY}"):
+        with pytest.raises(InputError) as error:
+            serve(http(b"\x1b[31m" + echo.encode(), status=status))(QUESTION)
+        assert KEY not in str(error.value) and str(error.value).isprintable()
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert serve(http(dict(choices=[dict(message=dict(content="exact"))])))(QUESTION).text == "exact"
+
+
+def test_the_environment_gives_no_proxy_and_no_netrc(serve, monkeypatch, tmp_path):
+    """The key is sent to the endpoint alone; --proxy is used where it is given. Two questions take
+    one connection."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login evil password evil\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    proxy = serve(http(GOOD))
+    url = proxy.url.removesuffix("/v1/chat/completions")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, url)
+
+    def both():
+        yield http(GOOD)
+        time.sleep(0.1)
+        yield http(GOOD)
+
+    endpoint = serve(both())
+    assert endpoint(QUESTION) == endpoint(QUESTION) and proxy.seen == []
+    assert f"Authorization: Bearer {KEY}".encode() in endpoint.seen[0] and len(endpoint.seen) == 1
+    through = Endpoint("http://host.invalid/v1", "m", allow_http=True, proxy=url)
+    assert through(QUESTION).text == "fine"
+    assert proxy.seen[0].startswith(b"POST http://host.invalid/v1/chat/completions")
+
+
+def test_a_broken_answer_is_in_no_journal(serve, tmp_path, monkeypatch):
+    """A rerun does not meet it again; a damaged line of the journal is named."""
+    write_rows(tmp_path / "p.jsonl", [dict(id="1", text="t", label="neutral")])
+    endpoint = serve(http(with_logprob(logprob=1000)), http(GOOD), http(GOOD))
+    monkeypatch.setattr(generate, "Endpoint", lambda *_, **__: endpoint)
+    argv = ["teacher", "--data", str(tmp_path / "p.jsonl"), "--endpoint", "http://127.0.0.1/v1",
+            "--model", "m", "--max-tries", "1", "--out", str(tmp_path / "c.jsonl")]
+    assert generate.main(argv) == 0
+    (row, _) = rows = read_rows(tmp_path / "c.calls.jsonl")
+    assert [each["answer"]["text"] for each in rows] == ["fine", "fine"]
+    row["answer"]["tokens_in"] = "9"
+    write_rows(tmp_path / "c.calls.jsonl", [row])
+    assert generate.main(argv) == 2
+
+
+def test_probabilities_decide(posts):
+    """A verdict's label is never another than its probabilities say: eval.py refuses such rows."""
+    answer = mulcot.Answer('"Prediction": "positive"', logprobs=[
+        ("positive", {"positive": -2.0, "negative": -0.2})])
+    found = mulcot.answer_verdict(answer, LABELS)
+    assert found["prediction"] == "negative" and found["probs"][0] == max(found["probs"])
+
+
+# ---- numbers
+
+
+def test_no_file_holds_nan(tmp_path):
+    """Rows name their post; the file is as it was."""
+    file, row = tmp_path / "x.jsonl", dict(id="7", probs=[float("nan")])
+    writer = mulcot.RowWriter(file)
+    for write in (writer.write, lambda row: write_rows(file, [row]),
+                  lambda row: mulcot.write_json(file, row)):
+        with pytest.raises(InputError, match="x.jsonl.*is a model damaged.*not JSON"):
+            write(row)
+    with pytest.raises(InputError, match="post 7"):
+        writer.write(row)
+    assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("how", [["--no-chain"], ["--max-new-tokens", "2"],
+                                 ["--decode", "greedy", "--max-new-tokens", "2"]])
+def test_a_model_that_yields_nan_stops(how, toy, tmp_path, capsys, monkeypatch):
+    """Never "negative" and exit 0."""
+    load = mulcot.load_trained
+
+    def damaged(*args):
+        model, processor = load(*args)
+        model.get_input_embeddings().weight.data[:] = torch.nan
+        return model, processor
+
+    monkeypatch.setattr(generate, "load_trained", damaged)
+    out, model = tmp_path / "p.jsonl", str(toy / "student")
+    argv = ["predict", "--model", model, "--data", str(toy / "posts.jsonl"), "--out", str(out)]
+    assert generate.main([*argv, *how]) == 2
+    assert "damaged?" in capsys.readouterr().err and read_rows(out) == []
+    assert generate.main(["predict", "--model", model, "--text", "so dismal", *how]) == 2
+
+
+@pytest.mark.parametrize("probs, prediction, problem", [
+    ([0.2, 0.2, 0.2], "neutral", "no distr"), ([-0.1, 0.6, 0.5], "neutral", "no distr"),
+    ([0.5, 0.5], "neutral", "no distr"), ([0, 1, 10**400], "neutral", "no distr"),
+    ([True, 0, 0], "negative", "no distr"), ("abc", "neutral", "no distr"),
+    ([0.2, 0.3, 0.5], "neutral", "contradict"), ([0.4, 0.4, 0.2], "neutral", None),
+    ([0.3334, 0.3333, 0.3334], "positive", None), ([0.1, 0.2, 0.7], None, None), (None, None, None)])
+def test_probs_that_are_no_distribution(probs, prediction, problem, tmp_path):
+    """Refused by eval.py, as are those that contradict their prediction; ties do not."""
+    write_rows(tmp_path / "p.jsonl", [dict(id="1", prediction=prediction, probs=probs)])
+    if problem is None:
+        return scores.prediction_rows(tmp_path / "p.jsonl")
+    with pytest.raises(InputError, match=f"p.jsonl:1: probs .*{problem}"):
+        scores.prediction_rows(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("where, values", [
+    *[("prediction", {name: value}) for name, value in [
+        ("id", {}), ("score", 10**400), ("score", "1"), ("model", [1]), ("route", {}), ("source", 5),
+        ("model", "x" * 5000), ("score", 5e-324), ("prediction", []), ("raw", {}), ("stage", {})]],
+    *[("chain", {name: value}) for name, value in [
+        ("tries", "3"), ("stage", {}), ("cot", 7), ("tries", 10**400), ("id", [])]],
+    *[("reject", dict(attempts=value)) for value in [
+        [5], 7, [{}], [dict(stage={}, problem="x")], [dict(stage=2, problem=None)]]],
+    *[("gold", {name: value}) for name, value in [("stage", {}), ("score", 10**400), ("stage", "x")]],
+    *[("settings", value) for value in [b"[1]", b'{"seed": {}}', b"[" * 100_000, b"\xff", b""]],
+    *[("config", value) for value in [b'{"data": 3}', b"[]", b'{"data": "x.jsonl"}',
+                                      b'{"data": [5, {}, "\\u0000.jsonl"]}']]],
+    ids=lambda x: str(x)[:30])
+def test_eval_ends_in_one_line_or_runs(where, values, tmp_path, capsys):
+    """Whatever stands in a row or beside it: numbers or one line, no traceback."""
+    files = dict(gold=dict(id="1", text="t", label="neutral", cot="x"), reject=dict(id="2"),
+                 prediction=dict(id="1", prediction="neutral", raw="x", model=f"{tmp_path}/m/best"),
+                 chain=dict(id="1", cot="x", stage=1, tries=1))
+    beside = dict(settings=tmp_path / "prediction.settings.json", config=tmp_path / "m/config.json")
+    if where in files:
+        files[where] |= values
+    (tmp_path / "m").mkdir()
+    for name, row in files.items():
+        name = dict(reject="chain.rejects").get(name, name)
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    if where in beside:
+        beside[where].write_bytes(values)
+    code = scores.main([f"{tmp_path}/prediction.jsonl", "--gold", f"{tmp_path}/gold.jsonl",
+                        "--chains", f"{tmp_path}/chain.jsonl", "--references",
+                        f"{tmp_path}/chain.jsonl", "--out", f"{tmp_path}/out"])
+    err = capsys.readouterr().err
+    assert code == 0 or (code == 2 and err.startswith("error: ") and err.count("\n") == 1)
+
+
+# ---- files
+
+
+def flip(file, at):
+    """One bit of a byte."""
+    data = bytearray(file.read_bytes())
+    data[at % len(data)] ^= 4
+    file.write_bytes(data)
+
+
+def damages(file):
+    """{name: what it holds}: cut, empty, foreign, of another shape."""
+    data = file.read_bytes()
+    return dict(cut=data[: len(data) // 2], empty=b"", list=b"[1]", deep=b"[" * 100_000,
+                text=b"hello", zeros=bytes(len(data)), object=b"{}")
+
+
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory):
+    """(a finished run of a readout of labels, its command)."""
+    folder, data = tmp_path_factory.mktemp("run") / "run", str(toy / "posts.jsonl")
+    argv = ["readout", "--data", data, "--dev", data, "--model", str(toy / "student"), "--target",
+            "label", "--epochs", "1", "--batch", "6", "--accumulate", "1", "--log-every", "1"]
+    assert train.main([*argv, "--out", str(folder)]) == 0
+    return folder, argv
+
+
+@pytest.fixture(scope="module")
+def ubm(toy, posts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ubm")
+    tiny_encoders(folder, posts)
+    mulcot.save_ubm(mulcot.new_ubm(str(folder / "text")), folder / "ubm")
+    return folder / "ubm"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "mulcot.json",
+                                  "head.json", "head.safetensors", "ubm.json", "ubm.safetensors"])
+def test_damaged_files_are_one_line(run, ubm, tmp_path, name):
+    """Every file of an adapter folder and of a UBM, in every way."""
+    source, load = (ubm, mulcot.load_ubm) if "ubm" in name else (run[0] / "best", mulcot.load_trained)
+    folder = shutil.copytree(source, tmp_path / "copy")
+    for how, data in damages(folder / name).items():
+        (folder / name).write_bytes(data)
+        if (name, how) == ("mulcot.json", "object"):  # it may say nothing, as in PEFT's folders
+            continue
+        with pytest.raises(InputError) as error:
+            load(folder)
+        assert str(folder) in str(error.value) or "neither a folder nor" in str(error.value), how
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, change", [
+    *[("adapter_config.json", change) for change in [
+        dict(lora_alpha="much"), dict(r=None), dict(lora_alpha=None), dict(r=5), dict(r="x"),
+        dict(target_modules=None), dict(target_modules=["q_proj", "lm_head"]),
+        dict(target_modules=["q_proj"]), dict(target_modules=[])]],
+    *[("head.json", change) for change in [dict(mean="0"), dict(deviation=0),
+                                           dict(mean=float("nan"))]],
+    *[("ubm.json", change) for change in [
+        dict(temperature=float("nan")), dict(temperature=-1), dict(temperature="x"),
+        dict(classes=["a"]), dict(classes=5), dict(classes=LABELS[::-1]), dict(members=10**9),
+        dict(members=2)]]], ids=lambda x: str(x)[:40])
+def test_tampered_configs_are_refused(run, ubm, tmp_path, name, change):
+    """What is not of its type, has no meaning, or does not fit the weights beside it."""
+    source, load = (ubm, mulcot.load_ubm) if "ubm" in name else (run[0] / "best", mulcot.load_trained)
+    folder = shutil.copytree(source, tmp_path / "copy")
+    config = json.loads((folder / name).read_text()) | change
+    (folder / name).write_text(json.dumps(config))
+    with pytest.raises(InputError, match=str(folder)):
+        load(folder)
+
+
+def test_half_an_adapter_is_refused(run, tmp_path):
+    """Layers left out whole, both halves; also without a digest, as PEFT writes it."""
+    folder = shutil.copytree(run[0] / "best", tmp_path / "copy")
+    file = folder / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if ".layers.0." in name}
+    save_file(kept, file, dict(format="pt"))
+    with pytest.raises(InputError, match="half a file"):
+        mulcot.load_trained(folder)
+
+
+@pytest.mark.parametrize("name", ["best/adapter_model", "best/head", "ubm"])
+def test_a_flipped_bit_is_seen(run, ubm, tmp_path, name):
+    """Anywhere in the tensors of adapter, head and UBM."""
+    source, file = (ubm if name == "ubm" else run[0]) / f"{name}.safetensors", tmp_path / "copy"
+    whole = mulcot.read_tensors(source)
+    for at in range(0, source.stat().st_size, source.stat().st_size // 40):
+        shutil.copy(source, file)
+        flip(file, at)
+        with contextlib.suppress(InputError):
+            got = mulcot.read_tensors(file)
+            assert all(torch.equal(got[name], whole[name]) for name in whole), at
+
+
+def test_a_damaged_state_is_seen(run, tmp_path):
+    """state.pt is read as it was written, or refused with what to do."""
+    out = shutil.copytree(run[0], tmp_path / "run")
+    model, _ = mulcot.load_trained(out / "best")
+    for name, p in model.named_parameters():
+        p.requires_grad = ".lora_" in name or name.startswith("readout.")
+    args = train.parse_args([*run[1], "--out", str(out)])
+    whole, tried = (out / "state.pt").read_bytes(), [*damages(out / "state.pt").values()]
+    values = str(train.TrainingState(args, model).optimizer.state_dict())
+    for at in torch.randint(len(whole), (40,)).tolist():
+        flip(out / "state.pt", at)
+        tried.append((out / "state.pt").read_bytes())
+        (out / "state.pt").write_bytes(whole)
+    refused = 0
+    for data in tried:
+        (out / "state.pt").write_bytes(data)
+        try:
+            assert str(train.TrainingState(args, model).optimizer.state_dict()) == values
+        except InputError as e:
+            refused += 1
+            assert "state.pt is damaged: delete it" in str(e)
+    assert refused > 35  # the others are in the archive's own padding
+
+
+@pytest.mark.parametrize("name, data, code", [
+    ("best", None, 2), ("best/adapter_model.safetensors", b"", 2), ("best/head.json", None, 2),
+    ("best/adapter_config.json", b"{}", 2), ("log.jsonl", b"[1]\n", 2), ("log.jsonl", None, 0),
+    ("log.jsonl", b'{"step": 1}\n{"step": 2, "lo', 0)], ids=lambda x: str(x)[:25])
+def test_a_finished_run_must_be_whole(run, tmp_path, capsys, name, data, code):
+    """Without its best/ it is not; without its log, or with a torn last line in it, it is."""
+    out = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(out / name) if name == "best" else (out / name).unlink()
+    if data is not None:
+        (out / name).write_bytes(data)
+    assert train.main([*run[1], "--out", str(out)]) == code
+    printed = capsys.readouterr()
+    if code and "best" in name:
+        assert f"delete {out} to train anew" in printed.out and str(out / "best") in printed.err
+    elif code == 0:
+        assert read_rows(out / name) == [dict(step=1)] * bool(data)
+
+
+def test_damaged_soft_labels(tmp_path):
+    """A part's flipped bit, a cut part, a cut head, a soft.json of another shape: one line."""
+    mulcot.write_json(tmp_path / "soft.json", dict(stage="soft"))
+    soft = mulcot.SoftLabels(tmp_path)
+    soft.write_part({"a": torch.randn(9, 8)})
+    soft.write_head(torch.randn(5, 8))
+    (part,) = tmp_path.glob("part-*")
+    assert mulcot.SoftLabels(tmp_path).read("a").shape == (9, 8)
+    flip(tmp_path / "head.safetensors", -5)
+    with pytest.raises(InputError, match="head.safetensors"):
+        soft.read_head()
+    flip(part, -5)
+    for data in (part.read_bytes(), b"", b"x" * 50, part.read_bytes()[:90]):
+        part.write_bytes(data)
+        with pytest.raises(InputError, match="part-.* damaged"):
+            mulcot.SoftLabels(tmp_path)
+    part.unlink()
+    for data in (b"", b"[]", b"[" * 100_000):
+        (tmp_path / "soft.json").write_bytes(data)
+        with pytest.raises(InputError, match="soft.json is "):
+            mulcot.SoftLabels(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "null", '"x"', "[" * 100_000])
+def test_foreign_row_files(tmp_path, line):
+    """Rows that are no objects."""
+    (tmp_path / "a").write_text(line + "\n")
+    with pytest.raises(InputError, match="a:1: "):
+        mulcot.RowWriter(tmp_path / "a")
+
+
+# ---- rows
+
+
+def test_one_row_costs_one_row(tmp_path):
+    """Over-long names, a FIFO, a folder in a file's place, a way out of the folder: each is set
+    aside, and the good row stays."""
+    os.mkfifo(tmp_path / "fifo.png"), (tmp_path / "folder.png").mkdir()
+    bad = [dict(image="x" * 5000), dict(image="fifo.png"), dict(image="folder.png"),
+           dict(audio="fifo.png"), dict(audio="x" * 5000), dict(frames="x" * 5000),
+           dict(frames=["fifo.png"]), dict(image="a\0b"), dict(image="/dev/zero")]
+    rows = [dict(id=str(n), text="t") | each for n, each in enumerate(bad)]
+    write_rows(tmp_path / "posts.jsonl", [*rows, dict(id="good", text="t")])
+    rejects = []
+    assert [p.id for p in read_posts(tmp_path / "posts.jsonl", rejects=rejects)] == ["good"]
+    assert len(rejects) == len(bad)
+
+
+def test_mvsa_rows(tmp_path):
+    """A `../` in an id opens nothing outside; long names and folders cost their row."""
+    data = tmp_path / "mvsa/data"
+    data.mkdir(parents=True), (data / "f.txt").mkdir(), os.mkfifo(data / "p.txt")
+    (tmp_path / "secret.txt").write_text("secret"), (data / "1.txt").write_text("fine")
+    mulcot.Image.new("RGB", (28, 28)).save(data / "1.jpg")
+    names = ["../../secret", f"{tmp_path}/secret", "x" * 5000, "f", "p", "1"]
+    lines = "".join(f"{name}\tpositive,positive\n" for name in names)
+    (tmp_path / "mvsa/labelResultAll.txt").write_text("ID\tlabel\n" + lines)
+    rejects = []
+    assert [p.id for p in read_posts(tmp_path / "mvsa", rejects=rejects)] == ["1"]
+    assert len(rejects) == 5 and "leads outside" in rejects[0][1]
+
+
+@pytest.mark.parametrize("text, good, bad", [
+    (f"HEAD\n{'v' * 5000},1,t,1.0,train\nv,2,t,1.0,train\n", ["v$_$2"], 1),  # an over-long id
+    ("HEAD\rv,2,t,1.0,train\r", ["v$_$2"], 0),  # line ends of CR alone
+    ("a\rb\nc\n", None, 0)])  # a header that csv refuses
+def test_csv_rows(tmp_path, text, good, bad):
+    text = text.replace("HEAD", "video_id,clip_id,text,label,mode")
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    rejects = []
+    if good is None:
+        with pytest.raises(InputError, match="a.csv"):
+            read_posts(tmp_path / "a.csv", rejects=rejects)
+    else:
+        assert [p.id for p in read_posts(tmp_path / "a.csv", rejects=rejects)] == good
+    assert len(rejects) == bad
+
+
+@pytest.mark.parametrize("argv", [["--text", "x" * 10_001], ["--text", " "], ["--text", "\udcff"],
+                                  ["--text", "$T$ " * 99, "--aspect", "y" * 200],
+                                  ["--text", "t", "--image", "nowhere.png"]])
+def test_a_single_post_is_checked_as_one_in_a_file(argv, toy, capsys):
+    assert generate.main(["predict", "--model", str(toy / "student"), *argv]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_full_disk_is_one_line(toy, tmp_path, monkeypatch, capsys):
+    """Also where a library calls it something else; and a path that cannot be written."""
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    argv = ["--model", str(toy / "student"), "--out"]
+    assert generate.main(["export", *argv, str(tmp_path / "out")]) == 2
+    assert "cannot be written: No space left" in capsys.readouterr().err
+    argv += ["/proc/nowhere/x.jsonl", "--data", str(toy / "posts.jsonl"), "--no-chain"]
+    assert generate.main(["predict", *argv]) == 2 and "error: " in capsys.readouterr().err
