@@ -638,9 +638,10 @@ def training_posts(model):
     config = read_json(Path(model).parent / "config.json", {})
     found = set()
     with reading(f"{model}: the config.json beside it names no row files"):
-        for file in [each for each in config.get("data", ()) if each.endswith(".jsonl")]:
-            found |= {(row.get("id"), row.get("text")) for row in read_rows(file)
-                      if row.get("split") not in ("dev", "test")}  # train.py sets these aside
+        for file in config.get("data", ()):
+            if file.endswith(".jsonl"):
+                found |= {(row.get("id"), row.get("text")) for row in read_rows(file)
+                          if row.get("split") not in ("dev", "test")}  # train.py sets these aside
     return found
 
 

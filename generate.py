@@ -81,18 +81,15 @@ def parse_args(argv=None):
         args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
         if bool(args.mllm) == bool(args.endpoint) or not args.model:
             p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
-    if args.stage == "export":
-        if not args.out:
-            p.error("needs --out")
-    elif not (args.data and args.out) and not getattr(args, "text", None):
-        p.error("needs --data and --out (predict also takes one post: --text, --image, --aspect)")
+    if args.stage == "predict" and not args.text and not (args.data and args.out):
+        p.error("needs --data and --out, or one post: --text, --image, --aspect")
     args.run = run_info("generate.py", argv)
     return args
 
 
 def shared_flags(flag, stage):
     """Of every stage."""
-    flag("--out", help="where the rows go (.jsonl); of soft and export a folder")
+    flag("--out", required=stage != "predict", help="rows (.jsonl); of soft and export a folder")
     flag("--model", required=stage != "cascade",
          help="hub name, model or adapter folder; with --endpoint the model's name there")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
@@ -101,7 +98,8 @@ def shared_flags(flag, stage):
     if stage == "export":
         return
     flag("--nf4", action=YES_NO, help="4-bit base (default: as its adapter was trained)")
-    flag("--data", nargs="+", metavar="POSTS", help=".jsonl, .json, .tsv, .csv or an MVSA folder")
+    flag("--data", nargs="+", required=stage != "predict", metavar="POSTS",
+         help=".jsonl, .json, .tsv, .csv or an MVSA folder")
     flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
     flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
     flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
@@ -534,9 +532,7 @@ def soft(args):
         bar.update()
     bar.close()
     barrier()
-    labels = SoftLabels(args.out)
-    size = sum(file.stat().st_size for file in Path(args.out).glob("part-*.safetensors"))
-    print(f"wrote {len(labels.parts)} entries, {size / 2**20:.1f} MiB, to {args.out}")
+    print(f"wrote {len(SoftLabels(args.out).parts)} entries to {args.out}")
 
 
 def soft_entries(model, processor, examples, names, positions):
@@ -692,8 +688,7 @@ def cascade(args):
         taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
         dev_error=dev_error, routes=routes, costs=costs))
     write_rows(args.out, rows)
-    for name, numbers in (("routes", routes), ("a post", costs)):
-        print(f"{name:10s} {row_text(numbers)}")
+    print(f"routes     {row_text(routes)}\na post     {row_text(costs)}")
     output.close()
 
 
@@ -704,9 +699,7 @@ def cascade_fields(verdicts, taus):
     asked = stages_asked(verdicts, *taus)
     fields = dict(answer or dict(prediction=None), route=route, reason=reason,
                   stages=dict(zip(("ubm", "mllm", "second_pass")[:asked], verdicts)))
-    for cost in ("tokens", "seconds"):  # they are the stages'
-        fields.pop(cost, None)
-    return fields
+    return {key: x for key, x in fields.items() if key not in ("tokens", "seconds")}  # the stages'
 
 
 class CascadeSteps:

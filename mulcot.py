@@ -121,8 +121,7 @@ def write_atomic(path, write):
 
 def write_text(path, text):
     """A UTF-8 text file, atomically; half of a surrogate pair becomes "?"."""
-    data = text.encode("utf-8", "replace")
-    write_atomic(path, lambda part: Path(part).write_bytes(data))
+    write_atomic(path, lambda part: Path(part).write_bytes(text.encode("utf-8", "replace")))
 
 
 def to_json(value, what, indent=None):
@@ -1368,8 +1367,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         self.dropout = Dropout(dropout)
-        if device.type != "meta":
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)  # trap: in a model in eval mode dropout would stay on
 
     def forward(self, x):
@@ -1410,8 +1408,7 @@ def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="lan
     model.requires_grad_(False)
     names = linear_names(model, targets, scope)
     for name in names:
-        layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout)
-        replace_module(model, name, layer)
+        replace_module(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
 
 
@@ -1911,7 +1908,9 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
     alive = list(range(B))  # which rows are still in the batch
     for _ in range(max_new_tokens):
         logits = model.lm_head(h).float().index_fill(1, never, -torch.inf)  # (B, V)
-        token = _next_token(logits, temperature)
+        token = logits.argmax(-1)  # (B,)
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
         going = []
         for n, (row, t) in enumerate(zip(alive, token.tolist())):  # the step's only wait for a GPU
             if t in stop_ids:
@@ -1930,13 +1929,6 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
         h = _next_hidden(model, token, position, visible, cache)
     return list(zip(processor.tokenizer.batch_decode(generated_ids), finish))
-
-
-def _next_token(logits, temperature):
-    """Greedy at temperature 0, else sampled: (B, V) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
 def _next_hidden(model, token, position, visible, cache):
@@ -2723,14 +2715,11 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
     name that no stage wrote is never written over."""
     settings = json.loads(json.dumps(settings))
     previous = {}
-    if os.path.exists(file):
-        with contextlib.suppress(InputError):  # foreign, as the next lines say
-            previous = read_json(file)
-        if "stage" not in previous:
-            raise InputError(f"{file} is not of this program (a model's?): choose another --out")
-    elif begun:
-        raise InputError(f"{file} is missing, so that nobody knows what this --out was begun with, "
-                         "or whether it is ours: choose another --out")
+    with contextlib.suppress(InputError):  # missing or foreign
+        previous = read_json(file)
+    if "stage" not in previous and (begun or os.path.exists(file)):
+        raise InputError(f"{file} is missing or not of this program (a model's?), so that nobody "
+                         "knows what this --out was begun with: choose another --out")
     for key, value in settings.items():
         old = previous.get(key)
         grown = key in may_grow and isinstance(old, int) and value >= old

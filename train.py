@@ -837,12 +837,7 @@ def ubm(args):
 def ubm_logits(model, posts):
     """Logits (N, C) on the CPU, in the posts' order."""
     model.eval()
-    order = sorted(range(len(posts)), key=lambda i: len(posts[i].text))
-    parts = []
-    for part in chunks(order, 64):
-        batch = [posts[i] for i in part]
-        parts.append(model(model.inputs(batch)).cpu())
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    return torch.cat([model(model.inputs(part)).cpu() for part in chunks(posts, 64)])
 
 
 def ubm_metrics(classes, logits, posts):
@@ -879,9 +874,7 @@ def train_member(args, k, model, posts, dev, classes):
     embeddings moved uphill (adversarial training), the weights averaged as they go. Returns
     {name: tensor} of the weights' running average as of its best dev epoch."""
     average, words = copy.deepcopy(model), WordEmbeddings(model.text)
-    encoders = [*model.text.parameters()]
-    if model.image is not None:
-        encoders += model.image.parameters()
+    encoders = [p for name, p in model.named_parameters() if not name.startswith("head.")]
     optimizer = torch.optim.AdamW([dict(params=encoders, peak_lr=args.lr),
                                    dict(params=model.head.parameters(), peak_lr=args.head_lr)],
                                   lr=0.0, weight_decay=0.01, fused=True)

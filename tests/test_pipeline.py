@@ -570,7 +570,7 @@ def test_one_line_and_exit_code_2(road, tmp_path, capsys):
     assert "only knows toy posts" in fails(capsys, toy, "teacher", "--data",
                                            tmp_path / "plain.jsonl", "--images", road / "images",
                                            "--out", tmp_path / "chains.jsonl")
-    assert "is missing, so" in fails(capsys, generate, *predict[:2], tmp_path, "--data", posts,
+    assert "nobody knows" in fails(capsys, generate, *predict[:2], tmp_path, "--data", posts,
                                      "--no-chain", "--model", road / "student/best")
 
 
