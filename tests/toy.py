@@ -34,7 +34,7 @@ import generate  # noqa: E402
 from train import deterministic_batches  # noqa: E402
 from mulcot import (  # noqa: E402
     AUDIO_RATE, FIELDS, FORMATS, LABELS, MAX_SECONDS, SCORE_FORMAT, Answer, Help, InputError,
-    Post, check_settings, collate, encode, forward_branches, load_model, mark_aspect, post_prompt, progress, read_posts, render_label, render_reasoning, render_score,
+    Post, check_settings, collate, encode, forward_branches, load_model, mark_aspect, post_prompt, progress, read_posts, reading, render_label, render_reasoning, render_score,
     run_stage, safe_path, write_json, write_rows)
 
 IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -289,7 +289,8 @@ class ToyTeacher:
         self.skill, self.seed = skill, seed
 
     def __call__(self, requests):
-        return [self.answer(request) for request in requests]
+        with reading("facts of these posts are damaged: write the toy posts anew"):
+            return [self.answer(request) for request in requests]
 
     def answer(self, request):
         """Request -> Answer."""
