@@ -227,7 +227,7 @@ def ablate(args):
 
 # ---- preference, sizes, reasons, symbols: on the ablations' posts and runs
 
-SAMPLING = "--samples 8 --temperature 1"  # where half of the chains are wrong
+SAMPLING = "--samples 8 --temperature 1"  # where a third to a half are wrong
 # choice: the rate by the first seed's dev posts, of 0.0003, 0.001 and 0.003; about as many steps as
 # two epochs of KD
 PREFERENCE = f"--lr 0.0003 --epochs 4 --log-every 20 {SHORT}"
