@@ -262,7 +262,11 @@ def in_batches(args, posts, done, respond):
         batch = batches[n] if n < len(batches) else []
         answered, began = [], time.time()
         if not {post.id for post in batch} <= done:
-            answered = list(zip(batch, respond(batch, n), strict=True))
+            try:
+                answered = list(zip(batch, respond(batch, n), strict=True))
+            except InputError as e:
+                ids = ", ".join(post.id for post in batch)
+                raise InputError(f"{args.model} on the posts {ids}: {e}") from None
         seconds = dict(seconds=round((time.time() - began) / max(1, len(batch)), 4))
         for part in gather(answered):
             for post, result in part:

@@ -1460,8 +1460,9 @@ def adapter_nf4(folder):
 
 def load_adapter(model, folder):
     """Wraps and fills the layers that the file names; returns their names. Every key must find its
-    layer, every layer both its halves, and of our own folders just the layers that the config names
-    must be there. trap: keys that match nothing, and half a file, load in silence elsewhere."""
+    layer, every layer both its halves, and just the layers must be there that the config names, by
+    whole names (ours) or endings (PEFT's). trap: keys that match nothing, and half a file, load in
+    silence elsewhere."""
     config = read_json(Path(folder, "adapter_config.json"))
     tensors = read_tensors(Path(folder, "adapter_model.safetensors"))
     unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -1483,8 +1484,11 @@ def load_adapter(model, folder):
                                                    config.get("lora_dropout", 0.0)))
         report = model.load_state_dict(state, strict=False)
         odd = [key for key in report.missing_keys if ".lora_" in key] + report.unexpected_keys
-        ours = adapter_nf4(folder) is not None  # then target_modules names each layer
-        if odd or ours and sorted(config["target_modules"]) != names:
+        endings = tuple(f".{target}" for target in config["target_modules"])
+        named = [name for name, module in modules.items() if f".{name}".endswith(endings)
+                 and (hasattr(module, "in_features") or isinstance(module, LoRALinear))]
+        chosen = config.get("exclude_modules") or config.get("layers_to_transform")
+        if odd or sorted(named) != names and not chosen:
             raise ValueError(f"{odd[:1] or 'part of target_modules'} is unfilled, or too much")
     quantized = is_quantized(model)
     if adapter_nf4(folder) not in (None, quantized):

@@ -77,6 +77,23 @@ def test_we_read_what_peft_writes(model, toy, inputs, tmp_path):
     assert any("visual" in n for n in names)
 
 
+def test_half_of_what_peft_writes_is_refused(toy, tmp_path):
+    """Endings name the layers that must be there, unless PEFT was told to leave some out."""
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(mulcot.load_model(toy / "student")[0], config)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    halved = {key: tensor for key, tensor in load_file(file).items() if ".layers.0." in key}
+    save_file(halved, file)
+    with pytest.raises(InputError, match="half a file"):
+        mulcot.load_adapter(mulcot.load_model(toy / "student")[0], tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["layers_to_transform"] = [0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    names = mulcot.load_adapter(mulcot.load_model(toy / "student")[0], tmp_path)
+    assert len(names) == len(halved) / 2
+
+
 def test_an_adapter_folder_loads_as_a_model(model, inputs, tmp_path):
     """load_model follows the adapter's config to its base."""
     want = logits(with_adapters(model), inputs)
