@@ -174,10 +174,11 @@ def chains(args):
     """How many chains assert a picture, and three chains by a rule that leaves no choice: the first
     in the order of the test file of those that are right and agree with their own label, of those
     that agree and are wrong, and of those that contradict their label."""
-    gold = {post.id: post for post in read_posts(Path(args.out, "test.jsonl"))}
+    rows = {row["id"]: row for row in read_rows(args.chains)}
     shown, parsed, pictures = {}, 0, 0
-    for row in read_rows(args.chains):
-        chain, post = parse_reasoning(row["raw"]), gold[row["id"]]
+    for post in read_posts(Path(args.out, "test.jsonl")):
+        row = rows[post.id]
+        chain = parse_reasoning(row["raw"])
         if not chain.complete:
             continue
         parsed += 1

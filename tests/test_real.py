@@ -154,7 +154,7 @@ def test_chains_are_counted_and_shown_by_the_rule(tmp_path, capsys):
         raw = mulcot.render_reasoning(said | dict(Prediction=own, Image_analysis=image))
         rows.append(dict(id=str(n), prediction=prediction, raw=raw))
     rows.append(dict(id="5", prediction="neutral", raw="I like this post."))
-    mulcot.write_rows(tmp_path / "rows.jsonl", rows)
+    mulcot.write_rows(tmp_path / "rows.jsonl", rows[::-1])  # in another order than the posts
     real.chains(argparse.Namespace(out=str(tmp_path), chains=str(tmp_path / "rows.jsonl")))
     out = capsys.readouterr().out
     assert "3 of 5 chains assert a picture (0.600)" in out
