@@ -1,6 +1,7 @@
 """Shared by all tests: the project on the path, no network, toy posts and random tiny models."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from PIL import Image  # noqa: E402
 import mulcot  # noqa: E402
 from toy import TINY, tiny_model, tiny_tokenizer, toy_posts  # noqa: E402
 
+# a shell's background jobs ignore Ctrl-C, and so would the stages that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = ROOT.parent / "shared" / "data" / "twitter2015"
 
 
