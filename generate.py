@@ -522,9 +522,10 @@ def soft(args):
     if get_rank() == 0:
         begun = any(Path(args.out).glob("*.safetensors"))
         check_settings(Path(args.out, "soft.json"), config, begun, run=args.run)
-        SoftLabels(args.out).write_head(model.lm_head.weight[:vocab])
     barrier()
-    labels = SoftLabels(args.out)
+    labels, count = SoftLabels(args.out), 0  # reads what is there, for its digests: once
+    if get_rank() == 0:
+        labels.write_head(model.lm_head.weight[:vocab])
     items.sort(key=lambda item: len(item[1][0][1]))  # (post, [(question, chain), …])
     starts = range(get_rank() * args.batch, len(items), get_world_size() * args.batch)
     bar = progress(len(starts), "soft", "batch")
@@ -533,10 +534,10 @@ def soft(args):
         names = [SoftLabels.names(example) for example in examples]
         if not all(labels.parts.keys() >= set(own) for own in names):
             labels.write_part(soft_entries(model, processor, examples, names, args.kl_positions))
+        count += sum(len(own) for own in names)
         bar.update()
     bar.close()
-    barrier()
-    print(f"wrote {len(SoftLabels(args.out).parts)} entries to {args.out}")
+    print(f"wrote {sum(gather(count))} entries to {args.out}")
 
 
 def soft_entries(model, processor, examples, names, positions):

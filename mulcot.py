@@ -1709,8 +1709,11 @@ def extend_cache(layer, keys, values, *_, **__):
     # reorder_cache, where rows leave the batch, makes copies that are no views
     views = layer.keys.data_ptr() == layer.buffers[0].data_ptr()
     if not views or end > layer.buffers[0].shape[2]:
-        room = keys.new_empty(*keys.shape[:2], keys.shape[2] + CACHE_ROOM, keys.shape[3])
-        layer.buffers = torch.cat([layer.keys, room], 2), torch.cat([layer.values, room], 2)
+        layer.buffers = []
+        for held, new in ((layer.keys, keys), (layer.values, values)):
+            buffer = new.new_empty(*new.shape[:2], end + CACHE_ROOM, new.shape[3])
+            buffer[:, :, :start] = held
+            layer.buffers.append(buffer)
     layer.buffers[0][:, :, start:end] = keys
     layer.buffers[1][:, :, start:end] = values
     layer.keys, layer.values = layer.buffers[0][:, :, :end], layer.buffers[1][:, :, :end]
@@ -2749,9 +2752,10 @@ class SoftLabels:
             raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
                              "train with --no-soft")
         self.config = read_json(self.folder / "soft.json")
-        self.parts, self.head = {}, None  # the file of each entry; set by the student
+        self.parts, self.head = {}, None  # the open file of each entry; set by the student
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            self.parts.update(dict.fromkeys(read_tensors(path), path))  # read once, for its digest
+            names = read_tensors(path)  # all of it once, for its digest
+            self.parts.update(dict.fromkeys(names, safe_open(path, "pt")))
 
     @staticmethod
     def names(example):
@@ -2773,8 +2777,7 @@ class SoftLabels:
             raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
                              "rerun generate.py soft with the same --data and --max-pixels, or "
                              "train with --no-soft")
-        with safe_open(self.parts[name], "pt") as part:
-            return part.get_tensor(name)
+        return self.parts[name].get_tensor(name)
 
     def write_head(self, weight):
         """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""

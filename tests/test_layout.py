@@ -273,8 +273,10 @@ def hf_generate(model, processor, posts, **options):
             for row, n in zip(out, cut)]
 
 
-def test_greedy_text_equals_transformers_generate(student, mixed, pushed):
-    """Rows that end at different steps and leave the batch included."""
+@pytest.mark.parametrize("room", [0, 1, 5, 64])
+def test_greedy_text_equals_transformers_generate(student, mixed, pushed, monkeypatch, room):
+    """Rows that end at different steps and leave the batch included, and caches that grow."""
+    monkeypatch.setattr(mulcot, "CACHE_ROOM", room)
     pushed([student[1].end_id], 1.0)
     got = answers(student, mixed, 24)
     never = student[1].tokenizer.convert_tokens_to_ids([*IMAGE_TOKENS, "<|video_pad|>"])
