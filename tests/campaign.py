@@ -4,8 +4,8 @@ stage, hostile rows and replies, damaged files. Prints what was tried and what w
     python tests/campaign.py --kills 100 --fuzz 100000 --minutes 30
 
 A killed stage, run again, must end as an unbroken one. A hostile row costs itself, a hostile reply
-fails itself. With a damaged file a stage ends in one line or as without; data of the user's and JSON
-may read as other data. Exit code 1 if anything differs.
+fails itself. With a damaged file a stage ends in one line or as without; posts and weights of the
+user's (no digest tells) and JSON may read as other ones. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -160,7 +160,8 @@ def break_a_file(stage, command, o, t, whole, rng, log):
         return what, "one line"
     if code:
         return what, f"exit {code}: {err[-400:]}"
-    weights = chosen.suffix in (".safetensors", ".pt") and "-base" not in str(chosen)
+    written = chosen.relative_to(o).parts[0] in ("try", *STAGES)  # else the user's, without a digest
+    weights = written and chosen.suffix in (".safetensors", ".pt")
     if weights or chosen == t / "rows.jsonl" and how in ("cut", "empty"):
         others = content(t) | {chosen: whole.get(chosen)}  # last/ may stay damaged, and is refused
         if (others if weights and chosen in whole else content(t)) != whole:
