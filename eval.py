@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from mulcot import (
-    FIELDS, LABELS, Help, InputError, confusion_scores, confusion_table, data_url, parse_reasoning,
-    read_json, read_posts, read_rows, reading, regression_metrics, report_rejects, run_info,
-    run_stage, select_split, sibling, write_json, write_text)
+    FIELDS, LABELS, Help, InputError, confusion_scores, confusion_table, data_url, explaining,
+    parse_reasoning, read_json, read_posts, read_rows, regression_metrics, report_rejects,
+    run_info, run_stage, select_split, sibling, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -414,7 +414,7 @@ def load_embedder(name):
     loaded."""
     from transformers import AutoModel, AutoTokenizer
 
-    with reading(f"--embedder {name}: no all-MiniLM-L6-v2"):
+    with explaining(f"--embedder {name}: no all-MiniLM-L6-v2"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval()
 
@@ -524,7 +524,7 @@ def teacher_metrics(path):
         parsed = parse_reasoning(row["cot"])
         concludes[row.get("stage")].append(names_only(parsed, parsed.prediction))
         contradicts[row.get("stage")].append(False)
-    with reading(f"the rejects of {path} are damaged"):
+    with explaining(f"the rejects of {path} are damaged"):
         for row in rejects:
             for attempt in row.get("attempts", ()):
                 contradicts[attempt["stage"]].append(attempt["problem"].startswith("predicts "))
@@ -637,7 +637,7 @@ def training_posts(model):
     row files named there are at hand."""
     config = read_json(Path(model).parent / "config.json", {})
     found = set()
-    with reading(f"{model}: the config.json beside it names no row files"):
+    with explaining(f"{model}: the config.json beside it names no row files"):
         for file in config.get("data", ()):
             if file.endswith(".jsonl"):
                 found |= {(row.get("id"), row.get("text")) for row in read_rows(file)

@@ -37,13 +37,14 @@ from mulcot import (
     BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
     Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier, base_of,
     best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
-    chunks, collate, count_parameters, digest, encode, encode_batch, fingerprint, forward_branches,
-    gather, generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
-    load_trained, load_ubm, mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts,
-    read_json, read_out, read_posts, read_rows, reading, refuse_ranks, render_reasoning,
-    report_rejects, row_text, run_info, run_stage, score_labels, second_pass_prompt, select_split,
-    sibling, stages_asked, threshold_grid, to_json, to_post, tokenizer_hash, training_branches,
-    training_items, two_stage_cot, verdict, write_json, write_rows)
+    chunks, collate, count_parameters, digest, encode, encode_batch, explaining, fingerprint,
+    forward_branches, gather, generate_text, get_rank, get_world_size, init_distributed,
+    label_branches, load_image, load_trained, load_ubm, mark_aspect, merge_lora, post_prompt,
+    predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
+    render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels,
+    second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, to_json, to_post,
+    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -154,7 +155,7 @@ def own_flags(flag, stage):
         flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
         flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
         flag("--blank-text", action="store_true", help="control: take the words away")
-        flag("--source", default="student", help="the writer's name in the rows (a UBM's: ubm)")
+        flag("--source", default="student", help="source in the rows, whoever wrote (a UBM: ubm)")
         flag("--text", help="one post instead of --data: its text")
         flag("--image", help="one post: its image")
         flag("--aspect", help="one post: its target aspect")
@@ -276,7 +277,7 @@ def in_batches(args, posts, done, respond):
     bar.close()
 
 
-# what a model says of a post; a readout says the score
+# what a model said of a post: new_row drops it before another one's (eval.py reads --gold)
 PREDICTED = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage",
              "tries", "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "prompt", "score",
              "label_conditioned", "temperature", "max_tokens", "uncertainty", "predicted_score",
@@ -366,7 +367,8 @@ class PaidCalls:
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
         for row in read_rows(self.file.path):
-            with reading(f"{self.file.path}: delete the damaged line of call {row.get('call')}"):
+            what = f"{self.file.path}: delete the damaged line of call {row.get('call')}"
+            with explaining(what):
                 answer = Answer(**row["answer"])
                 self.spent += answer.tokens_in + answer.tokens_out
                 if row["id"] not in done:  # finished posts need theirs no more
@@ -523,30 +525,31 @@ def soft(args):
         begun = any(Path(args.out).glob("*.safetensors"))
         check_settings(Path(args.out, "soft.json"), config, begun, run=args.run)
     barrier()
-    labels, count = SoftLabels(args.out), 0  # reads what is there, for its digests: once
+    soft_labels, count = SoftLabels(args.out), 0  # reads what is there, for its digests: once
     if get_rank() == 0:
-        labels.write_head(model.lm_head.weight[:vocab])
+        soft_labels.write_head(model.lm_head.weight[:vocab])
     items.sort(key=lambda item: len(item[1][0][1]))  # (post, [(question, chain), …])
     starts = range(get_rank() * args.batch, len(items), get_world_size() * args.batch)
     bar = progress(len(starts), "soft", "batch")
     for start in starts:
         examples = [encode(*item, processor) for item in items[start : start + args.batch]]
         names = [SoftLabels.names(example) for example in examples]
-        if not all(labels.parts.keys() >= set(own) for own in names):
-            labels.write_part(soft_entries(model, processor, examples, names, args.kl_positions))
+        if not all(soft_labels.parts.keys() >= set(own) for own in names):
+            entries = soft_entries(model, processor, examples, names, args.kl_positions)
+            soft_labels.write_part(entries)
         count += sum(len(own) for own in names)
         bar.update()
     bar.close()
     print(f"wrote {sum(gather(count))} entries to {args.out}")
 
 
-def soft_entries(model, processor, examples, names, positions):
+def soft_entries(model, processor, examples, names, which):
     """{entry name: hidden states (n, D')} of every branch of a batch of examples."""
     batch = collate(examples, processor.pad_id).to(model.device)
     hidden = forward_branches(model, batch)  # (B, T, D')
     entries = {}
     for branch in range(1, int(batch.branch_ids.max()) + 1):
-        at = batch.positions(branch, positions)  # (B, T)
+        at = batch.loss_positions(branch, which)  # (B, T)
         for row, own in enumerate(names):
             entries[own[branch - 1]] = hidden[row, at[row]].cpu()
     return entries
@@ -606,7 +609,7 @@ def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
     file = Path(os.path.realpath(args.image or "none"))
     row = dict(id="1", text=args.text, aspect=args.aspect, image=args.image and file.name)
-    with reading("--text, --image or --aspect"):
+    with explaining("--text, --image or --aspect"):
         post = to_post(row, file.parent)
         if post.image:
             load_image(post.image)
@@ -636,7 +639,7 @@ def export(args):
         raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
     part = f"{Path(args.out)}.part"  # trap: a slash at its end
     shutil.rmtree(part, ignore_errors=True)  # of a killed run
-    with reading(f"{part} cannot be written"):
+    with explaining(f"{part} cannot be written"):
         merge_lora(model).save_pretrained(part)
         processor.tokenizer.save_pretrained(part)
     sizes = processor.image_processor.to_dict()
@@ -717,7 +720,7 @@ class CascadeSteps:
         self.branches = label_branches(ubm.classes, prompt)
         self.settings = settings_of(args), ubm.classes
         self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
-        with reading(f"{self.file.path} is damaged: delete it"):
+        with explaining(f"{self.file.path} is damaged: delete it"):
             self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
 
     def verdicts(self, posts, tau1, tau2):

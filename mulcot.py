@@ -13,10 +13,11 @@ MulCoT-RD ends. Its two neighbours come after it:
   §8 Readout and NF4   arXiv 2606.05713            §9 UBM and cascade   arXiv 2509.04459
   §10 Files            rows, soft labels, settings, processes
 
-Every section runs alone with the imports and sections that its ruler names (a test does that).
+Every section runs alone with what its ruler names, and what that needs in turn (a test does that).
 Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
 silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them: B rows of a batch,
-P prefix tokens, T tokens, V vocabulary, D width, R rank, N supervised tokens, C classes.
+P prefix tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a
+loss, n a chunk of them, C classes.
 
 Departures from the paper and from the authors' released scripts
  1. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
@@ -95,7 +96,7 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def reading(what):
+def explaining(what):
     """Within the block, whatever a damaged or missing file raises becomes an InputError that
     begins with `what`."""
     try:
@@ -112,7 +113,7 @@ def write_atomic(path, write):
     there. Raises InputError when the disk is full."""
     path = str(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with reading(f"{path} cannot be written"):  # a full disk is another error in each library
+    with explaining(f"{path} cannot be written"):  # a full disk is another error in each library
         write(path + ".part")
     with open(path + ".part", "rb+") as f:
         os.fsync(f.fileno())
@@ -127,7 +128,7 @@ def write_text(path, text):
 def to_json(value, what, indent=None):
     """JSON text. A number in it that is NaN or infinite is an InputError that begins with `what`:
     it has no meaning to whoever reads it, and comes from a damaged model."""
-    with reading(f"{what} cannot be written, is a model damaged?"):
+    with explaining(f"{what} cannot be written, is a model damaged?"):
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -141,7 +142,7 @@ def read_json(path, default=None):
     InputError that names it."""
     if default is not None and not os.path.isfile(path):
         return default
-    with reading(f"{path} is missing or damaged, {REMEDY}"):
+    with explaining(f"{path} is missing or damaged, {REMEDY}"):
         return {} | json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -167,7 +168,7 @@ def read_tensors(path):
     """{name: tensor} of a .safetensors file. Raises InputError that names it if it is not as
     `write_tensors` wrote it: one flipped bit in a weight shows nowhere else. PEFT's files have no
     digest."""
-    with reading(f"{path} is missing or damaged, {REMEDY}"), safe_open(path, "pt") as file:
+    with explaining(f"{path} is missing or damaged, {REMEDY}"), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         if (file.metadata() or {}).get("digest") not in (None, digest(save(tensors))):
             raise ValueError("the digest of its tensors is another")
@@ -176,7 +177,7 @@ def read_tensors(path):
 
 # ================================================================================================
 # §1 Posts [needs: csv, hashlib, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
-#    ImageOps, LABELS, InputError, reading]
+#    ImageOps, LABELS, InputError, explaining]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -302,7 +303,8 @@ def safe_path(name, folder):
 def load_image(path, check=False):
     """RGB image, upright (EXIF), first frame of an animation. Raises InputError with the reason.
     `check` reads a JPEG at an eighth of its size: as good a test of the file, and quicker."""
-    with reading(f"image {path} cannot be read"), Image.open(path, formats=IMAGE_FORMATS) as image:
+    with (explaining(f"image {path} cannot be read"),
+          Image.open(path, formats=IMAGE_FORMATS) as image):
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise InputError(f"image {path} has {image.width} x {image.height} pixels, the cap is "
                              f"{MAX_IMAGE_PIXELS:,}: shrink it")
@@ -322,7 +324,7 @@ def load_audio(path):
     """A 16-bit PCM WAV of 16 kHz as floats (samples,) in [-1, 1), channels averaged. Raises
     InputError with the reason."""
     fix = "`ffmpeg -i IN -ac 1 -ar 16000 -sample_fmt s16 OUT.wav` writes what is read here"
-    with reading(f"audio {path} is no PCM WAV ({fix})"), wave.open(str(path)) as file:
+    with explaining(f"audio {path} is no PCM WAV ({fix})"), wave.open(str(path)) as file:
         channels, width, rate, count = file.getparams()[:4]
         data = file.readframes(count)
     if width != 2 or rate != AUDIO_RATE:
@@ -410,7 +412,7 @@ def _lines(path):
 
 def _json_rows(path):
     """The authors' release: a list of rows."""
-    with reading(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
+    with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
     if not isinstance(rows, list):
         raise InputError(f"{path} must be a list of rows, as in the authors' release")
@@ -460,7 +462,7 @@ def _mvsa_rows(folder, images):
         label = mvsa_label(pairs)
         if label is None:
             raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
-        with reading(f"data/{name}.txt is missing or not UTF-8"):
+        with explaining(f"data/{name}.txt is missing or not UTF-8"):
             file = Path(safe_path(f"{name}.txt", folder / "data"))
             text = file.read_bytes().decode("utf-8-sig").strip()
         bucket = int(hashlib.sha256(f"mvsa:{name}".encode()).hexdigest(), 16) % 10
@@ -510,7 +512,7 @@ def _csv_rows(path, folder):
     valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
     they exist."""
     lines = _lines(path) or [("", b"")]
-    with reading(f"{path} has no header"):
+    with explaining(f"{path} has no header"):
         header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
     if {"video_id", "clip_id", "text", "label", "mode"} - set(header):
         raise InputError(f"{path} must have the columns video_id, clip_id, text, label, mode, as "
@@ -541,7 +543,7 @@ FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_concl
           "Prediction")
 
 # choice: the wording is ours; sections, field names and their order are the paper's. A prompt is
-# a prefix (task, post) + a format: tasks of one post share everything up to the format.
+# a prefix (instruction, post) + a format, a branch's question: the tasks share all up to there.
 # trap: the prefix ends in line breaks and a format starts with a letter, so that no token of the
 # tokenizer spans the seam and the shared prefix equals the start of either whole prompt.
 TASK = "Judge the sentiment of a social-media post from its text and its image together."
@@ -690,7 +692,7 @@ def render_label(label):
 
 # ================================================================================================
 # §3 Teacher [needs: base64, hashlib, io, json, math, os, random, re, threading, time, Counter,
-#    dataclass, field, parsedate_to_datetime, Path, requests, InputError, reading, §1, §2]
+#    dataclass, field, parsedate_to_datetime, Path, requests, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
@@ -893,7 +895,7 @@ class Endpoint:
 
 def check_url(url, allow_http=False):
     """Raises InputError for an address that is none, or that sends posts and key in the clear."""
-    with reading(f"--endpoint {url!r} is no address"):
+    with explaining(f"--endpoint {url!r} is no address"):
         # trap: urlparse and requests read http://a\\@b differently; requests sends
         sent = requests.utils.urlparse(requests.Request("POST", url).prepare().url)
     if sent.scheme not in ("http", "https"):
@@ -954,16 +956,16 @@ def data_url(path, max_side=1120, quality=92):
 
 
 # ================================================================================================
-# §4 Tokens [needs: math, dataclass, replace, torch, InputError, reading, §1, §2]
+# §4 Tokens [needs: math, dataclass, replace, torch, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
 # ---- model families: how an image enters the prompt; all else is common code
 
-# Each family has: placeholder, an image's token in the chat template, and of each of its features;
-# grid, whether positions are 3-D; options of its image processor's call; of what that made of one
-# image, image_text, what stands in the prompt, and inputs, what the model is given; and limit,
-# which caps an image's pixels.
+# placeholder: an image's token in the chat template, and the token of each of its features; grid:
+# are positions 3-D; options: of its image processor's call; inputs(out), image_text(out): what the
+# model is given, and what stands in the prompt, of that call's result `out` for one image;
+# limit(image processor, max_pixels): caps an image's pixels.
 
 
 class QwenVL:
@@ -1103,7 +1105,7 @@ class Processor:
                     dict(role="assistant", content=[dict(type="text", text=answer)])]
         options = dict(tokenize=False, enable_thinking=False)
         render = self.tokenizer.apply_chat_template
-        with reading("the tokenizer's chat template cannot be used"):
+        with explaining("the tokenizer's chat template cannot be used"):
             asked = render(messages[:1], add_generation_prompt=True, **options)
             before, tail = asked.split(user)
             told, end = render(messages, **options).split(answer)
@@ -1140,13 +1142,13 @@ class Processor:
 
 @dataclass
 class Example:
-    """Token ids of one post. `prefix` (P,) and its 3-D positions (3, P); per branch the ids of
+    """Token ids of one post. `prefix` (P,), its position_ids (3, P); per branch the ids of
     prompt and answer, and how many of them (from the end) are supervised answer tokens; `media`:
     what the model is given beside ids, of all its images: pixel_values, image_grid_thw (images, 3),
     pixel_attention_mask, each where the family has it; audio (frames, mel bins)."""
 
     prefix: list
-    positions: torch.Tensor
+    position_ids: torch.Tensor
     branches: list  # of (ids, number of answer tokens)
     post: Post
     media: dict
@@ -1164,11 +1166,11 @@ def join_media(parts):
     return {name: torch.cat(tensors) for name, tensors in joined.items()}
 
 
-def encode(post, branches, processor, prompt=None):
-    """One post and its branches [(question, answer or None), …] -> Example. `prompt`: the text that
-    all of them share (default `post_prompt(post)`). Ids equal those of the model's chat template.
-    trap: train on the end of the turn and mask by length; with pad == eos a model never learns to
-    stop."""
+def encode(post, branches, processor, shared=None):
+    """One post and its branches [(question, answer or None), …] -> Example. `shared`: the text
+    that stands before all questions (default `post_prompt(post)`). Ids equal those of the model's
+    chat template. trap: train on the end of the turn and mask by length; with pad == eos a model
+    never learns to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
     head, *rest = turn.head.split(processor.family.placeholder)
     images = []
@@ -1185,16 +1187,17 @@ def encode(post, branches, processor, prompt=None):
         pooled = (len(media["audio"]) + 1) // 2 // 2  # as the audio tower pools
         sound = processor.family.audio_placeholder
         head = head.replace(sound, sound * pooled)
-    if prompt is None:
-        prompt = post_prompt(post)
+    if shared is None:
+        shared = post_prompt(post)
     # trap: GPT-2's way of splitting (SmolVLM2) joins newlines at a text's end, but not before a
     # letter: where a question follows, a letter stands in for it
     letter = "A" if branches[0][0] else ""
-    ids = processor.text_ids(turn.opening + prompt + letter)
+    ids = processor.text_ids(turn.opening + shared + letter)
     prefix = processor.template_ids(head) + ids[: len(ids) - len(letter)]
-    positions = rope_positions(prefix, processor.placeholder_id, media.get("image_grid_thw", ()),
-                               getattr(processor.image_processor, "merge_size", 1))
-    example = Example(prefix, positions, [], post, media)
+    position_ids = rope_positions(
+        prefix, processor.placeholder_id, media.get("image_grid_thw", ()),
+        getattr(processor.image_processor, "merge_size", 1))
+    example = Example(prefix, position_ids, [], post, media)
     tail_ids = processor.template_ids(turn.tail)
     for question, answer in branches:
         answer_ids = []
@@ -1249,8 +1252,9 @@ class Batch:
         """Which tokens this branch sees: the prefix's and its own (B, T)."""
         return (self.branch_ids == 0) | (self.branch_ids == branch)
 
-    def positions(self, branch, which):
-        """One of the two, by the names of --kl-positions: "response" or "all" (B, T)."""
+    def loss_positions(self, branch, which):
+        """Where this branch has a loss, by the names of --kl-positions: "response" or "all"
+        (B, T)."""
         return self.attended(branch) if which == "all" else self.supervised(branch)
 
     def alone(self, branch):
@@ -1275,9 +1279,9 @@ def collate(examples, pad_id):
     for b, example in enumerate(examples):
         at = len(example.prefix)
         input_ids[b, :at] = torch.tensor(example.prefix)
-        position_ids[:, b, :at] = example.positions
+        position_ids[:, b, :at] = example.position_ids
         branch_ids[b, :at] = 0
-        first = int(example.positions.max()) + 1  # every branch's positions start behind the prefix
+        first = int(example.position_ids.max()) + 1  # where every branch starts
         for k, (ids, n_answer) in enumerate(example.branches, 1):
             end = at + len(ids)
             input_ids[b, at:end] = torch.tensor(ids)
@@ -1328,8 +1332,8 @@ def show_tokens(batch, tokenizer, row=0):
 
 
 # ================================================================================================
-# §5 LoRA [needs: math, os, re, sys, Path, torch, F, nn, InputError, reading, write_json, read_json,
-#    write_tensors, read_tensors]
+# §5 LoRA [needs: math, os, re, sys, Path, torch, F, nn, InputError, explaining, write_json,
+#    read_json, write_tensors, read_tensors]
 # ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -1473,7 +1477,7 @@ def load_adapter(model, folder):
     modules = dict(model.named_modules())
     state = {_current_key(key, modules): tensor for key, tensor in tensors.items()}
     names = sorted({key.removesuffix(".lora_A").removesuffix(".lora_B") for key in state})
-    with reading(f"{folder} does not fit: half a file, or wrong base model?"):
+    with explaining(f"{folder} does not fit: half a file, or wrong base model?"):
         for name in names:
             base = modules.get(name)
             if isinstance(base, LoRALinear):
@@ -1606,7 +1610,7 @@ def confusion_scores(table):
 
 # ================================================================================================
 # §7 Model [needs: functools, inspect, os, re, Path, torch, F, checkpoint, LABELS, InputError,
-#    reading, read_json, §1, §2, §4, §5]
+#    explaining, read_json, §1, §2, §4, §5]
 # ================================================================================================
 
 
@@ -1614,7 +1618,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
     base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default float32 on
     CPU, bfloat16 on GPU; max_pixels: image cap; quantize(model): applied to the base before the
-    adapter is put on it (§8)."""
+    adapter is put on it. The scripts call `load_trained` of §8, which is this and more."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
 
@@ -1626,7 +1630,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     model_class = AutoModelForImageTextToText
     if processor.extractor:  # the whole Omni is no such model, its Thinker is
         model_class = Qwen2_5OmniThinkerForConditionalGeneration
-    with reading(f"model {base!r} cannot be loaded"):
+    with explaining(f"model {base!r} cannot be loaded"):
         model, report = model_class.from_pretrained(
             base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     missing = report["missing_keys"]
@@ -1647,7 +1651,7 @@ def load_processor(name, max_pixels=None):
     from transformers.utils import cached_file
 
     base = base_of(name)
-    with reading(f"model {base!r} cannot be loaded"):
+    with explaining(f"model {base!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(base)
         family = family_of(config)
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -1849,7 +1853,7 @@ def answer_log_probs(model, batch, hidden):
         parts.append(checkpoint(log_prob, h, part, use_reentrant=False, preserve_rng_state=False))
     log_p = torch.cat(parts)  # (N,)
     row = at.nonzero()[:, 0]
-    branch = batch.branch_ids[at]  # (N,): of answered branches alone
+    branch = batch.branch_ids[at]  # (N,); an open branch has no column
     sums = log_p.new_zeros(len(at), int(branch.max()))
     return sums.index_put((row, branch - 1), log_p, accumulate=True)
 
@@ -1857,16 +1861,15 @@ def answer_log_probs(model, batch, hidden):
 # ---- labels
 
 
-def label_branches(classes=LABELS, prompt=LABEL_FORMAT):
+def label_branches(classes=LABELS, question=LABEL_FORMAT):
     """The label prompt with each of its answers, as branches."""
-    return [(prompt, render_label(label)) for label in classes]
+    return [(question, render_label(label)) for label in classes]
 
 
 def label_example(post, processor):
     """The three answers as branches behind the whole label prompt, whose tokens so cost once: for
-    `score_labels` alone."""
-    prompt = post_prompt(post) + LABEL_FORMAT
-    return encode(post, label_branches(prompt=""), processor, prompt)
+    `score_labels` where no chain is written."""
+    return encode(post, label_branches(question=""), processor, post_prompt(post) + LABEL_FORMAT)
 
 
 @torch.no_grad()
@@ -2005,8 +2008,8 @@ def rounded(tensor):
 
 
 # ================================================================================================
-# §8 Readout and NF4 (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, reading,
-#    write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7]
+# §8 Readout and NF4 (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS,
+#    explaining, write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2099,7 +2102,7 @@ def save_readout(readout, folder):
 
 def load_readout(model, folder):
     """Puts the head that `save_readout` wrote on the model."""
-    with reading(f"{folder} holds a damaged or foreign readout head"):
+    with explaining(f"{folder} holds a damaged or foreign readout head"):
         readout = Readout(model.lm_head.in_features, read_json(Path(folder, "head.json")))
         if not math.isfinite(readout.config["mean"] / readout.config["deviation"]):
             raise ValueError(f"head.json holds {readout.config}")
@@ -2239,7 +2242,7 @@ def count_parameters(model):
 
 # ================================================================================================
 # §9 UBM and cascade (arXiv 2509.04459) [needs: itertools, math, re, Path, np, torch, F, Image, nn,
-#    LABELS, InputError, reading, write_json, read_json, write_tensors, read_tensors, §1, §2]
+#    LABELS, InputError, explaining, write_json, read_json, write_tensors, read_tensors, §1, §2]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2376,7 +2379,7 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
             model.pooler = None  # unused here; without it no weight lacks a gradient
         return model
 
-    with reading(f"encoder {text!r} or {image!r} cannot be loaded"):
+    with explaining(f"encoder {text!r} or {image!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(text)
         processor = AutoImageProcessor.from_pretrained(image, backend="pil") if image else None
         if tokenizer.pad_token is None or not tokenizer.is_fast:
@@ -2412,7 +2415,7 @@ def save_ubm(model, folder):
     hub."""
     folder, member = Path(folder), model.members[0]
     member.text.config.save_pretrained(folder / "text")
-    with reading(f"{folder} cannot be written"):
+    with explaining(f"{folder} cannot be written"):
         model.tokenizer.save_pretrained(folder / "text")
     if member.image is not None:
         member.image.config.save_pretrained(folder / "image")
@@ -2425,7 +2428,7 @@ def save_ubm(model, folder):
 
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
-    with reading(f"{folder} is no folder of train.py ubm, or a damaged one"):
+    with explaining(f"{folder} is no folder of train.py ubm, or a damaged one"):
         config = read_json(Path(folder, "ubm.json"))
         if not (0 < config["temperature"] < math.inf and config["members"] < 100
                 and tuple(config["classes"]) in (LABELS, SCORE_BINS)):
@@ -2627,8 +2630,8 @@ def _in_words(answer):
 
 # ================================================================================================
 # §10 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    threading, Counter, timedelta, version, Path, np, torch, safe_open, tqdm, InputError, reading,
-#    write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
+#    threading, Counter, timedelta, version, Path, np, torch, safe_open, tqdm, InputError,
+#    explaining, write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
 # ================================================================================================
 
 
@@ -2642,7 +2645,7 @@ def read_rows(path):
     rows = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
-            with reading(f"{path}:{n}: not a JSON row, delete the line and run again"):
+            with explaining(f"{path}:{n}: not a JSON row, delete the line and run again"):
                 rows.append({} | json.loads(line))
     return rows
 
@@ -2741,7 +2744,7 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
 
 class SoftLabels:
     """The assistant's last hidden states at the distilled positions, in `folder`, and its output
-    matrix `head` (V, D'): their product are the teacher's logits. `soft.json` says what they are
+    matrix `head` (V, D'): their product are its logits. `soft.json` says what they are
     valid for; part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example,
     named by a hash of its token ids, its prefix and its files, so that a stale or foreign one is
     not found."""
@@ -2752,16 +2755,16 @@ class SoftLabels:
             raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
                              "train with --no-soft")
         self.config = read_json(self.folder / "soft.json")
-        self.parts, self.head = {}, None  # the open file of each entry; set by the student
+        self.parts, self.head = {}, None  # the open file of each entry; the student reads the head
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            names = read_tensors(path)  # all of it once, for its digest
-            self.parts.update(dict.fromkeys(names, safe_open(path, "pt")))
+            entries = read_tensors(path)  # all of it once, for its digest
+            self.parts.update(dict.fromkeys(entries, safe_open(path, "pt")))
 
     @staticmethod
     def names(example):
         """The entry name of each of an example's branches."""
         prefix = digest(example.prefix, *example.media.values())
-        return [digest(prefix, ids, answer) for ids, answer in example.branches]
+        return [digest(prefix, ids, n_answer) for ids, n_answer in example.branches]
 
     def write_part(self, entries):
         """{name: hidden (n, D')} -> one more file, whole or not there; named by its content, so
@@ -2811,7 +2814,7 @@ def init_distributed(device):
     """Under torchrun: meets the other processes and returns this one's device. All but the first
     are silent."""
     if get_world_size() == 1:
-        with reading(f"--device {device} cannot be used"):
+        with explaining(f"--device {device} cannot be used"):
             torch.empty(0, device=device)
         return device
     on_gpu = str(device).startswith("cuda")

@@ -41,22 +41,21 @@ from mulcot import (
     CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, RowWriter,
     SoftLabels, add_lora, all_reduce_gradients, answer_log_probs, barrier, check_at_least,
     check_settings, chunks, class_targets, collate, confusion_scores, confusion_table,
-    count_parameters, digest, distill_kl, encode, fit_temperature, forward_branches, gather,
-    get_rank, get_world_size, in_chunks, init_distributed, load_adapter, load_processor,
+    count_parameters, digest, distill_kl, encode, explaining, fit_temperature, forward_branches,
+    gather, get_rank, get_world_size, in_chunks, init_distributed, load_adapter, load_processor,
     load_readout, load_trained, lora_layers, multitask_loss, new_ubm, parse_reasoning, predict,
     preference_loss, preference_margin, progress, read_dev_posts, read_json, read_out, read_posts,
-    read_rows, read_tensors, reading, readout_branches, readout_loss, regression_metrics,
-    reinit_layers, render_score, report_rejects, row_line, row_text, run_info, run_stage,
-    save_adapter, save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash,
-    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
-    write_tensors)
+    read_rows, read_tensors, readout_branches, readout_loss, regression_metrics, reinit_layers,
+    render_score, report_rejects, row_line, row_text, run_info, run_stage, save_adapter,
+    save_readout, save_ubm, say, show_tokens, student_loss, tokenizer_hash, training_branches,
+    training_items, without_inputs, write_atomic, write_json, write_rows, write_tensors)
 
-# How to read this file: `train` sets up and calls `train_loop`, which knows no stage. A stage is a
-# class of three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage for
-# MulCoT-RD's assistant and student, PreferenceStage for dpo (whose `prepare` fixes the reference
-# before the first step), ReadoutStage for paper 3. The losses themselves are the pure functions of
-# mulcot.py §6, called in `task_loss` and PreferenceStage.loss. `ubm` (paper 2) is a small loop of
-# its own.
+# How to read this file: `train` sets up and calls `train_loop`. A stage is a class of (args,
+# processor) with three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage
+# for assistant and student, PreferenceStage for dpo (`prepare` fixes the reference before the first
+# step), ReadoutStage for readout; `ubm` is a small loop of its own. The losses are functions of
+# mulcot.py §6, called in `task_loss` and PreferenceStage.loss. A stage of your own: its name in
+# STAGES, its flags in parse_args, its class in `train`, weights beside LoRA in evaluate_and_save.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
@@ -230,7 +229,7 @@ class ChainStage:
             self.soft_labels = open_soft_labels(args, processor)
 
     def branches_of(self, post):
-        """(branches or None, why there are none)."""
+        """(branches, None), (None, why there are none) or (None, None): left out on purpose."""
         args, source = self.args, post.columns.get("source")
         if post.split in ("dev", "test"):
             return None, f"split {post.split} is not for training"
@@ -259,7 +258,7 @@ class ChainStage:
         return loss, terms | more
 
     def metrics(self, model, posts):
-        """{name: number}, more is better; the first selects, the second breaks ties."""
+        """{name: number}, two, more is better: the first selects, the second breaks ties."""
         rows = []
         for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += predict(model, self.processor, part, chain=False)
@@ -272,7 +271,7 @@ class PreferenceStage(ChainStage):
 
     def __init__(self, args, processor):
         super().__init__(args, processor)
-        with reading(f"--adapter {args.model} is no adapter folder (a student's RUN/best)"):
+        with explaining(f"--adapter {args.model} is no adapter folder (a student's RUN/best)"):
             weights = Path(args.model, "adapter_model.safetensors").read_bytes()
         args.adapter_digest = digest(weights)  # a setting: no run goes on from another adapter
         self.wrong = {}  # the wrong chains of every post, as branches
@@ -296,7 +295,7 @@ class PreferenceStage(ChainStage):
         return branches[:1] if branches else []
 
     def branches_of(self, post):
-        """([right chain, wrong chain] or None, why there are none). choice: one pair a post, its
+        """As ChainStage.branches_of, [right chain, wrong chain]. choice: one pair a post, its
         first right chain and, of the wrong ones, the nearest to it in length: sums of
         log-probabilities can be told apart by length alone."""
         branches, problem = super().branches_of(post)
@@ -373,14 +372,14 @@ def task_loss(stage, model, hidden, batch, entry_names, counts, branch, task):
     own positions likewise. Positions go by in chunks, so that no (N, V) logits are held.
     `entry_names`: of each example's branches in the soft labels."""
     args, soft_labels = stage.args, stage.soft_labels
-    positions = soft_labels.config["positions"] if soft_labels else "response"
-    at = batch.positions(branch, positions)  # (B, T)
+    which = soft_labels.config["positions"] if soft_labels else "response"
+    at = batch.loss_positions(branch, which)  # (B, T)
     targets = batch.targets[at]  # (N,), -100 (ignored) where no answer is to be predicted
     terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
     if soft_labels:
         terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
         entries = [soft_labels.read(names[branch - 1]) for names in entry_names]
-        teacher_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D'), rows as in hidden[at]
+        assistant_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D'), rows as hidden[at]
 
     def loss_of(h, part):  # a chunk of the positions: h (n, D), which of them: slice
         logits = model.lm_head(h).float()  # (n, V)
@@ -388,9 +387,9 @@ def task_loss(stage, model, hidden, batch, entry_names, counts, branch, task):
         terms[f"ce_{task}"] += hard.detach()
         if not soft_labels:
             return hard
-        teacher_logits = F.linear(teacher_hidden[part], soft_labels.head)  # (n, V')
-        kl = distill_kl(logits, teacher_logits, args.temperature, args.t_squared,
-                        reduction="sum") / counts[positions, branch]
+        assistant_logits = F.linear(assistant_hidden[part], soft_labels.head)  # (n, V')
+        kl = distill_kl(logits, assistant_logits, args.temperature, args.t_squared,
+                        reduction="sum") / counts[which, branch]
         terms[f"kl_{task}"] += kl.detach()
         return student_loss(hard, kl, args.lam)
 
@@ -420,7 +419,7 @@ class ReadoutStage:
         self.args, self.processor = args, processor
 
     def branches_of(self, post):
-        """(branches or None, why there are none)."""
+        """As ChainStage.branches_of."""
         if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
             return None, None
         if getattr(post, self.args.target) is None:
@@ -445,7 +444,7 @@ class ReadoutStage:
         return loss, {}
 
     def metrics(self, model, posts):
-        """{name: number}, more is better; the first selects, the second breaks ties."""
+        """{name: number}, two, more is better: the first selects, the second breaks ties."""
         rows = []
         for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += read_out(model, self.processor, part)
@@ -499,7 +498,7 @@ def build_model(args, items):
     The base is frozen, in 16 bits on a GPU or in 4 with --nf4; what is trained is in fp32. A score
     readout learns z-scores, so it keeps the mean and deviation of its training scores."""
     torch.manual_seed(args.seed)
-    # its processor is the stage's
+    # the stage has its processor already
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
     if args.stage == "dpo":
         model.requires_grad_(False)
@@ -530,7 +529,7 @@ def build_model(args, items):
     return model.train()
 
 
-def deterministic_batches(lengths, size, epoch, seed, window=4):
+def steps_of_epoch(lengths, size, epoch, seed, window=4):
     """Which items make up each optimiser step of an epoch: shuffled, sorted by length within
     windows of a few steps, so that little is padded, and the steps shuffled again. A function of
     its arguments alone: a resumed run goes on with the right posts."""
@@ -553,7 +552,7 @@ def step_loader(args, items, processor, first):
     per_epoch = math.ceil(len(items) / step_size)
     steps = []
     for epoch in range(first // per_epoch, args.epochs):
-        steps += deterministic_batches(lengths, step_size, epoch, args.seed)
+        steps += steps_of_epoch(lengths, step_size, epoch, args.seed)
     steps = steps[first % per_epoch :]
     mine = [step[get_rank() :: get_world_size()] for step in steps]
     return torch.utils.data.DataLoader(
@@ -574,7 +573,7 @@ def micro_batches(processor, size, items):
 class TrainingState:
     """All that a killed run needs to go on as if nothing had happened: trained weights, optimiser,
     schedule, the step and the best so far, every process's random numbers and running sums. The
-    order of the data is a function of seed and step (deterministic_batches)."""
+    order of the data is a function of seed and step (steps_of_epoch)."""
 
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
@@ -614,7 +613,7 @@ class TrainingState:
         log = Path(self.args.out, "log.jsonl")
         if not self.file.exists():  # a run killed before its first resume point begins anew
             return log.unlink(missing_ok=True)
-        with reading(f"{self.file} is damaged: delete it to train anew"):
+        with explaining(f"{self.file} is damaged: delete it to train anew"):
             with zipfile.ZipFile(self.file) as archive:  # trap: torch looks at no checksum
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
@@ -660,8 +659,8 @@ def step_counts(step):
     for batch, examples in step:
         counts["posts"] += len(examples)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
-            for positions in ("response", "all"):
-                counts[positions, branch] += int(batch.positions(branch, positions).sum())
+            for which in ("response", "all"):
+                counts[which, branch] += int(batch.loss_positions(branch, which).sum())
     return sum_over_processes(counts)
 
 
@@ -681,7 +680,8 @@ def train(args):
     """Set-up, the loop, the closing lines."""
     args.device = init_distributed(args.device)
     processor = load_processor(args.model, args.max_pixels)
-    stage_class = dict(dpo=PreferenceStage, readout=ReadoutStage).get(args.stage, ChainStage)
+    stage_class = dict(assistant=ChainStage, student=ChainStage, dpo=PreferenceStage,
+                       readout=ReadoutStage)[args.stage]
     stage = stage_class(args, processor)
     items, rejects = training_items(args.data, args.images, stage.branches_of)
     if args.stage == "readout":
@@ -884,7 +884,7 @@ def train_member(args, k, model, posts, dev, classes):
     best, kept, log = -math.inf, None, []
     for epoch in range(args.epochs):
         began = time.time()
-        steps = deterministic_batches(lengths, args.batch, epoch, seed, window=16)
+        steps = steps_of_epoch(lengths, args.batch, epoch, seed, window=16)
         loss = member_epoch(args, epoch, steps, model, average, optimizer, words, posts, classes)
         for old, new in zip(average.buffers(), model.buffers()):
             old.copy_(new)  # a convolutional encoder's running statistics
@@ -901,7 +901,7 @@ def train_member(args, k, model, posts, dev, classes):
 
 
 def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, classes):
-    """One epoch of a member, `steps` as deterministic_batches gives them; returns the mean loss of
+    """One epoch of a member, `steps` as steps_of_epoch gives them; returns the mean loss of
     the plain passes. Each batch is read once and passed twice: plain, then with its word embeddings
     moved by the first pass's gradient; both gradients add up before the step."""
     step, total, losses = epoch * len(steps), args.epochs * len(steps), []

@@ -379,7 +379,7 @@ def classify(args):
             ids = e.prefix + e.branches[0][0] + [1, 2, 3]
             positions = mulcot.rope_positions(ids, IMAGE, e.media["image_grid_thw"], 2)
             answers = [([4, i, 8, 9], 3) for i in (5, 6, 7)]
-            scored.append(replace(e, prefix=ids, positions=positions, branches=answers))
+            scored.append(replace(e, prefix=ids, position_ids=positions, branches=answers))
         ways = {"score": lambda: mulcot.score_labels(model, mulcot.collate(scored, PAD)),
                 "greedy": lambda: hf_generate(model, qwens, asked, 7, min_new_tokens=7)}
         row(f"512 wide, {n} at once, answer of 7 tokens", ways, "")

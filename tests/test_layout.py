@@ -152,7 +152,7 @@ def test_ids_of_teacher_prompts_equal_the_chat_template(student, posts, mixed, t
     processor = student[1]
     for post in posts[:3] + mixed:
         messages = mulcot.build_messages(post, task, gold)
-        e = encode(post, [("", None)], processor, prompt=messages[0]["content"][-1]["text"])
+        e = encode(post, [("", None)], processor, shared=messages[0]["content"][-1]["text"])
         assert e.prefix + e.branches[0][0] == template_ids(processor, messages, e)
 
 

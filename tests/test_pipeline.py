@@ -233,11 +233,11 @@ def test_reason_shares_by_hand():
 # ---- training: order, resume, settings
 
 
-def test_deterministic_batches():
+def test_steps_of_epoch():
     """Every item once; the same for the same arguments; like lengths in a step; another epoch
     differs."""
     lengths = [i * 37 % 101 for i in range(250)]
-    batches = train.deterministic_batches
+    batches = train.steps_of_epoch
     steps = batches(lengths, 8, 3, 42)
     assert sorted(i for step in steps for i in step) == list(range(250))
     assert [len(step) for step in steps].count(8) == 31 and len(steps) == 32

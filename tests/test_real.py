@@ -80,7 +80,7 @@ def test_logits_are_the_language_models(gguf, loaded):
     lm, _ = gguf
     model, processor = loaded
     prompt, answer = "Is a lovely day praise or blame?", "Praise."
-    example = mulcot.encode(mulcot.Post("1", "x"), [("", answer)], processor, prompt=prompt)
+    example = mulcot.encode(mulcot.Post("1", "x"), [("", answer)], processor, shared=prompt)
     ids = torch.tensor([example.prefix + example.branches[0][0]])
     real.check_logits(lm, model, ids)
     batch = mulcot.collate([example], processor.pad_id)

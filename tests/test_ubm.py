@@ -219,7 +219,7 @@ def test_training_resumes_with_the_same_result(command, tmp_path, monkeypatch):
     """Stopped in the last epoch of the second member and rerun: the same weights, bit for bit;
     test posts are never trained on; another setting is refused."""
     assert train.main(command(tmp_path / "whole")) == 0
-    batches, run, calls = train.deterministic_batches, train.train_member, []
+    batches, run, calls = train.steps_of_epoch, train.train_member, []
 
     def stop_at_the_fourth(*args, **kwargs):
         calls.append(1)
@@ -231,7 +231,7 @@ def test_training_resumes_with_the_same_result(command, tmp_path, monkeypatch):
         assert {p.split for p in posts} == {"train"}
         return run(args, k, model, posts, *rest)
 
-    monkeypatch.setattr(train, "deterministic_batches", stop_at_the_fourth)
+    monkeypatch.setattr(train, "steps_of_epoch", stop_at_the_fourth)
     monkeypatch.setattr(train, "train_member", on_train_alone)
     assert train.main(command(tmp_path / "cut")) == 130
     assert train.main(command(tmp_path / "cut")) == 0

@@ -31,11 +31,12 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import generate  # noqa: E402
-from train import deterministic_batches  # noqa: E402
+from train import steps_of_epoch  # noqa: E402
 from mulcot import (  # noqa: E402
     AUDIO_RATE, FIELDS, FORMATS, LABELS, MAX_SECONDS, SCORE_FORMAT, Answer, Help, InputError,
-    Post, check_settings, collate, encode, forward_branches, load_model, mark_aspect, post_prompt, progress, read_posts, reading, render_label, render_reasoning, render_score,
-    run_stage, safe_path, write_json, write_rows)
+    Post, check_settings, collate, encode, explaining, forward_branches, load_model, mark_aspect,
+    post_prompt, progress, read_posts, render_label, render_reasoning, render_score, run_stage,
+    safe_path, write_json, write_rows)
 
 IM_START, IM_END, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -289,7 +290,7 @@ class ToyTeacher:
         self.skill, self.seed = skill, seed
 
     def __call__(self, requests):
-        with reading("facts of these posts are damaged: write the toy posts anew"):
+        with explaining("facts of these posts are damaged: write the toy posts anew"):
             return [self.answer(request) for request in requests]
 
     def answer(self, request):
@@ -481,7 +482,7 @@ def warm_up(folder, size, posts, epochs=3, lr=0.002, schedule="constant", batch_
     examples = [encode(post, post.columns["branches"], processor) for post in posts]
     lengths = [sum(len(answer) for _, answer in post.columns["branches"]) for post in posts]
     steps = [rows for epoch in range(epochs)
-             for rows in deterministic_batches(lengths, batch_size, epoch, seed)]
+             for rows in steps_of_epoch(lengths, batch_size, epoch, seed)]
     bar = progress(len(steps), f"warm-up {size}", "step")
     for step, rows in enumerate(steps, 1):
         if schedule == "cosine":
