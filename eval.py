@@ -544,11 +544,13 @@ def diagnose(runs, teacher={}):
     for name, m in runs.items():
         assistant = runs.get(name.removesuffix("student") + "assistant", m)
         gap = 100 * (assistant["accuracy"] - m["accuracy"])
-        if m.get("sim", 1) < 0.85:
-            found.append(f"{name}: Sim {m['sim']:.1%} is below 85 %: prompts unlike the task?")
+        sim, meteor = m.get("sim"), m.get("meteor")  # None where a seed has none
+        if sim is not None and sim < 0.85:
+            found.append(f"{name}: Sim {sim:.1%} is below 85 %: prompts unlike the task?")
         if name.endswith("student") and gap > 5 and m.get("source") != "base":
             found.append(f"{name}: {gap:.1f} points below its assistant: λ too high? Try 0.1")
-        if m.get("meteor", 1) < 0.4 and m["distinct_2"] >= m["distinct_2_references"]:
+        ungrounded = meteor is not None and meteor < 0.4
+        if ungrounded and m["distinct_2"] >= m["distinct_2_references"]:
             found.append(f"{name}: METEOR is low, Distinct-2 high: fluent but ungrounded chains")
     if teacher.get("contradictions", 0) > 0.05:
         found.append("teacher: stage-2 answers contradict their label: weak, or noisy labels")
@@ -985,8 +987,9 @@ def report(about, runs, tables, notes, f1, posts, rows_of, most):
     flags = FLAGS[: 3 + len(pair)]
     for mark in (*flags, *map("gold {}".format, LABELS), *map("label {}".format, LABELS)):
         boxes += f' <label><input type=checkbox value="{mark}"> {mark}</label>'
-    curves = {run: runs[run] for run in (name, *list(runs)[:7]) if "ece" in runs[run]}
-    if "ece" in metrics:
+    curves = {run: runs[run] for run in (name, *list(runs)[:7])
+              if runs[run].get("ece") is not None}  # of seeds each needs one
+    if metrics.get("ece") is not None:
         charts = chart("accuracy by confidence, area: posts; ECE", curves, "reliability", "ece")
         charts += chart("error rate by coverage; AURC", curves, "risk_coverage", "aurc")
     short, full = tables

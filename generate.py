@@ -10,10 +10,10 @@
     python generate.py cascade --ubm runs/ubm --mllm runs/student/best --data test.tsv \\
         --dev dev.tsv --images img --out cascade.jsonl
 
-Last line: `wrote 300 rows to predictions.jsonl (0 set aside)`. Reads posts (.jsonl, the authors'
-.json, TomBERT .tsv, MMSA's .csv, MVSA folder). Appends rows to --out, bad ones to
-NAME.rejects.jsonl. Killed and run again with the same command it skips what is done and ends with
-the same rows.
+Last line: `wrote 300 rows to predictions.jsonl (0 set aside)`, of soft and export what is in the
+folder. Reads posts (.jsonl, the authors' .json, TomBERT .tsv, MMSA's .csv, MVSA folder). Appends
+rows to --out (cascade writes it anew), bad ones to NAME.rejects.jsonl. Killed and run again with
+the same command it skips what is done and ends with the same rows.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from mulcot import (
     BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
     Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier, base_of,
     best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
-    chunks, collate, count_parameters, digest, encode, encode_batch, explaining, fingerprint,
-    forward_branches, gather, generate_text, get_rank, get_world_size, init_distributed,
-    label_branches, load_image, load_trained, load_ubm, mark_aspect, merge_lora, post_prompt,
-    predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
-    render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels,
+    chunks, collate, count_parameters, default_dtype, digest, encode, encode_batch, explaining,
+    fingerprint, forward_branches, gather, generate_text, get_rank, get_world_size,
+    init_distributed, label_branches, load_image, load_trained, load_ubm, mark_aspect, merge_lora,
+    post_prompt, predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows,
+    refuse_ranks, render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels,
     second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, to_json, to_post,
     tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
     write_rows)
@@ -84,6 +84,8 @@ def parse_args(argv=None):
             p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
     if args.stage == "predict" and not args.text and not (args.data and args.out):
         p.error("needs --data and --out, or one post: --text, --image, --aspect")
+    if args.stage != "export":  # a setting: no run goes on in another dtype
+        args.dtype = args.dtype or default_dtype(args.device)
     args.run = run_info("generate.py", argv)
     return args
 
@@ -124,7 +126,7 @@ def endpoint_flags(flag):
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
     flag("--extra-body", type=json_object, default={}, metavar="JSON", help="--endpoint: merged "
-         "into each request, null removes a key: max_completion_tokens, chat_template_kwargs …")
+         "into each request, retries too; null removes a key: max_completion_tokens, …")
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call, in all")
     flag("--proxy", help="--endpoint: URL of a proxy (those of the environment are not used)")
@@ -366,6 +368,7 @@ class PaidCalls:
                                  proxy=args.proxy)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
+        self.budget = args.budget_tokens
         for row in read_rows(self.file.path):
             what = f"{self.file.path}: delete the damaged line of call {row.get('call')}"
             with explaining(what):
@@ -381,7 +384,8 @@ class PaidCalls:
     def call(self, request):
         text = request.messages[-1]["content"][-1]["text"]
         name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
-                      request.temperature, request.max_tokens, request.logprobs)
+                      request.temperature, request.max_tokens, request.logprobs,
+                      self.endpoint.extra_body)
         if name in self.known:
             return self.known.pop(name)
         self.endpoint.pause(0)  # ends this post's dialogue if the stage is stopping
@@ -389,6 +393,9 @@ class PaidCalls:
         with self.lock:
             self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
             self.spent += answer.tokens_in + answer.tokens_out
+        if self.budget and not answer.tokens_in + answer.tokens_out:
+            raise InputError("the server counts no tokens, so --budget-tokens cannot hold: say "
+                             "--max-posts")
         return answer
 
 
@@ -632,6 +639,7 @@ def export(args):
     it: weights, config, generation config, tokenizer with chat template, image processor."""
     from transformers.utils import cached_file
 
+    refuse_ranks("export")
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} is there already: choose another")
     model, processor = load_trained(args.model, args.device, args.dtype or "auto")
@@ -665,7 +673,8 @@ def cascade(args):
     ubm = load_ubm(args.ubm, args.device)
     config = Path(args.model).parent / "config.json"  # of train.py, beside best/
     trained = args.mllm and read_json(config, {}).get("stage")
-    if trained == "readout" or (trained in ("assistant", "student") and ubm.classes != LABELS):
+    labels_only = trained in ("assistant", "student", "dpo")
+    if trained == "readout" or (labels_only and ubm.classes != LABELS):
         raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
                          f"{', '.join(map(str, ubm.classes))}: choose another of the two")
     posts, rejects = select_posts(args)

@@ -36,7 +36,7 @@ Departures from the paper and from the authors' released scripts
  7. Chains are brought into one written form before training; those that contradict their label
     after all retries are set aside, label-conditioned ones too. The authors keep what came.
  8. Labels are decided by scoring the three answers, on dev too; `--decode greedy` generates them,
-    as the authors do.
+    as the authors do, but does not search an answer without `Prediction` for a label word.
  9. The prompts are our own wording; field names and their order are the paper's.
 10. Gradients are clipped at norm 1 (`--clip 0` for the authors' unclipped run).
 11. Images keep their shape under a pixel cap; the paper resizes to 280 x 280. Give
@@ -821,7 +821,8 @@ class Endpoint:
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
         jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
-        401, 402, 404 InputError, the rest Refused; after the last retry Unreachable."""
+        what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
+        of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
         messages = [message | dict(content=[_wire_part(part) for part in message["content"]])
                     for message in request.messages]
         body = dict(model=self.model, messages=messages, temperature=request.temperature,
@@ -856,9 +857,11 @@ class Endpoint:
             return answer, problem
         problem = f"HTTP {status}: {problem}"
         if re.search("unsupported.(parameter|value)", problem, re.I):
-            raise InputError(f"{self.url} refused: {problem}; a reasoning model wants --extra-body "
-                             """'{"max_tokens": null, "max_completion_tokens": 4096, """
-                             """"temperature": null}'""")
+            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
+            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
+            if "logprobs" in problem:
+                remedy = "say --no-logprobs"
+            raise InputError(f"{self.url} refused: {problem}; {remedy}")
         if status in (401, 402, 404) or status < 400:
             raise InputError(f"{self.url} refused: {problem}")
         if status not in self.RETRIED:
@@ -1488,8 +1491,10 @@ def load_adapter(model, folder):
                                                    config.get("lora_dropout", 0.0)))
         report = model.load_state_dict(state, strict=False)
         odd = [key for key in report.missing_keys if ".lora_" in key] + report.unexpected_keys
-        endings = tuple(f".{target}" for target in config["target_modules"])
-        named = [name for name, module in modules.items() if f".{name}".endswith(endings)
+        targets = config["target_modules"]  # endings of names, or an expression for whole ones
+        if not isinstance(targets, str):
+            targets = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+        named = [name for name, module in modules.items() if re.fullmatch(targets, name)
                  and (hasattr(module, "in_features") or isinstance(module, LoRALinear))]
         chosen = config.get("exclude_modules") or config.get("layers_to_transform")
         if odd or sorted(named) != names and not chosen:
@@ -1614,10 +1619,15 @@ def confusion_scores(table):
 # ================================================================================================
 
 
+def default_dtype(device):
+    """Of a base on this device."""
+    return "bfloat16" if str(device).startswith("cuda") else "float32"
+
+
 def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
-    base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default float32 on
-    CPU, bfloat16 on GPU; max_pixels: image cap; quantize(model): applied to the base before the
+    base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default
+    `default_dtype`; max_pixels: image cap; quantize(model): applied to the base before the
     adapter is put on it. The scripts call `load_trained` of §8, which is this and more."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
@@ -1625,8 +1635,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     logging.disable_progress_bar()
     base = base_of(name)
     processor = load_processor(name, max_pixels)
-    if dtype is None:
-        dtype = "bfloat16" if str(device).startswith("cuda") else "float32"
+    dtype = dtype or default_dtype(device)
     model_class = AutoModelForImageTextToText
     if processor.extractor:  # the whole Omni is no such model, its Thinker is
         model_class = Qwen2_5OmniThinkerForConditionalGeneration
@@ -2453,7 +2462,7 @@ def class_targets(posts, classes):
 
 def fit_temperature(logits, targets):
     """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.5 and
-    10. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
+    11. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
     grid = 2.0 ** torch.linspace(-1, 3.5, 313)
     losses = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
     return grid[losses.argmin()].item()
@@ -2699,7 +2708,7 @@ def fingerprint(model):
     parts = []
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:257].float()
+        sample = flat[:: flat.numel() // 256 + 1].float()
         parts += [name, tuple(tensor.shape), sample]
     return digest(*parts)
 

@@ -177,8 +177,8 @@ def chains(args):
     rows = {row["id"]: row for row in read_rows(args.chains)}
     shown, parsed, pictures = {}, 0, 0
     for post in read_posts(Path(args.out, "test.jsonl")):
-        row = rows[post.id]
-        chain = parse_reasoning(row["raw"])
+        row = rows.get(post.id, {})  # not all need have been asked
+        chain = parse_reasoning(row.get("raw") or "")
         if not chain.complete:
             continue
         parsed += 1

@@ -250,9 +250,10 @@ def test_other_labels_are_refused(toy, ubm, tmp_path, capsys):
     assert "cannot be loaded" in capsys.readouterr().err
     model = mulcot.load_ubm(ubm)
     mulcot.save_ubm(of_scores(model), tmp_path / "scores")
-    (tmp_path / "config.json").write_text('{"stage": "student"}')
-    assert run(toy, tmp_path / "scores", out, "--mllm", str(tmp_path / "best"))[0] == 2
-    assert "trained for other answers" in capsys.readouterr().err
+    for stage in ("student", "dpo"):
+        (tmp_path / "config.json").write_text(json.dumps(dict(stage=stage)))
+        assert run(toy, tmp_path / "scores", out, "--mllm", str(tmp_path / "best"))[0] == 2
+        assert "trained for other answers" in capsys.readouterr().err
     assert run(toy, tmp_path / "scores", out, "--mllm", str(toy / "student"))[0] == 2
     assert "with a score" in capsys.readouterr().err
 

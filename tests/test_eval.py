@@ -467,6 +467,18 @@ def test_a_number_that_one_seed_lacks_is_no_ones():
     assert metrics["source"] == "student"
 
 
+@pytest.mark.parametrize("more", [dict(raw=chain("neutral")), dict(probs=[0.2, 0.6, 0.2])])
+def test_seeds_of_one_run_may_differ_in_what_they_have(gold, tmp_path, more):
+    """One seed with chains (or probabilities), one without: no number of both, and no crash."""
+    labels = ["neutral"] * 6
+    whole = predictions(tmp_path / "a.jsonl", labels, **more)
+    bare = predictions(tmp_path / "b.jsonl", labels)
+    refs = write(tmp_path / "refs.jsonl", [dict(id=f"p{i}", cot=chain("neutral")) for i in range(6)])
+    for files in ((f"x={whole}", f"x={bare}"), (f"x={bare}", f"x={whole}")):
+        code, metrics, _ = evaluate(gold, *files, more=["--references", str(refs)])
+        assert code == 0 and metrics["x"].get("meteor") is metrics["x"].get("ece") is None
+
+
 def test_usage_error():
     """Without --gold the parser itself exits with 2."""
     with pytest.raises(SystemExit) as error:

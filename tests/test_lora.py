@@ -77,6 +77,21 @@ def test_we_read_what_peft_writes(model, toy, inputs, tmp_path):
     assert any("visual" in n for n in names)
 
 
+def test_peft_may_name_layers_by_an_expression(model, toy, inputs, tmp_path):
+    """target_modules as one regular expression for whole names; half of them is refused too."""
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=r".*language_model.*\.(q|v)_proj")
+    theirs = peft.get_peft_model(mulcot.load_model(toy / "student")[0], config).eval()
+    fill(theirs)
+    theirs.save_pretrained(tmp_path)
+    names = mulcot.load_adapter(model, tmp_path)
+    assert names and all(name.endswith(("q_proj", "v_proj")) for name in names)
+    assert (logits(model, inputs) - logits(theirs, inputs)).abs().max() < 1e-5
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: x for key, x in load_file(file).items() if "q_proj" in key}, file)
+    with pytest.raises(InputError, match="half a file"):
+        mulcot.load_adapter(mulcot.load_model(toy / "student")[0], tmp_path)
+
+
 def test_half_of_what_peft_writes_is_refused(toy, tmp_path):
     """Endings name the layers that must be there, unless PEFT was told to leave some out."""
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"])

@@ -351,6 +351,22 @@ def test_other_settings_are_refused(road, trained, capsys, flags, told):
     assert told in fails(capsys, train, *train_args(road, trained, *flags.split()))
 
 
+def test_an_adapter_is_no_base(road, trained, tmp_path, capsys):
+    """A second adapter on top would find no layers: say what to do instead."""
+    args = train_args(road, tmp_path / "a", "--no-soft", "--model", trained / "best")
+    assert "export makes a model" in fails(capsys, train, *args)
+
+
+def test_the_dtype_is_a_setting_even_by_default():
+    """A run begun on a CPU must not go on over a GPU's 16 bits unseen."""
+    words = "student --no-soft --data a --dev b --model m --out o --device".split()
+    assert train.parse_args([*words, "cpu"]).dtype == "float32"
+    assert train.parse_args([*words, "cuda:1"]).dtype == "bfloat16"
+    words = "augment --data a --model m --out o --device cuda".split()
+    assert generate.parse_args(words).dtype == "bfloat16"
+    assert generate.parse_args("export --model m --out o --device cuda".split()).dtype is None
+
+
 def test_more_epochs_only_where_the_rate_does_not_know_their_number(road, tmp_path, capsys):
     """Cosine and warm-up are laid out over all steps: another number is refused."""
     for n, more in enumerate((["--schedule", "cosine"], ["--warmup", "0.1"])):

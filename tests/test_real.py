@@ -149,7 +149,8 @@ def test_a_student_step(smol, tmp_path):
 def test_chains_are_counted_and_shown_by_the_rule(tmp_path, capsys):
     """The first in file order of each kind; an unparsed chain is in no count."""
     posts = [dict(id=str(n), text=f"post {n}", aspect="Rex", label="neutral") for n in range(6)]
-    mulcot.write_rows(tmp_path / "test.jsonl", posts)
+    unasked = dict(id="6", text="not asked about", label="neutral")
+    mulcot.write_rows(tmp_path / "test.jsonl", [unasked, *posts])
     said = dict.fromkeys(mulcot.FIELDS, "Plain words.")
     # (chain's Prediction, Image_analysis, prediction)
     answers = [("positive", "A man.", "positive"), ("neutral", real.NO_IMAGE, "neutral"),

@@ -348,6 +348,15 @@ def test_what_a_reasoning_model_refuses_names_the_remedy(serve, words):
     assert type(error.value) is InputError and "--extra-body" in str(error.value)
 
 
+def test_a_server_without_logprobs_is_not_told_of_reasoning_models(serve):
+    """The flag that helps depends on the parameter that the server does not know."""
+    words = "Unsupported parameter: 'logprobs' is not supported with this model."
+    endpoint, server = serve((400, dict(error=dict(message=words))))
+    with pytest.raises(InputError, match="--no-logprobs") as error:
+        endpoint(question())
+    assert "--extra-body" not in str(error.value)
+
+
 def test_key_travels_in_its_header_only(serve):
     """Authorization and nothing else: no other header, path or body."""
     endpoint, server = serve((200, GOOD))

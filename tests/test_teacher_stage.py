@@ -42,8 +42,9 @@ class Teacher(BaseHTTPRequestHandler):
         request = Request(post, body["messages"], body["temperature"], body["max_tokens"])
         chain = post.columns.get("chain") or ToyTeacher().answer(request).text
         content = {"null": None, "html": "<html>"}.get(fault, chain)
-        reply = dict(choices=[dict(message=dict(content=content), finish_reason="stop")],
-                     usage=dict(prompt_tokens=100, completion_tokens=50))
+        reply = dict(choices=[dict(message=dict(content=content), finish_reason="stop")])
+        if fault != "uncounted":
+            reply["usage"] = dict(prompt_tokens=100, completion_tokens=50)
         self.send(200, "<html>busy</html>" if fault == "html" else json.dumps(reply),
                   half=fault == "half")
 
@@ -215,6 +216,28 @@ def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
     assert 3000 <= spent <= 3000 + 150 * 8 and "--budget-tokens 3000" in capsys.readouterr().out
     assert generate.main(command(world, url, out)) == 0
     assert len(kept(out) + aside(out)) == 40
+
+
+def test_a_budget_needs_a_server_that_counts(serve, world, tmp_path, capsys):
+    """A reply without usage would be free for ever: told at the first one, which is kept."""
+    server, url = serve(lambda text: "uncounted")
+    budget = command(world, url, tmp_path / "a.jsonl", "--budget-tokens", "9", "--workers", "1")
+    assert generate.main(budget) == 2 and "counts no tokens" in capsys.readouterr().err
+    assert len(server.calls) == len(read_rows(tmp_path / "a.calls.jsonl")) <= 2
+    assert generate.main(command(world, url, tmp_path / "a.jsonl")) == 0
+
+
+def test_answers_to_other_requests_are_not_taken(serve, world, tmp_path):
+    """Another --extra-body, the rows deleted as the refusal says: all is asked anew."""
+    server, url = serve()
+    out = tmp_path / "a.jsonl"
+    first = command(world, url, out, "--extra-body", '{"tag": "A"}')
+    other = command(world, url, out, "--extra-body", '{"tag": "B"}')
+    assert generate.main(first) == 0
+    asked = len(server.calls)
+    assert generate.main(other) == 2
+    out.unlink()
+    assert generate.main(other) == 0 and len(server.calls) == 2 * asked
 
 
 def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsys):
