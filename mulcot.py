@@ -1140,7 +1140,7 @@ class Processor:
         samples = load_audio(path).numpy()
         out = self.extractor(samples, sampling_rate=AUDIO_RATE, return_attention_mask=True,
                              max_length=len(samples) + self.extractor.n_fft, return_tensors="pt")
-        return out["input_features"][0, :, : int(out["attention_mask"].sum())].T
+        return out["input_features"][0, :, out["attention_mask"][0].bool()].T
 
 
 @dataclass
@@ -1719,9 +1719,7 @@ def extend_cache(layer, keys, values, *_, **__):
         layer.buffers = layer.keys, layer.values
     start = layer.keys.shape[2]
     end = start + keys.shape[2]
-    # reorder_cache, where rows leave the batch, makes copies that are no views
-    views = layer.keys.data_ptr() == layer.buffers[0].data_ptr()
-    if not views or end > layer.buffers[0].shape[2]:
+    if end > layer.buffers[0].shape[2]:
         layer.buffers = []
         for held, new in ((layer.keys, keys), (layer.values, values)):
             buffer = new.new_empty(*new.shape[:2], end + CACHE_ROOM, new.shape[3])
@@ -1943,7 +1941,10 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
             alive = [alive[n] for n in going]
             kept = torch.tensor(going, device=device)
             token, position, visible = token[kept], position[:, kept], visible[kept]
-            cache.reorder_cache(kept)  # drops the others
+            for layer in cache.layers:
+                layer.reorder_cache(kept)  # drops the others: a copy
+                if hasattr(layer, "buffers"):
+                    layer.buffers = layer.keys, layer.values
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
         h = _next_hidden(model, token, position, visible, cache)
@@ -2017,8 +2018,8 @@ def rounded(tensor):
 
 
 # ================================================================================================
-# §8 Readout and NF4 (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS,
-#    explaining, write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7]
+# §8 Readout and NF4 (arXiv 2606.05713) [needs: functools, math, re, Path, np, torch, F,
+#    nn, LABELS, explaining, write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2173,6 +2174,12 @@ NF4 = torch.tensor([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.184
 NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()
 
 
+@functools.cache
+def nf4_pairs(device):
+    """NF4_PAIRS, moved there once."""
+    return NF4_PAIRS.to(device)
+
+
 def nf4_quantize(weight, block=64):
     """n weights, n a multiple of `block` -> codes (n / 2,) uint8, two a byte, the first in its high
     half, and absmax (n / block,) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32
@@ -2190,8 +2197,8 @@ def nf4_quantize(weight, block=64):
 def nf4_dequantize(codes, absmax, shape, dtype, block=64):
     """The weights (shape): level x absmax in float32, rounded once to `dtype`."""
     assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
-    pairs = NF4_PAIRS.to(codes.device)
-    levels = pairs.index_select(0, codes.int()).view(torch.float32).view(-1, block)
+    pairs = nf4_pairs(codes.device).index_select(0, codes.int())
+    levels = pairs.view(torch.float32).view(-1, block)
     return (levels * absmax[:, None]).to(dtype).view(shape)
 
 
@@ -2930,8 +2937,8 @@ def _terminated(number, frame):
 
 def run_stage(stage, args):
     """Runs stage(args), alone on its --out, and returns the exit code: a user's mistake, a full
-    disk or a path that cannot be written is one line and 2; Ctrl-C (130) and SIGTERM (143) say how
-    to go on."""
+    disk or GPU or a path that cannot be written is one line and 2; Ctrl-C (130) and SIGTERM (143)
+    say how to go on."""
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminated)
@@ -2941,6 +2948,9 @@ def run_stage(stage, args):
         return 0
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
+    except torch.OutOfMemoryError as e:
+        print(f"error: {e}; lower --batch or --max-pixels, in training also "
+              "--gradient-checkpointing or --nf4", file=sys.stderr)
     except OSError as e:
         print(f"error: {e}; what was written before is whole: mend this and run the same command "
               "again", file=sys.stderr)

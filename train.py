@@ -562,9 +562,11 @@ def step_loader(args, items, processor, first):
         steps += steps_of_epoch(lengths, step_size, epoch, args.seed)
     steps = steps[first % per_epoch :]
     mine = [step[get_rank() :: get_world_size()] for step in steps]
+    if args.workers:  # trap: the default takes a file handle for each tensor under way
+        torch.multiprocessing.set_sharing_strategy("file_system")
     return torch.utils.data.DataLoader(
         items, batch_sampler=mine, collate_fn=partial(micro_batches, processor, args.batch),
-        num_workers=args.workers,
+        num_workers=args.workers, prefetch_factor=1 if args.workers else None,
         generator=torch.Generator())  # trap: else the loader would draw from the one of dropout
 
 

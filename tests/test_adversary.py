@@ -492,6 +492,16 @@ def test_a_single_post_is_checked_as_one_in_a_file(toy, capsys):
         assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_full_gpu_is_one_line(tmp_path, capsys):
+    """What to lower stands beside torch's own words."""
+    def stage(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    assert mulcot.run_stage(stage, Namespace(out=str(tmp_path / "x"))) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: CUDA out of memory") and "lower --batch" in err
+
+
 def test_a_full_disk_is_one_line(toy, tmp_path, monkeypatch, capsys):
     """Also where a library calls it something else; and a path that cannot be written."""
     def full(*args, **kwargs):
