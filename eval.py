@@ -471,8 +471,8 @@ def chain_metrics(rows, references, wordnet=None, similarity=None):
         values["parse_rate"][i] = parsed.complete
         values["agreement"][i] = label is not None and parsed.prediction == label
         values["concludes"][i] = names_only(parsed, label)
-        if reference is not None:
-            reference = chain_text(parse_reasoning(reference))
+        reference = chain_text(parse_reasoning(reference or ""))
+        if reference:
             reference_texts.append(reference)
             values["bleu4"][i] = bleu4(texts[i], reference)
             values["rouge_l"][i] = rouge_l(texts[i], reference)
@@ -565,6 +565,7 @@ COLUMNS = dict(
     accuracy_disagree="acc. ≠", meteor="METEOR", rouge_l="ROUGE-L", sim="Sim", mae="MAE",
     corr="Corr", acc7="Acc-7", acc2_non0="Acc-2", unparsed="unparsed", ece="ECE", aurc="AURC",
     bleu4="BLEU-4")
+REFERENCED = {"meteor", "rouge_l", "sim", "bleu4"}  # of posts with a reference chain
 # Names of no run, because metrics.json has its own entries of these names.
 RESERVED = {"", *"majority teacher command versions signatures comparisons diagnosis date split n "
             "seed warnings".split()}
@@ -618,6 +619,12 @@ def read_gold(args):
     posts = select_split(gold, split)
     require(posts, f"{args.gold} has no labelled post of split {split!r}: try --split all")
     print(f"judged: {len(posts)} gold posts, split {split}; {len(gold) - len(posts)} left out")
+    own = [post for post in posts if post.id in references]
+    require(own or not args.references, "--references hold no judged post: are these the ids of "
+            "--gold, and is this the right --split?")
+    known = sum(bool(chain_text(parse_reasoning(post.cot or ""))) for post in posts)
+    if known:
+        print(f"references: chains of {known} of {len(posts)} judged posts")
     return posts, split
 
 
@@ -637,13 +644,15 @@ def read_specs(specs):
 def training_posts(model):
     """{(id, text)} that a model was trained on, as far as train.py's config.json beside it and the
     row files named there are at hand."""
-    config = read_json(Path(model).parent / "config.json", {})
-    found = set()
+    beside = Path(model) if Path(model, "ubm.json").exists() else Path(model).parent
+    config, found = read_json(beside / "config.json", {}), set()
     with explaining(f"{model}: the config.json beside it names no row files"):
         for file in config.get("data", ()):
             if file.endswith(".jsonl"):
-                found |= {(row.get("id"), row.get("text")) for row in read_rows(file)
-                          if row.get("split") not in ("dev", "test")}  # train.py sets these aside
+                for row in read_rows(file):
+                    text = str(row.get("text")).replace("$T$", row.get("aspect") or "$T$")
+                    if row.get("split") not in ("dev", "test"):  # train.py sets these aside
+                        found.add((str(row.get("id")), text))
     return found
 
 
@@ -675,7 +684,7 @@ def run_metrics(rows, posts, wordnet=None, similarity=None):
         add_faithfulness(values, own, posts)
         metrics |= of_chains | means(values)
     probs = [(post.label, row["probs"]) for post, row in zip(posts, own) if row.get("probs")]
-    if probs:
+    if len(probs) == len(posts):  # of some posts alone they would flatter
         metrics |= calibration_metrics(*zip(*probs))
     scores = [(post.score, row.get("score")) for post, row in zip(posts, own)
               if post.score is not None]
@@ -694,8 +703,9 @@ def best_against_next(runs, samples):
         names = [name for name in samples if key in samples[name]]
         if len(names) > 1 and not key.startswith("accuracy_"):  # those are of other posts
             best, after, *_ = sorted(names, key=lambda name: -runs[name][key])
+            compared = runs[best]["referenced" if key in REFERENCED else "n"]  # posts
             tests[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
-                              p=p_value(samples[best][key], samples[after][key], runs[best]["n"]))
+                              p=p_value(samples[best][key], samples[after][key], compared))
     return tests
 
 

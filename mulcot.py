@@ -187,6 +187,7 @@ MAX_TEXT = 10_000  # choice: characters; the mask of a batch grows with the squa
 SCORE_RANGE = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
 MAX_FRAMES = 16  # paper: arXiv 2606.05713
 WORDS = ("id", "text", "aspect", "label", "split", "cot")  # columns that hold strings
+SPLITS = dict.fromkeys(["valid", "val", "validation"], "dev")  # other names of a split
 AUDIO_RATE, MAX_SECONDS = 16_000, 300  # what Qwen2.5-Omni's feature extractor takes
 
 
@@ -344,8 +345,6 @@ def to_post(columns, folder):
     """A row dict of any source -> a checked Post; its files lie in `folder`."""
     if not isinstance(columns, dict) or columns.get("id") is None:
         raise InputError("expected an object with at least id and text: every row needs an id")
-    # trap: half of a surrogate pair, which JSON can spell, raises here and not in a tokenizer
-    json.dumps(columns, ensure_ascii=False).encode()
     row = columns | dict(id=str(columns["id"]))
     if row.get("image_id") is not None:  # the authors' rows name the image in one of three ways
         row["image_id"] = f"{row['image_id']}.jpg"
@@ -371,9 +370,12 @@ def to_post(columns, folder):
         raise InputError(f"score must be a number, got {score!r}")
     if score is not None and not abs(score) <= SCORE_RANGE:  # catches NaN, too
         raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
+    # trap: half of a surrogate pair and NaN, which JSON can spell, raise here and not when written
+    json.dumps(columns, ensure_ascii=False, allow_nan=False).encode()
+    split = (row.get("split") or "").strip().lower() or None
     image = row.get("image") or row.get("image_path") or row.get("image_id")
     return Post(row["id"], text.replace("$T$", aspect or "$T$"), safe_path(image, folder),
-                aspect or None, label, score, row.get("split"), row.get("cot"),
+                aspect or None, label, score, SPLITS.get(split, split), row.get("cot"),
                 clip_frames(row.get("frames"), folder), safe_path(row.get("audio"), folder),
                 columns)
 
@@ -525,7 +527,7 @@ def _csv_rows(path, folder):
         clip = dict(zip(header, cells))
         name = f"{clip['video_id']}/{clip['clip_id']}"
         row = dict(id=name.replace("/", "$_$"), text=clip["text"], score=float(clip["label"]),
-                   split="dev" if clip["mode"] == "valid" else clip["mode"])
+                   split=clip["mode"])
         if (folder / "frames" / name).is_dir():
             row["frames"] = f"frames/{name}"
         if (folder / "audio" / f"{name}.wav").exists():
@@ -634,12 +636,16 @@ def parse_reasoning(text):
     fields = {}
     for heading, end in zip(headings, ends):
         name = heading[1] or heading[2]
-        fields[name] = _clean(text[heading.end() : end], quoted='"' in heading[0])
+        value = _clean(text[heading.end() : end], quoted='"' in heading[0])
+        fields[name] = value or fields.get(name, "")  # an empty heading takes nothing back
     answer = fields.get("Prediction", "")
     if not fields and re.fullmatch(r"\W*\w+\W*", text.strip().split("\n", 1)[0][:40]):
         answer = text.strip()  # a bare label word; one within prose would not count
-    labels = set(_LABEL_WORD.findall(answer.split("\n", 1)[0].lower()))
+    line = re.split(r'\n|",\s*"\w+"\s*:', answer, maxsplit=1)[0]  # or to the next key of JSON
+    labels = set(_LABEL_WORD.findall(line.lower()))
     prediction = labels.pop() if len(labels) == 1 else None
+    if prediction and "Prediction" in fields:
+        fields["Prediction"] = prediction  # what a model adds behind it is not to be learned
     problem = None
     missing = [name for name in FIELDS if not fields.get(name)]
     if missing:
@@ -753,7 +759,8 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
         requests = []
         for post in pending:
             messages = build_messages(post, task, post.label if task == "explain" else None)
-            requests.append(Request(post, messages, 0.4 * retry, budget[post.id]))
+            temperature = min(0.4 * retry, 1.2)
+            requests.append(Request(post, messages, temperature, budget[post.id]))
         pending = []
         for request, answer in zip(requests, ask(requests), strict=True):
             post = request.post
@@ -877,9 +884,11 @@ class Endpoint:
         try:
             with self.session.post(self.url, json=body, timeout=self.timeout, stream=True) as reply:
                 data = reply.raw.read(2**23, decode_content=False)  # what is longer is cut off
-            answer, seconds = None, _retry_after(reply.headers.get("Retry-After", ""))
+            answer, seconds = None, 0.0
             if reply.status_code == 200:
                 answer = _read_reply(json.loads(data), self._plain)
+            else:
+                seconds = _retry_after(reply.headers.get("Retry-After", ""))
             outcome.append((reply.status_code, answer, data.decode("utf-8", "replace"), seconds))
         except Exception as e:
             outcome.append((None, None, f"{type(e).__name__}: {e}", 0.0))

@@ -279,7 +279,7 @@ def test_scores_run_through(toy, ubm, tmp_path):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Says positive, unsurely; refuses posts that mention a word; is busy once."""
+    """Says positive, unsurely; refuses posts that mention a word; is busy once, or for some."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -291,7 +291,7 @@ class Server(BaseHTTPRequestHandler):
                               dict(token="positive", logprob=-0.7),
                               dict(token="negative", logprob=-0.8)])]))],
             usage=dict(prompt_tokens=10, completion_tokens=5))
-        if len(self.server.asked) == 1:
+        if len(self.server.asked) == 1 or self.server.down in text:
             status = 503
         elif self.server.bad in text:
             status = 400
@@ -312,7 +312,7 @@ def test_endpoint_cascade(toy, ubm, tmp_path, posts, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(mulcot.random, "uniform", lambda *_: 0.01)
     bad = [p for p in posts if p.split == "test"][0]
-    server.asked, server.bad = [], f"Text: {bad.text}\n"
+    server.asked, server.bad, server.down = [], f"Text: {bad.text}\n", "no such text"
     out = tmp_path / "rows.jsonl"
     more = ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m", "--workers",
             "2", "--budget", "2"]
@@ -327,5 +327,8 @@ def test_endpoint_cascade(toy, ubm, tmp_path, posts, monkeypatch):
         elif mllm is not None:
             assert mllm["uncertainty"] > 0.5 and mllm["tokens"] == 15
     assert run(toy, ubm, out, *more)[0] == 0 and len(server.asked) == calls
+    server.down = f"Text: {[p for p in posts if p.split == 'dev'][0].text}\n"
+    assert run(toy, ubm, tmp_path / "b.jsonl", *more)[0] == 2  # no thresholds from half of dev
+    assert mulcot.read_rows(tmp_path / "b.jsonl") == []
     server.shutdown()
     assert taus == json.loads((tmp_path / "rows.cascade.json").read_text())["taus"]

@@ -342,6 +342,9 @@ def test_rows_that_the_model_was_trained_on(gold, tmp_path, split, text, warned)
     write(tmp_path / "run" / "config.json", [dict(data=[str(data), "none.jsonl", "x.tsv"])])
     path = predictions(tmp_path / "s.jsonl", ALL, model=str(tmp_path / "run" / "best"))
     warnings = evaluate(gold, path)[1]["warnings"]
+    write(tmp_path / "run" / "ubm.json", [{}])  # a UBM's own folder holds its config
+    path_of_ubm = predictions(tmp_path / "s.jsonl", ALL, model=str(tmp_path / "run"))
+    assert evaluate(gold, path_of_ubm)[1]["warnings"] == warnings
     assert warnings == [f"{path}: 1 of 6 judged posts are among its model's training rows"] * warned
 
 
@@ -477,6 +480,37 @@ def test_seeds_of_one_run_may_differ_in_what_they_have(gold, tmp_path, more):
     for files in ((f"x={whole}", f"x={bare}"), (f"x={bare}", f"x={whole}")):
         code, metrics, _ = evaluate(gold, *files, more=["--references", str(refs)])
         assert code == 0 and metrics["x"].get("meteor") is metrics["x"].get("ece") is None
+
+
+def test_a_reference_without_a_chain_is_none(gold, tmp_path, capsys):
+    """Empty or foreign texts would count as chains that every model misses; how many posts have
+    one is said, and references of no judged post are refused."""
+    path = predictions(tmp_path / "s.jsonl", ["neutral"] * 6, raw=chain("neutral"))
+    cots = [chain("neutral"), "", "no fields", chain("neutral")]
+    refs = write(tmp_path / "r.jsonl", [dict(id=f"p{i}", cot=cot) for i, cot in enumerate(cots)])
+    metrics = evaluate(gold, path, more=["--references", str(refs)])[1]["s"]
+    assert metrics["referenced"] == 2 and metrics["meteor"] > 0.99
+    assert "chains of 2 of 6 judged posts" in capsys.readouterr().out
+    refs = write(tmp_path / "other.jsonl", [dict(id="dev-0", cot=chain("neutral"))])
+    assert evaluate(gold, path, more=["--references", str(refs)])[0] == 2
+
+
+def test_two_references_are_never_significant(tmp_path):
+    """p of METEOR is of the posts that have a reference, not of all that are judged."""
+    gold = write(tmp_path / "gold.jsonl", [dict(id=f"p{i}", text="t", label="neutral")
+                                           for i in range(60)])
+    refs = write(tmp_path / "r.jsonl", [dict(id=f"p{i}", cot=chain("neutral")) for i in range(2)])
+    good = predictions(tmp_path / "a.jsonl", ["neutral"] * 60, raw=chain("neutral"))
+    bad = predictions(tmp_path / "b.jsonl", ["neutral"] * 60, raw="")
+    metrics = evaluate(gold, good, bad, more=["--references", str(refs)])[1]
+    assert metrics["comparisons"]["meteor"]["p"] == 0.5
+
+
+def test_probabilities_of_some_posts_alone_are_not_judged(gold, tmp_path):
+    """Right answers for half of the posts would have an AURC of 0."""
+    probs = [dict(id=f"p{i}", prediction="positive", probs=[0.1, 0.1, 0.8]) for i in range(6)]
+    assert "aurc" in evaluate(gold, write(tmp_path / "a.jsonl", probs))[1]["a"]
+    assert "aurc" not in evaluate(gold, write(tmp_path / "b.jsonl", probs[:3]))[1]["b"]
 
 
 def test_usage_error():

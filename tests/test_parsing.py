@@ -106,6 +106,20 @@ def test_last_prediction_wins():
     assert parse_reasoning(text + '\n"Prediction": "negative"').prediction == "negative"
 
 
+def test_an_empty_heading_takes_nothing_back():
+    """A dangling name at the end, as cut-off or chatty models write it."""
+    parsed = parse_reasoning(FORMS["quoted lines"] + '\n"Prediction":')
+    assert parsed.fields == CHAIN and parsed.prediction == "positive"
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("more", [0.9, "not negative"])
+def test_more_keys_than_asked_for_are_not_learned(indent, more):
+    """JSON with a key behind Prediction: neither the label nor the written form has it."""
+    parsed = parse_reasoning(json.dumps(CHAIN | dict(Confidence=more), indent=indent))
+    assert parsed.fields == CHAIN and parsed.complete
+
+
 @pytest.mark.parametrize("gone", FIELDS)
 def test_missing_field_is_named(gone):
     """Both a field left out and one left empty are incomplete, and the problem says which."""

@@ -75,6 +75,14 @@ def test_images_default_to_the_folder_beside_the_file(tmp_path):
     assert read_posts(path, images=tmp_path)[0].image == os.path.realpath(tmp_path / "x.png")
 
 
+def test_splits_by_other_names(tmp_path):
+    """valid, Validation and Test are not trained on by mistake."""
+    names = dict(a="valid", b=" Validation", c="Test", d="train", e=None)
+    rows = [dict(id=i, text="t", split=split) for i, split in names.items()]
+    posts = read_posts(jsonl(tmp_path / "p.jsonl", *rows))
+    assert [post.split for post in posts] == ["dev", "dev", "test", "train", None]
+
+
 def test_authors_json(folder):
     """The list that the authors released: image_path or image_id names the picture."""
     Image.new("RGB", (4, 4)).save(folder / "images" / "27.jpg")
@@ -185,6 +193,7 @@ def test_mvsa_split(tmp_path):
 WRONG = {
     "endless text": (dict(text="a" * 10_001), "the cap is 10,000"),
     "text that grows": (dict(text="$T$" * 3000, aspect="a" * 900), "has 2,709,900 characters"),
+    "not a number": (dict(weight=float("nan")), "Out of range float"),
     "missing image": (dict(image="none.png"), "No such file"),
     "garbage image": (dict(image="garbage.jpg"), "cannot be read: cannot identify"),
     "truncated image": (dict(image="cut.jpg"), "cannot be read: image file is truncated"),
