@@ -644,8 +644,10 @@ def read_specs(specs):
 def training_posts(model):
     """{(id, text)} that a model was trained on, as far as train.py's config.json beside it and the
     row files named there are at hand."""
-    beside = Path(model) if Path(model, "ubm.json").exists() else Path(model).parent
-    config, found = read_json(beside / "config.json", {}), set()
+    folder, found = Path(model), set()
+    if not (folder / "ubm.json").exists():
+        folder = folder.parent
+    config = read_json(folder / "config.json", {})
     with explaining(f"{model}: the config.json beside it names no row files"):
         for file in config.get("data", ()):
             if file.endswith(".jsonl"):
@@ -703,9 +705,11 @@ def best_against_next(runs, samples):
         names = [name for name in samples if key in samples[name]]
         if len(names) > 1 and not key.startswith("accuracy_"):  # those are of other posts
             best, after, *_ = sorted(names, key=lambda name: -runs[name][key])
-            compared = runs[best]["referenced" if key in REFERENCED else "n"]  # posts
+            posts = runs[best]["n"]
+            if key in REFERENCED:
+                posts = runs[best]["referenced"]
             tests[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
-                              p=p_value(samples[best][key], samples[after][key], compared))
+                              p=p_value(samples[best][key], samples[after][key], posts))
     return tests
 
 

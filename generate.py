@@ -41,9 +41,9 @@ from mulcot import (
     fingerprint, forward_branches, gather, generate_text, get_rank, get_world_size,
     init_distributed, label_branches, load_image, load_trained, load_ubm, mark_aspect, merge_lora,
     post_prompt, predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows,
-    refuse_ranks, render_reasoning, report_rejects, row_text, run_info, run_stage, say,
-    score_labels, second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, to_json,
-    to_post, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    refuse_ranks, render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels,
+    second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, to_json, to_post,
+    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
     write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -270,8 +270,9 @@ def in_batches(args, posts, done, respond):
             except InputError as e:
                 ids = ", ".join(post.id for post in batch)
                 raise InputError(f"{args.model} on the posts {ids}: {e}") from None
-        seconds = dict(seconds=round((time.time() - began) / max(1, len(batch)), 4))
-        for part in gather([(post, result | seconds) for post, result in answered]):
+        for _, result in answered:
+            result["seconds"] = round((time.time() - began) / len(batch), 4)
+        for part in gather(answered):
             for post, result in part:
                 if post.id not in done:
                     yield post, result
@@ -679,10 +680,11 @@ def cascade(args):
                          f"{', '.join(map(str, ubm.classes))}: choose another of the two")
     posts, rejects = select_posts(args)
     dev = read_dev_posts(args.dev, args.images, ubm.target)
-    both = {(post.id, post.text) for post in dev} & {(post.id, post.text) for post in posts}
-    if both:
-        say(f"warning    {len(both)} posts of --data are in --dev: thresholds fitted on what is "
-            "judged flatter")
+    judged = {post.id: post.text for post in posts}
+    for post in dev:
+        if judged.get(post.id) == post.text:
+            raise InputError(f"post {post.id} is in --dev and in --data: thresholds are not fitted "
+                             "on posts that they are judged by")
     output = Output(args, rejects)
     steps = CascadeSteps(args, ubm)
 
@@ -752,11 +754,10 @@ class CascadeSteps:
             for key, answer in ask(new):
                 self.cache[key] = answer
                 self.file.write(dict(key=key, verdict=answer))
-            unanswered = sum(key not in self.cache for key, _, _ in questions.values())
-            if unanswered:
-                raise InputError(f"the server did not answer {unanswered} of {len(questions)} "
-                                 "questions: run again, what was answered is kept")
             for i, (key, _, _) in questions.items():
+                if key not in self.cache:
+                    raise InputError("the server did not answer all questions: run the same "
+                                     "command again, what was answered is kept")
                 verdicts[i][stage] = self.cache[key]
         return verdicts
 

@@ -243,6 +243,16 @@ def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path):
     assert taus[0] == taus[1]
 
 
+def test_thresholds_are_not_fitted_on_the_judged(toy, ubm, tmp_path, capsys):
+    """An unsplit file as both --data and --dev."""
+    row = dict(id="1", text="a day", label="neutral")
+    mulcot.write_rows(tmp_path / "p.jsonl", [row])
+    data = str(tmp_path / "p.jsonl")
+    assert generate.main(["cascade", "--ubm", str(ubm), "--mllm", str(toy / "student"), "--data",
+                          data, "--dev", data, "--out", str(tmp_path / "rows.jsonl")]) == 2
+    assert "post 1 is in --dev and in --data" in capsys.readouterr().err
+
+
 def test_other_labels_are_refused(toy, ubm, tmp_path, capsys):
     """A UBM as MLLM, a student as MLLM of scores, dev posts without scores."""
     out = tmp_path / "rows.jsonl"
