@@ -761,8 +761,14 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
             messages = build_messages(post, task, post.label if task == "explain" else None)
             temperature = min(0.4 * retry, 1.2)
             requests.append(Request(post, messages, temperature, budget[post.id]))
+        try:
+            answers = ask(requests)
+        except Refused:
+            if retry == 0:
+                raise
+            break  # what was answered before stands: a server may know no such budget
         pending = []
-        for request, answer in zip(requests, ask(requests), strict=True):
+        for request, answer in zip(requests, answers, strict=True):
             post = request.post
             parsed, problem = check_answer(answer.text, post.label, answer.finish)
             attempts[post.id].append(_attempt(task, request, answer, parsed, problem))

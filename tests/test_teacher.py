@@ -13,8 +13,8 @@ from PIL import Image, PngImagePlugin
 
 import generate
 import toy
-from mulcot import (FIELDS, Answer, Endpoint, InputError, Post, Request, build_messages, data_url,
-                    parse_reasoning, read_rows, render_reasoning, sibling, two_stage_cot)
+from mulcot import (FIELDS, Answer, Endpoint, InputError, Post, Refused, Request, build_messages,
+                    data_url, parse_reasoning, read_rows, render_reasoning, sibling, two_stage_cot)
 
 POST = Post("1", "so lovely", None, "Rex", "positive")
 
@@ -80,6 +80,21 @@ def test_truncated_gets_twice_the_budget():
         assert stages(asked) == [1, 1, 1] and [r.max_tokens for r in asked] == [100, 200, 400]
         assert all("truncated" in a["problem"] for a in row["attempts"][:2])
         assert (row["cot"], row["stage"], row["tries"]) == (RIGHT, 1, 3)
+
+
+def test_a_refused_retry_loses_nothing():
+    """A server may not know twice the budget: stage 2 follows, and what was paid stays on record;
+    a refused first question is the post's own fault."""
+    def ask(requests):
+        if requests[0].max_tokens > 100:
+            raise Refused("HTTP 400: max_tokens is too large")
+        return answers.pop(0)
+
+    answers = [[Answer(PART, "length", 9, 9)], [Answer(RIGHT, "stop", 1, 1)]]
+    (row,) = two_stage_cot([POST], ask, max_tokens=100)
+    assert (row["cot"], row["stage"], row["tries"], row["tokens_in"]) == (RIGHT, 2, 2, 10)
+    with pytest.raises(Refused):
+        two_stage_cot([POST], ask, max_tokens=101)
 
 
 def test_budget_starts_anew_in_stage_two():
