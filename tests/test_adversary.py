@@ -78,9 +78,10 @@ QUESTION = Request(Post("1", "t", label="neutral"), build_messages(Post("1", "t"
 
 
 def http(body, *headers, status="200 OK"):
-    """A reply as bytes."""
+    """A reply as bytes. This server answers once a connection, which a client must know: it would
+    ask again on one that is just being closed."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
