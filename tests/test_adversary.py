@@ -196,9 +196,10 @@ def test_the_environment_gives_no_proxy_and_no_netrc(serve, monkeypatch, tmp_pat
         monkeypatch.setenv(name, value)
 
     def both():
-        yield http(GOOD)
+        kept_open = http(GOOD).replace(b"Connection: close\r\n", b"")
+        yield kept_open
         time.sleep(0.1)
-        yield http(GOOD)
+        yield kept_open
 
     endpoint = serve(both())
     assert endpoint(QUESTION) == endpoint(QUESTION) and proxy.seen == []
