@@ -29,7 +29,7 @@ import torch
 from mulcot import (
     FIELDS, LABELS, Help, InputError, confusion_scores, confusion_table, data_url, explaining,
     parse_reasoning, read_json, read_posts, read_rows, regression_metrics, report_rejects,
-    run_info, run_stage, select_split, sibling, write_json, write_text)
+    run_info, run_stage, select_split, sibling, split_name, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -653,7 +653,8 @@ def training_posts(model):
             if file.endswith(".jsonl"):
                 for row in read_rows(file):
                     text = str(row.get("text")).replace("$T$", row.get("aspect") or "$T$")
-                    if row.get("split") not in ("dev", "test"):  # train.py sets these aside
+                    # train.py sets the others aside
+                    if split_name(row.get("split")) not in ("dev", "test"):
                         found.add((str(row.get("id")), text))
     return found
 

@@ -341,6 +341,12 @@ def load_audio(path):
 # ---- rows: a dict of any source -> Post
 
 
+def split_name(split):
+    """train, dev or test, however a file writes it; None where it says nothing."""
+    split = (split or "").strip().lower() or None
+    return SPLITS.get(split, split)
+
+
 def to_post(columns, folder):
     """A row dict of any source -> a checked Post; its files lie in `folder`."""
     if not isinstance(columns, dict) or columns.get("id") is None:
@@ -372,10 +378,9 @@ def to_post(columns, folder):
         raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
     # trap: half of a surrogate pair and NaN, which JSON can spell, raise here and not when written
     json.dumps(columns, ensure_ascii=False, allow_nan=False).encode()
-    split = (row.get("split") or "").strip().lower() or None
     image = row.get("image") or row.get("image_path") or row.get("image_id")
     return Post(row["id"], text.replace("$T$", aspect or "$T$"), safe_path(image, folder),
-                aspect or None, label, score, SPLITS.get(split, split), row.get("cot"),
+                aspect or None, label, score, split_name(row.get("split")), row.get("cot"),
                 clip_frames(row.get("frames"), folder), safe_path(row.get("audio"), folder),
                 columns)
 
@@ -748,7 +753,7 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
     `attempts` {post id: tries}.
 
     paper: the adaptive retry controller (ARC) asks again while the structure is incomplete.
-    choice: a retry raises the temperature (0, 0.4, 0.8 …) and doubles the token budget after a
+    choice: a retry raises the temperature (0, 0.4, 0.8, 1.2) and doubles the token budget after a
     truncated answer; a whole stage-1 answer with the wrong label is what stage 2 is for; a stage-2
     chain that contradicts its label is asked again."""
     budget = dict.fromkeys(attempts, max_tokens)
@@ -756,10 +761,10 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
     for retry in range(max_tries):
         if not pending:
             break
+        temperature = min(0.4 * retry, 1.2)
         requests = []
         for post in pending:
             messages = build_messages(post, task, post.label if task == "explain" else None)
-            temperature = min(0.4 * retry, 1.2)
             requests.append(Request(post, messages, temperature, budget[post.id]))
         try:
             answers = ask(requests)
@@ -1724,6 +1729,15 @@ def new_cache(model):
     return cache
 
 
+def keep_rows(cache, kept):
+    """Drops all rows of a cache but `kept` (indices), layer by layer: the buffers of all layers and
+    their copies are never held at once."""
+    for layer in cache.layers:
+        layer.reorder_cache(kept)
+        if hasattr(layer, "buffers"):
+            layer.buffers = layer.keys, layer.values
+
+
 def extend_cache(layer, keys, values, *_, **__):
     """A layer's keys and values (B, H, T, D) with the new ones behind. They are views of buffers
     with room for more. choice: transformers' own `update` copies the whole cache for each token,
@@ -1956,10 +1970,7 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
             alive = [alive[n] for n in going]
             kept = torch.tensor(going, device=device)
             token, position, visible = token[kept], position[:, kept], visible[kept]
-            for layer in cache.layers:
-                layer.reorder_cache(kept)  # drops the others: a copy
-                if hasattr(layer, "buffers"):
-                    layer.buffers = layer.keys, layer.values
+            keep_rows(cache, kept)
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
         h = _next_hidden(model, token, position, visible, cache)

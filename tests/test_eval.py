@@ -334,7 +334,8 @@ def test_gold_without_test_posts_is_judged_whole(tmp_path):
 
 
 @pytest.mark.parametrize("split, text, warned", [("train", "text 1", True), (None, "text 1", True),
-                                                 ("dev", "text 1", False), ("train", "x", False)])
+                                                 ("dev", "text 1", False), ("train", "x", False),
+                                                 ("valid", "text 1", False)])
 def test_rows_that_the_model_was_trained_on(gold, tmp_path, split, text, warned):
     """They are found by the data named in the config beside the model; another post may have the
     same id, and dev posts of the file are not trained on."""
