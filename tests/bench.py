@@ -14,6 +14,8 @@ metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk 
 one process each, on the same pairs; only ours also count Distinct, agreement and the like.
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
+shapes: on a GPU, steps of training and labels with chains at the real shapes of Qwen2.5-VL-3B and 7B
+(random weights): seconds and the most memory held, weights and all.
 trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
 without images, token ids, LoRA, dtype and optimiser steps; seconds a post and each process's peak.
 """
@@ -200,11 +202,15 @@ def with_lora(model, seed=0):
 FLAGS = "--data x --dev x --out x --model x --no-soft --device cpu".split()
 
 
-def our_step(model, batch, examples, soft=None):
-    """train.py's own step: one forward pass, two chunked losses, one backward pass."""
-    args = train_script.parse_args(["student", *FLAGS])
-    stage = train_script.ChainStage(args, None)
+def our_stage(soft=None):
+    """train.py's student."""
+    stage = train_script.ChainStage(train_script.parse_args(["student", *FLAGS]), None)
     stage.soft_labels = soft
+    return stage
+
+
+def our_step(stage, model, batch, examples):
+    """train.py's own step: one forward pass, two chunked losses, one backward pass."""
     counts = train_script.step_counts([(batch, examples)])
     stage.loss(model, batch, examples, counts)[0].backward()
 
@@ -223,7 +229,7 @@ def train(args):
     def ours():
         models["ours"] = model = with_lora(qwen(args.device))
         batch = mulcot.collate(examples, PAD).to(args.device)
-        return lambda: our_step(model, batch, examples)
+        return lambda: our_step(our_stage(), model, batch, examples)
 
     def theirs():
         inputs = [hf_inputs(examples, k, 151936, args.device) for k in (0, 1)]
@@ -272,11 +278,11 @@ def student(args):
 
     def cached():
         model, soft = small(), Soft(large(), examples, pad)
-        return lambda: our_step(model, batch, examples, soft)
+        return lambda: our_step(our_stage(soft), model, batch, examples)
 
     def online():
         model, teacher = small(), large()
-        return lambda: our_step(model, batch, examples, Soft(teacher, examples, pad))
+        return lambda: our_step(our_stage(Soft(teacher, examples, pad)), model, batch, examples)
 
     def released():
         model, teacher = small(), large()
@@ -658,6 +664,134 @@ def nf4(_):
             "ours / bitsandbytes"), rows
 
 
+# ---- real shapes, on a GPU -----------------------------------------------------------------------
+
+SHAPES = {  # as in the models' own config.json; tiny: to try the subject on a CPU
+    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+               num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
+               tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
+               tie_word_embeddings=False),
+    "tiny": dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, intermediate_size=512, vocab_size=151936,
+                 tie_word_embeddings=True)}
+
+
+def real_shape(shape, device):
+    """A Qwen2.5-VL of a real shape in bf16, its random weights drawn on the device."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = SHAPES[shape] | dict(rope_parameters=dict(
+        rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(depth=1 if shape == "tiny" else 32, hidden_size=1280, intermediate_size=3420,
+                  num_heads=16, out_hidden_size=text["hidden_size"],
+                  fullatt_block_indexes=[7, 15, 23, 31])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision,
+                              tie_word_embeddings=text["tie_word_embeddings"])
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    return model.requires_grad_(False).eval()
+
+
+def shape_step(shape, device, side, posts, checkpointing, nf4):
+    """A whole optimiser step of `posts` posts at once, rank 16, dropout 0.05."""
+    from peft import LoraConfig, get_peft_model
+
+    model, examples = real_shape(shape, device), samples(posts)
+    names = mulcot.linear_names(model)
+    if nf4:
+        mulcot.quantize_linears(model)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if side == "ours":
+        model.disable_input_require_grads()  # as train.py
+        mulcot.add_lora(model)
+        stage, batch = our_stage(), mulcot.collate(examples, PAD).to(device)
+        gradients = lambda: our_step(stage, model, batch, examples)
+    else:
+        model = get_peft_model(model, LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names))
+        inputs = [hf_inputs(examples, k, 151936, device) for k in (0, 1)]
+        gradients = lambda: hf_step(model, inputs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(names)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    model.train()
+
+    def step():
+        gradients()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def shape_answers(shape, device, side, posts, tokens=64):
+    """Label and chain of `posts` posts at once, every chain `tokens` long."""
+    model, drawn = real_shape(shape, device), samples(posts)
+    ends = [PAD, 151645]
+    processor = argparse.Namespace(pad_id=PAD, end_id=ends[1], never_generated=ends, tokenizer=(
+        argparse.Namespace(batch_decode=list)))  # the ids themselves
+    label = [(e.branches[1][0][:25], e.branches[0][0][:70]) for e in drawn]
+    if side == "ours":
+        asked = []
+        for e, (ask_label, ask_chain) in zip(drawn, label):
+            answers = [(ask_label + [1, 2, 3, 4, i, 8, 9], 7) for i in (5, 6, 7)]
+            asked.append(replace(e, branches=[*answers, (ask_chain, 0)]))
+
+        def answer():
+            with torch.no_grad():  # as mulcot.predict
+                batch, cache = mulcot.collate(asked, PAD).to(device), mulcot.new_cache(model)
+                hidden = mulcot.forward_branches(model, batch, cache)
+                mulcot.score_labels(model, batch, hidden)
+                chains = mulcot.decode_branch(model, processor, batch, hidden, cache, tokens)
+            assert all(len(ids) == tokens for ids, _ in chains)
+    else:
+        asked = [[replace(e, branches=[(ask[k], 0)]) for e, ask in zip(drawn, label)]
+                 for k in (0, 1)]
+
+        def answer():
+            hf_generate(model, processor, asked[0], 7, min_new_tokens=7)
+            chains = hf_generate(model, processor, asked[1], tokens, min_new_tokens=tokens)
+            assert all(len(ids) == tokens for ids in chains)
+    return answer
+
+
+def shapes(args):
+    """Ours and Hugging Face's ways one after another, each with a model of its own; medians."""
+    make = dict(step=shape_step, answers=shape_answers)
+    rows, seconds = [], {}
+    steps = [("step", posts, side, *how) for posts in (2, 8)
+             for how in ((False, False), (True, False), (False, True))
+             for side in ("ours", "PEFT, two HF passes") if side == "ours" or not how[1]]
+    asked = [("answers", posts, side) for posts in (1, 64)
+             for side in ("ours", "two HF generate calls")]
+    for shape in args.shapes:
+        for work, posts, side, *how in steps + asked:
+            gc.collect()
+            if args.device != "cpu":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            key, held = (shape, work, posts, *how), ""
+            try:
+                way = make[work](shape, args.device, side, posts, *how)
+                seconds[key, side] = median_seconds({side: way}, args.device, args.repeats)[side]
+            except torch.OutOfMemoryError:
+                seconds[key, side] = float("nan")
+            if args.device != "cpu":
+                held = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+            way = None
+            options = "".join(f", {name}" for name, on in zip(("checkpointing", "nf4"), how) if on)
+            one = seconds[key, side]
+            rows.append((shape, f"{work} of {posts}{options}", side, f"{one:.3f}",
+                         f"{posts / one:.1f}", f"{one / seconds[key, 'ours']:.2f}", held))
+            print(rows[-1], flush=True)
+    return ("shape", "work", "way", "seconds", "posts/s", "ours times faster", "peak GiB"), rows
+
+
 # ---- beside TRL ----------------------------------------------------------------------------------
 
 MICRO, ACCUMULATE = 2, 2  # posts per micro-batch, micro-batches per step
@@ -754,7 +888,7 @@ def trl(args):
 def main(argv=None):
     """Prints one table per subject."""
     subjects = dict(train=train, student=student, classify=classify, generate=generate,
-                    data=data, metrics=metrics, nf4=nf4, teacher=teacher, trl=trl)
+                    data=data, metrics=metrics, nf4=nf4, teacher=teacher, shapes=shapes, trl=trl)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -763,6 +897,9 @@ def main(argv=None):
     parser.add_argument("--posts", type=int, default=16, help="of trl: how many")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of trl",
                         default="bfloat16")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["3B", "7B"],
+                        help="of shapes")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of shapes")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     head, rows = subjects[args.subject](args)

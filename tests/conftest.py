@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # loaders must not wait for a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers are those of a CPU in fp32
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

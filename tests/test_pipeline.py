@@ -383,13 +383,24 @@ def test_workers_change_nothing(road, trained, tmp_path):
     assert rows(tmp_path / "a/log.jsonl") == rows(trained / "log.jsonl")
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(road, tmp_path):
-    """The same log with and without, dropout included."""
+def test_gradient_checkpointing_changes_nothing_but_memory(road, tmp_path, monkeypatch):
+    """The same log with and without, dropout included; the frozen vision tower has no backward pass
+    (found on a GPU, where it took most of the step)."""
+    asked, build = [], train.build_model
+
+    def watched(*args):
+        model = build(*args)
+        model.model.visual.blocks[-1].register_forward_hook(
+            lambda block, inputs, out: asked.append(out.requires_grad))
+        return model
+
+    monkeypatch.setattr(train, "build_model", watched)
     more = ("--no-soft", "--dropout", "0.2")
     assert train.main(train_args(road, tmp_path / "a", *more)) == 0
     assert train.main(train_args(road, tmp_path / "b", *more, "--gradient-checkpointing")) == 0
     pairs = zip(rows(tmp_path / "a/log.jsonl"), rows(tmp_path / "b/log.jsonl"), strict=True)
     assert all(a == pytest.approx(b, rel=1e-5) for a, b in pairs)
+    assert asked and not any(asked)
 
 
 def test_show_prints_supervised_tokens(road, capsys):
