@@ -14,8 +14,8 @@ metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk 
 one process each, on the same pairs; only ours also count Distinct, agreement and the like.
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
-shapes: on a GPU, steps of training and labels with chains at the real shapes of Qwen2.5-VL-3B and 7B
-(random weights): seconds and the most memory held, weights and all.
+shapes: on a GPU, training steps and answers at the real shapes of Qwen2.5-VL-3B and 7B (random
+weights) against PEFT and generate: seconds and the most memory held, weights and all.
 trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
 without images, token ids, LoRA, dtype and optimiser steps; seconds a post and each process's peak.
 """
