@@ -2855,14 +2855,17 @@ def refuse_ranks(what):
 def init_distributed(device):
     """Under torchrun: meets the other processes and returns this one's device. All but the first
     are silent."""
-    on_gpu = str(device).startswith("cuda")
-    if on_gpu and get_world_size() > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with explaining(f"--device {device} cannot be used"):
-        torch.empty(0, device=device)
     if get_world_size() == 1:
+        with explaining(f"--device {device} cannot be used"):
+            torch.empty(0, device=device)
         return device
+    on_gpu = str(device).startswith("cuda")
     if on_gpu:
+        count, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if found < count:
+            raise InputError(f"{count} processes need {count} GPUs here, {found} found: lower "
+                             "--nproc-per-node")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo",

@@ -527,9 +527,9 @@ def build_model(args, items):
             config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
         model.readout = Readout(model.lm_head.in_features, config).to(args.device)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        # trap: it asks for gradients of all embeddings, which sends a frozen vision tower through
-        # a backward pass for nothing
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # trap: it asks for gradients of embeddings, of most vision towers' too, which sends a
+        # frozen tower through a backward pass for nothing
         model.disable_input_require_grads()
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = count_parameters(model)

@@ -1,8 +1,8 @@
 """Speed and memory, measured side by side. Not a test: `python tests/bench.py train`.
 
 Ours and the oracle run in turns in one process on the same weights and samples; times are medians
-of 5, peak memory above the weights is taken in fresh processes. "of ceiling": floating-point
-operations per second against a 2048 x 2048 matrix product on the same threads.
+of 5, peak memory above the weights is taken in fresh processes (shapes: see there). "of ceiling":
+floating-point operations per second against a 2048 x 2048 matrix product on the same threads.
 
 train: one multi-task step against PEFT LoRA with two ordinary Hugging Face passes.
 student: one student step, soft labels from files against the assistant beside the student.
@@ -15,7 +15,8 @@ one process each, on the same pairs; only ours also count Distinct, agreement an
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
 shapes: on a GPU, training steps and answers at the real shapes of Qwen2.5-VL-3B and 7B (random
-weights) against PEFT and generate: seconds and the most memory held, weights and all.
+weights) against PEFT under autocast and generate, one way after another in one process: seconds,
+and the most memory held, weights and all.
 trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
 without images, token ids, LoRA, dtype and optimiser steps; seconds a post and each process's peak.
 """
@@ -212,12 +213,22 @@ def our_stage(soft=None):
 def our_step(stage, model, batch, examples):
     """train.py's own step: one forward pass, two chunked losses, one backward pass."""
     counts = train_script.step_counts([(batch, examples)])
-    stage.loss(model, batch, examples, counts)[0].backward()
+    loss, _ = stage.loss(model, batch, examples, counts)
+    loss.backward()
+    return loss.detach()
 
 
 def hf_step(model, inputs):
-    """The usual step: two passes with `labels`, summed."""
-    (0.8 * model(**inputs[0]).loss + 0.2 * model(**inputs[1]).loss).backward()
+    """The usual step: a pass with `labels` for each branch, one after another; with a base in bf16
+    under autocast, as Trainer."""
+    total = 0
+    for weight, one in zip((0.8, 0.2), inputs):
+        half = model.dtype == torch.bfloat16
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            loss = weight * model(**one).loss
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def train(args):
@@ -228,8 +239,8 @@ def train(args):
 
     def ours():
         models["ours"] = model = with_lora(qwen(args.device))
-        batch = mulcot.collate(examples, PAD).to(args.device)
-        return lambda: our_step(our_stage(), model, batch, examples)
+        batch, stage = mulcot.collate(examples, PAD).to(args.device), our_stage()
+        return lambda: our_step(stage, model, batch, examples)
 
     def theirs():
         inputs = [hf_inputs(examples, k, 151936, args.device) for k in (0, 1)]
@@ -277,8 +288,8 @@ def student(args):
     large = lambda: qwen(args.device, hidden=896, layers=6, vocab=V, mlp=4816, seed=1)
 
     def cached():
-        model, soft = small(), Soft(large(), examples, pad)
-        return lambda: our_step(our_stage(soft), model, batch, examples)
+        model, stage = small(), our_stage(Soft(large(), examples, pad))
+        return lambda: our_step(stage, model, batch, examples)
 
     def online():
         model, teacher = small(), large()
@@ -666,13 +677,14 @@ def nf4(_):
 
 # ---- real shapes, on a GPU -----------------------------------------------------------------------
 
-SHAPES = {  # as in the models' own config.json; tiny: to try the subject on a CPU
+SHAPES = {  # as in the models' own config.json
     "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
                num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
                tie_word_embeddings=True),
     "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
                num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
                tie_word_embeddings=False),
+    # tiny: to try the subject on a CPU; the vocabulary, which the samples have, stays large
     "tiny": dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, intermediate_size=512, vocab_size=151936,
                  tie_word_embeddings=True)}
@@ -696,7 +708,8 @@ def real_shape(shape, device):
 
 
 def shape_step(shape, device, side, posts, checkpointing, nf4):
-    """A whole optimiser step of `posts` posts at once, rank 16, dropout 0.05."""
+    """A whole optimiser step of `posts` posts at once, rank 16, dropout 0.05 -> its loss. Ours
+    counts its tokens on the device, theirs works out positions: train.py does neither there."""
     from peft import LoraConfig, get_peft_model
 
     model, examples = real_shape(shape, device), samples(posts)
@@ -704,15 +717,16 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
     if nf4:
         mulcot.quantize_linears(model)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if side == "ours":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # as train.py
+    if side == "ours":
         mulcot.add_lora(model)
         stage, batch = our_stage(), mulcot.collate(examples, PAD).to(device)
         gradients = lambda: our_step(stage, model, batch, examples)
     else:
         model = get_peft_model(model, LoraConfig(
             r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names))
+        model.get_base_model().disable_input_require_grads()  # PEFT asks for them again
         inputs = [hf_inputs(examples, k, 151936, device) for k in (0, 1)]
         gradients = lambda: hf_step(model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -721,10 +735,11 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
     model.train()
 
     def step():
-        gradients()
+        loss = gradients()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss
 
     return step
 
@@ -735,23 +750,24 @@ def shape_answers(shape, device, side, posts, tokens=64):
     ends = [PAD, 151645]
     processor = argparse.Namespace(pad_id=PAD, end_id=ends[1], never_generated=ends, tokenizer=(
         argparse.Namespace(batch_decode=list)))  # the ids themselves
-    label = [(e.branches[1][0][:25], e.branches[0][0][:70]) for e in drawn]
+    questions = [(e.branches[1][0][:25], e.branches[0][0][:70]) for e in drawn]  # label, chain
     if side == "ours":
-        asked = []
-        for e, (ask_label, ask_chain) in zip(drawn, label):
-            answers = [(ask_label + [1, 2, 3, 4, i, 8, 9], 7) for i in (5, 6, 7)]
-            asked.append(replace(e, branches=[*answers, (ask_chain, 0)]))
+        packed = []
+        for e, (label, chain) in zip(drawn, questions):
+            answers = [(label + [1, 2, 3, 4, i, 8, 9], 7) for i in (5, 6, 7)]
+            packed.append(replace(e, branches=[*answers, (chain, 0)]))
 
         def answer():
             with torch.no_grad():  # as mulcot.predict
-                batch, cache = mulcot.collate(asked, PAD).to(device), mulcot.new_cache(model)
+                batch, cache = mulcot.collate(packed, PAD).to(device), mulcot.new_cache(model)
                 hidden = mulcot.forward_branches(model, batch, cache)
                 mulcot.score_labels(model, batch, hidden)
                 chains = mulcot.decode_branch(model, processor, batch, hidden, cache, tokens)
             assert all(len(ids) == tokens for ids, _ in chains)
     else:
-        asked = [[replace(e, branches=[(ask[k], 0)]) for e, ask in zip(drawn, label)]
-                 for k in (0, 1)]
+        asked = []
+        for k in (0, 1):
+            asked.append([replace(e, branches=[(q[k], 0)]) for e, q in zip(drawn, questions)])
 
         def answer():
             hf_generate(model, processor, asked[0], 7, min_new_tokens=7)
@@ -762,8 +778,10 @@ def shape_answers(shape, device, side, posts, tokens=64):
 
 def shapes(args):
     """Ours and Hugging Face's ways one after another, each with a model of its own; medians."""
+    if args.device == "cpu" and args.shapes != ["tiny"]:
+        raise SystemExit("shapes: say --device cuda (or --shapes tiny, to try it)")
     make = dict(step=shape_step, answers=shape_answers)
-    rows, seconds = [], {}
+    rows, seconds, losses = [], {}, {}
     steps = [("step", posts, side, *how) for posts in (2, 8)
              for how in ((False, False), (True, False), (False, True))
              for side in ("ours", "PEFT, two HF passes") if side == "ours" or not how[1]]
@@ -778,6 +796,9 @@ def shapes(args):
             key, held = (shape, work, posts, *how), ""
             try:
                 way = make[work](shape, args.device, side, posts, *how)
+                if work == "step":  # lora_B is zero in the first, so that no dropout tells
+                    loss = way().item()
+                    assert abs(loss / losses.setdefault(key, loss) - 1) < 0.01, (key, losses)
                 seconds[key, side] = median_seconds({side: way}, args.device, args.repeats)[side]
             except torch.OutOfMemoryError:
                 seconds[key, side] = float("nan")
@@ -785,9 +806,10 @@ def shapes(args):
                 held = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
             way = None
             options = "".join(f", {name}" for name, on in zip(("checkpointing", "nf4"), how) if on)
-            one = seconds[key, side]
-            rows.append((shape, f"{work} of {posts}{options}", side, f"{one:.3f}",
-                         f"{posts / one:.1f}", f"{one / seconds[key, 'ours']:.2f}", held))
+            one, numbers = seconds[key, side], ("out of memory", "", "")
+            if one == one:  # not NaN
+                numbers = f"{one:.3f}", f"{posts / one:.2f}", f"{one / seconds[key, 'ours']:.2f}"
+            rows.append((shape, f"{work} of {posts}{options}", side, *numbers, held))
             print(rows[-1], flush=True)
     return ("shape", "work", "way", "seconds", "posts/s", "ours times faster", "peak GiB"), rows
 

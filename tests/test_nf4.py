@@ -237,7 +237,8 @@ def test_training_gradients_of_the_whole_model(packed, toy, inputs):  # noqa: F8
     for model in (packed, same_in_dense(packed, toy)):  # noqa: F811
         torch.manual_seed(0)
         with_adapters(model).train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # as train.py
         F.cross_entropy(model(**inputs).logits[0, :-1], inputs["input_ids"][0, 1:]).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28

@@ -385,7 +385,7 @@ def test_workers_change_nothing(road, trained, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(road, tmp_path, monkeypatch):
     """The same log with and without, dropout included; the frozen vision tower has no backward pass
-    (found on a GPU, where it took most of the step)."""
+    (noticed after slow steps on a GPU)."""
     asked, build = [], train.build_model
 
     def watched(*args):

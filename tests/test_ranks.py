@@ -135,3 +135,11 @@ def test_what_needs_one_process_says_so(toy, monkeypatch, tmp_path, capsys):
     assert "one process" in capsys.readouterr().err
     assert train.main(["--out", str(tmp_path)]) == 2
     assert "one process" in capsys.readouterr().err and not any(tmp_path.glob("[!.]*"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Refused by every process alike, before the first of them waits for the others."""
+    for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(mulcot.InputError, match="2 processes need 2 GPUs here, 0 found"):
+        mulcot.init_distributed("cuda")
