@@ -202,7 +202,7 @@ def test_pictures_and_padding_reach_the_right_post(world):
 
 
 def test_gradient_of_one_pass_equals_separate_passes(world, fresh):
-    """The adapters of both tasks' loss learn the same."""
+    """The adapters of both tasks' loss learn the same, with gradient checkpointing too."""
     model, oracle = fresh
     names = mulcot.add_lora(model, 4, 8, 0.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -219,6 +219,11 @@ def test_gradient_of_one_pass_equals_separate_passes(world, fresh):
     scale = max(float(g.abs().max()) for g in want)
     assert scale > 0 and all(g.norm() > 0 for g in want)
     assert max(float((a - b).abs().max()) for a, b in zip(want, got)) < 1e-5 * scale
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # as train.py
+    again = gradient(shared_tasks(model, world.processor, world.posts))
+    assert max(float((a - b).abs().max()) for a, b in zip(got, again)) < 1e-6 * scale
 
 
 @torch.no_grad()
