@@ -527,16 +527,21 @@ def build_model(args, items):
             config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
         model.readout = Readout(model.lm_head.in_features, config).to(args.device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # trap: it asks for gradients of embeddings, of most vision towers' too, which sends a
-        # frozen tower through a backward pass for nothing
-        model.disable_input_require_grads()
+        checkpoint_layers(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = count_parameters(model)
     print(f"trainable  {count:,} of {total:,} parameters ({count / total:.2%})")
     if get_rank() > 0:  # choice: each process draws its own dropout
         torch.manual_seed(args.seed + 7919 * get_rank())
     return model.train()
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: of each layer only the input is kept, for backward it runs again."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # trap: this asks for gradients of embeddings, of most vision towers' too, which sends a frozen
+    # tower through a backward pass for nothing
+    model.disable_input_require_grads()
 
 
 def steps_of_epoch(lengths, size, epoch, seed, window=4):

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -45,6 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+import families  # noqa: E402
 import generate as generate_script  # noqa: E402
 import mulcot  # noqa: E402
 import toy  # noqa: E402
@@ -221,9 +223,8 @@ def our_step(stage, model, batch, examples):
 def hf_step(model, inputs):
     """The usual step: a pass with `labels` for each branch, one after another; with a base in bf16
     under autocast, as Trainer."""
-    total = 0
+    total, half = 0, model.dtype == torch.bfloat16
     for weight, one in zip((0.8, 0.2), inputs):
-        half = model.dtype == torch.bfloat16
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             loss = weight * model(**one).loss
         loss.backward()
@@ -677,30 +678,11 @@ def nf4(_):
 
 # ---- real shapes, on a GPU -----------------------------------------------------------------------
 
-SHAPES = {  # as in the models' own config.json
-    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
-               tie_word_embeddings=True),
-    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
-               tie_word_embeddings=False),
-    # tiny: to try the subject on a CPU; the vocabulary, which the samples have, stays large
-    "tiny": dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, intermediate_size=512, vocab_size=151936,
-                 tie_word_embeddings=True)}
-
-
 def real_shape(shape, device):
     """A Qwen2.5-VL of a real shape in bf16, its random weights drawn on the device."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    text = SHAPES[shape] | dict(rope_parameters=dict(
-        rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-    vision = dict(depth=1 if shape == "tiny" else 32, hidden_size=1280, intermediate_size=3420,
-                  num_heads=16, out_hidden_size=text["hidden_size"],
-                  fullatt_block_indexes=[7, 15, 23, 31])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision,
-                              tie_word_embeddings=text["tie_word_embeddings"])
+    config = families.qwen_config(shape)
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
@@ -717,8 +699,7 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
     if nf4:
         mulcot.quantize_linears(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # as train.py
+        train_script.checkpoint_layers(model)
     if side == "ours":
         mulcot.add_lora(model)
         stage, batch = our_stage(), mulcot.collate(examples, PAD).to(device)
@@ -776,41 +757,54 @@ def shape_answers(shape, device, side, posts, tokens=64):
     return answer
 
 
+def measured(args, make, *how):
+    """(seconds, GiB held at most, what the first call returned) of what `make(*how)` gives; seconds
+    are None where the memory does not suffice."""
+    first = seconds = held = None
+    gc.collect()
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        way = make(*how)
+        first = way()
+        seconds = median_seconds({"": way}, args.device, args.repeats)[""]
+    except torch.OutOfMemoryError:
+        pass
+    if args.device != "cpu":
+        held = torch.cuda.max_memory_allocated() / 2**30
+    return seconds, held, first
+
+
+STEPS = {"": (False, False), ", checkpointing": (True, False), ", nf4": (False, True)}
+
+
 def shapes(args):
     """Ours and Hugging Face's ways one after another, each with a model of its own; medians."""
     if args.device == "cpu" and args.shapes != ["tiny"]:
         raise SystemExit("shapes: say --device cuda (or --shapes tiny, to try it)")
-    make = dict(step=shape_step, answers=shape_answers)
-    rows, seconds, losses = [], {}, {}
-    steps = [("step", posts, side, *how) for posts in (2, 8)
-             for how in ((False, False), (True, False), (False, True))
-             for side in ("ours", "PEFT, two HF passes") if side == "ours" or not how[1]]
-    asked = [("answers", posts, side) for posts in (1, 64)
-             for side in ("ours", "two HF generate calls")]
+    works = []  # (name, posts, their way, maker, its options)
+    for posts in (2, 8):
+        for name, how in STEPS.items():
+            works.append((f"step of {posts}{name}", posts, "PEFT, two HF passes", shape_step, how))
+    for posts in (1, 64):
+        works.append((f"answers of {posts}", posts, "two HF generate calls", shape_answers, ()))
+    rows = []
     for shape in args.shapes:
-        for work, posts, side, *how in steps + asked:
-            gc.collect()
-            if args.device != "cpu":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            key, held = (shape, work, posts, *how), ""
-            try:
-                way = make[work](shape, args.device, side, posts, *how)
-                if work == "step":  # lora_B is zero in the first, so that no dropout tells
-                    loss = way().item()
-                    assert abs(loss / losses.setdefault(key, loss) - 1) < 0.01, (key, losses)
-                seconds[key, side] = median_seconds({side: way}, args.device, args.repeats)[side]
-            except torch.OutOfMemoryError:
-                seconds[key, side] = float("nan")
-            if args.device != "cpu":
-                held = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
-            way = None
-            options = "".join(f", {name}" for name, on in zip(("checkpointing", "nf4"), how) if on)
-            one, numbers = seconds[key, side], ("out of memory", "", "")
-            if one == one:  # not NaN
-                numbers = f"{one:.3f}", f"{posts / one:.2f}", f"{one / seconds[key, 'ours']:.2f}"
-            rows.append((shape, f"{work} of {posts}{options}", side, *numbers, held))
-            print(rows[-1], flush=True)
+        for name, posts, theirs, make, how in works:
+            sides = {}
+            for side in ("ours",) if "nf4" in name else ("ours", theirs):
+                seconds, held, loss = measured(args, make, shape, args.device, side, posts, *how)
+                sides[side] = seconds, loss
+                numbers = ("out of memory", "", "")
+                if seconds:
+                    factor = seconds / (sides["ours"][0] or math.nan)
+                    numbers = f"{seconds:.3f}", f"{posts / seconds:.2f}", f"{factor:.2f}"
+                rows.append((shape, name, side, *numbers, held and f"{held:.1f}"))
+                print(rows[-1], flush=True)
+            losses = [float(loss) for _, loss in sides.values() if loss is not None]
+            # lora_B is zero in the first step, so that no dropout tells the sides apart
+            assert not losses or max(losses) < 1.01 * min(losses), (name, losses)
     return ("shape", "work", "way", "seconds", "posts/s", "ours times faster", "peak GiB"), rows
 
 
@@ -919,7 +913,7 @@ def main(argv=None):
     parser.add_argument("--posts", type=int, default=16, help="of trl: how many")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of trl",
                         default="bfloat16")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["3B", "7B"],
+    parser.add_argument("--shapes", nargs="+", choices=tuple(families.SHAPES), default=["3B", "7B"],
                         help="of shapes")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of shapes")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer,
-    PreTrainedTokenizerFast, Qwen2Tokenizer)
+    PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2Tokenizer)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -22,6 +22,32 @@ from toy import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "internvl_qwen3",
             "qwen2_5_omni_thinker", "qwen3_5")
 SIZES = {"student": dict(heads=4, extra_rows=0), "assistant": dict(heads=6, extra_rows=64)}
+
+# ---- real shapes
+
+SHAPES = {  # as in the models' own config.json
+    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+               num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
+               tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
+               tie_word_embeddings=False),
+    # tiny: to try bench.py shapes on a CPU; the vocabulary, which its samples have, stays large
+    "tiny": dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, intermediate_size=512, vocab_size=151936,
+                 tie_word_embeddings=True)}
+
+
+def qwen_config(shape):
+    """Of Qwen2.5-VL-3B or 7B."""
+    text = SHAPES[shape] | dict(rope_parameters=dict(
+        rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(depth=1 if shape == "tiny" else 32, hidden_size=1280, intermediate_size=3420,
+                  num_heads=16, out_hidden_size=text["hidden_size"],
+                  fullatt_block_indexes=[7, 15, 23, 31])
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision,
+                            tie_word_embeddings=text["tie_word_embeddings"])
+
 
 # ---- tokenizers
 

@@ -220,8 +220,7 @@ def test_gradient_of_one_pass_equals_separate_passes(world, fresh):
     assert scale > 0 and all(g.norm() > 0 for g in want)
     assert max(float((a - b).abs().max()) for a, b in zip(want, got)) < 1e-5 * scale
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()  # as train.py
+    train.checkpoint_layers(model)
     again = gradient(shared_tasks(model, world.processor, world.posts))
     assert max(float((a - b).abs().max()) for a, b in zip(got, again)) < 1e-6 * scale
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import mulcot
+from families import qwen_config
 from mulcot import InputError, LoRALinear
 
 KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj.{}.weight"
@@ -137,26 +138,13 @@ def test_targets_are_whole_last_names():
     assert mulcot.add_lora(tree) == ["q_proj", "a.q_proj"]
 
 
-SHAPES = {"7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-                     num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
-                     tie_word_embeddings=False),
-          "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
-                     num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
-                     tie_word_embeddings=True)}
-
-
 @pytest.mark.parametrize("size, scope, count", [
     ("7B", "all", 47_589_376), ("7B", "language", 40_370_176),
     ("3B", "all", 37_152_768), ("3B", "language", 29_933_568)])
 def test_trainable_counts_at_rank_16(size, scope, count):
     """The real models' shapes, without their memory."""
-    text = SHAPES[size]
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
-                  spatial_merge_size=2, out_hidden_size=text["hidden_size"])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision,
-                              tie_word_embeddings=text["tie_word_embeddings"])
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = Qwen2_5_VLForConditionalGeneration(qwen_config(size))
     mulcot.add_lora(model, 16, 32, scope=scope)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (AutoModelForImageTextToText, BitsAndBytesConfig, Qwen2_5_VLConfig,
+from transformers import (AutoModelForImageTextToText, BitsAndBytesConfig,
                           Qwen2_5_VLForConditionalGeneration)
 
 import generate
 import mulcot
 import train
+from families import qwen_config
 from mulcot import NF4, InputError, LoRALinear, NF4Linear, nf4_dequantize, nf4_quantize
-from test_lora import SHAPES, fill, inputs, logits, model, with_adapters  # noqa: F401
+from test_lora import fill, inputs, logits, model, with_adapters  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -237,8 +238,7 @@ def test_training_gradients_of_the_whole_model(packed, toy, inputs):  # noqa: F8
     for model in (packed, same_in_dense(packed, toy)):  # noqa: F811
         torch.manual_seed(0)
         with_adapters(model).train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # as train.py
+        train.checkpoint_layers(model)
         F.cross_entropy(model(**inputs).logits[0, :-1], inputs["input_ids"][0, 1:]).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
@@ -254,12 +254,8 @@ def test_bytes_of_the_tiny_model(packed):
 
 def test_qwen_7b_fits_in_7_3_gb():
     """6.53 billion weights at 4.5 bits, the rest in bf16, from the real shapes without memory."""
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
-                  spatial_merge_size=2, out_hidden_size=3584)
-    config = Qwen2_5_VLConfig(text_config=SHAPES["7B"], vision_config=vision,
-                              tie_word_embeddings=False)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config).bfloat16()  # noqa: F811
+        model = Qwen2_5_VLForConditionalGeneration(qwen_config("7B")).bfloat16()  # noqa: F811
     total, names = sum(p.numel() for p in model.parameters()), mulcot.add_lora(model)
     bases = [model.get_submodule(name).base for name in names]
     linear = sum(m.weight.numel() for m in bases)
