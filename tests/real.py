@@ -9,9 +9,11 @@ Last line: wrote models/smol (543 MB). It is a --model for posts without images:
     python tests/real.py --posts twitter2015 --out runs/real
 
 writes train.jsonl (1,000 of the 1,122 dev posts with a real teacher's chains), dev.jsonl (the other
-122) and test.jsonl (1,037 posts), all without their images, and others.jsonl, as if a model had
-answered each dev post with the teacher's chain of another. With --no-image Image_analysis says "No
-image is given.": else the model is taught to make pictures up.
+122, of other tweets), test.jsonl (1,037 posts) and test_chains.jsonl (506 of them, with the same
+teacher's chains as references), all without their images. Beside them stand two files of answers
+that need no model: others.jsonl answers each post of test_chains.jsonl with the chain of another
+tweet there, lookup.jsonl with the chain of the most similar training post. With --no-image
+Image_analysis says "No image is given.": else the model is taught to make pictures up.
 
     python tests/real.py --chains predictions.jsonl --out runs/real
 
@@ -19,9 +21,12 @@ says in how many chains Image_analysis asserts a picture, and shows three of the
 """
 
 import argparse
+import math
 import os
 import random
 import sys
+from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -140,33 +145,77 @@ NO_IMAGE = "No image is given."
 
 
 def posts(args):
-    """The rows of the real road, from a folder with dev_chains.json and TomBERT's test.tsv."""
-    known = read_posts(Path(args.posts, "dev_chains.json"))
-    random.Random(42).shuffle(known)
+    """The rows of the real road, from a folder with dev_chains.json, test.tsv, test_chains.json."""
+    train, dev = cut_by_tweet(read_posts(Path(args.posts, "dev_chains.json")), 1000)
     test = read_posts(Path(args.posts, "test.tsv"))
-    parts = dict(train=known[:1000], dev=known[1000:], test=test)
-    for split, members in parts.items():
-        rows = []
-        for post in members:
-            row = dict(id=post.id, text=post.text, aspect=post.aspect, label=post.label)
-            parsed = parse_reasoning(post.cot or "")
-            if post.cot and args.no_image and parsed.complete:
-                row["cot"] = render_reasoning(parsed.fields | dict(Image_analysis=NO_IMAGE))
-            elif post.cot:
-                row["cot"] = post.cot
-            rows.append(row)
-        write_rows(Path(args.out, f"{split}.jsonl"), rows)
-        if split == "dev":
-            write_rows(Path(args.out, "others.jsonl"), others(rows))
+    chains = {}  # a tweet may name an aspect twice: then in the order of the files
+    for post in read_posts(Path(args.posts, "test_chains.json")):
+        chains.setdefault((post.text, post.aspect), []).append(post.cot)
+    references = [replace(post, cot=chains[post.text, post.aspect].pop(0))
+                  for post in test if chains.get((post.text, post.aspect))]
+    assert not any(chains.values()), "a chain is of no test post"
+    parts = dict(train=train, dev=dev, test=test, test_chains=references)
+    for name, members in parts.items():
+        rows = [row_of(post, args.no_image) for post in members]
+        write_rows(Path(args.out, f"{name}.jsonl"), rows)
+        parts[name] = rows
+    write_rows(Path(args.out, "others.jsonl"), others(parts["test_chains"]))
+    write_rows(Path(args.out, "lookup.jsonl"), look_up(parts["train"], parts["test_chains"]))
     print(f"wrote {', '.join(f'{len(v):,} {k}' for k, v in parts.items())} posts to {args.out}")
 
 
+def cut_by_tweet(posts, count):
+    """(`count` posts, the others), no tweet (text and image) on both sides: it has a row for each
+    of its aspects, most often with the same label and nearly the same chain."""
+    tweets = {}
+    for post in posts:
+        tweets.setdefault((post.text, post.image), []).append(post)
+    tweets = list(tweets.values())
+    random.Random(42).shuffle(tweets)
+    kept, others = [], []
+    for tweet in tweets:
+        (kept if len(kept) + len(tweet) <= count else others).extend(tweet)
+    return kept, others
+
+
+def row_of(post, no_image):
+    """The post without its image; with `no_image` its chain says that there is none."""
+    row = dict(id=post.id, text=post.text, aspect=post.aspect, label=post.label, cot=post.cot)
+    parsed = parse_reasoning(post.cot or "")
+    if no_image and parsed.complete:
+        row["cot"] = render_reasoning(parsed.fields | dict(Image_analysis=NO_IMAGE))
+    return {key: value for key, value in row.items() if value is not None}
+
+
 def others(rows):
-    """Prediction rows that answer each post with the chain of the one before."""
+    """Prediction rows that answer each post with the chain of the nearest one before it that is
+    about another tweet."""
     answers = []
     for n, row in enumerate(rows):
-        other = rows[n - 1]
+        other = next(rows[n - k] for k in range(1, len(rows))
+                     if rows[n - k]["text"] != row["text"])
         answers.append(dict(id=row["id"], prediction=other["label"], raw=other["cot"]))
+    return answers
+
+
+def look_up(known, rows):
+    """Prediction rows that answer each post with the chain of the most similar known post (cosine
+    of tf-idf over the words of text and aspect), that post's aspect exchanged for this one's."""
+    words = [Counter(f"{row['text']} {row['aspect']}".lower().split()) for row in known + rows]
+    number = Counter(word for bag in words[:len(known)] for word in bag)  # of known posts
+    vectors = []
+    for bag in words:
+        weights = {word: n * math.log((1 + len(known)) / (1 + number[word]))
+                   for word, n in bag.items()}
+        norm = math.sqrt(sum(w * w for w in weights.values())) or 1.0
+        vectors.append({word: w / norm for word, w in weights.items()})
+    answers = []
+    for row, vector in zip(rows, vectors[len(known):]):
+        cosines = [sum(w * other.get(word, 0.0) for word, w in vector.items())
+                   for other in vectors[:len(known)]]
+        found = known[max(range(len(known)), key=cosines.__getitem__)]
+        raw = found["cot"].replace(found["aspect"], row["aspect"])
+        answers.append(dict(id=row["id"], prediction=found["label"], raw=raw))
     return answers
 
 
@@ -196,7 +245,7 @@ def chains(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--out", required=True, help="the folder of the model or of the posts")
-    parser.add_argument("--posts", help="write posts: a folder with dev_chains.json and test.tsv")
+    parser.add_argument("--posts", help="write posts: the folder of real posts")
     parser.add_argument("--no-image", action="store_true", help="chains say that there is no image")
     parser.add_argument("--chains", help="look at the chains of a prediction file of test.jsonl")
     args = parser.parse_args()

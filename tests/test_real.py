@@ -172,15 +172,37 @@ def test_chains_are_counted_and_shown_by_the_rule(tmp_path, capsys):
 
 
 def test_rows_of_the_real_road(tmp_path, capsys, twitter):
-    """1,000 + 122 + 1,037 posts; another post's chain for each dev post; no image on demand, but in
-    the one chain without its five fields, which training sets aside."""
+    """No tweet, text or image, is on two sides; no image on demand, but in the one chain without
+    its five fields, which training sets aside."""
+    images = {post.text: post.image for file in ("dev_chains.json", "test.tsv")
+              for post in mulcot.read_posts(twitter / file)}
     for no_image in (False, True):
         out = tmp_path / str(no_image)
         real.posts(argparse.Namespace(posts=str(twitter), out=str(out), no_image=no_image))
-        assert "wrote 1,000 train, 122 dev, 1,037 test posts" in capsys.readouterr().out
-        train_rows, dev = [mulcot.read_rows(out / f"{part}.jsonl") for part in ("train", "dev")]
-        others = mulcot.read_rows(out / "others.jsonl")
-        assert not {row["id"] for row in train_rows} & {row["id"] for row in dev}
-        assert [row["raw"] for row in others] == [dev[-1]["cot"], *(row["cot"] for row in dev[:-1])]
-        told = [f'"{real.NO_IMAGE}"' in row["cot"] for row in train_rows]
+        assert ("wrote 1,000 train, 122 dev, 1,037 test, 506 test_chains posts"
+                in capsys.readouterr().out)
+        parts = {part: mulcot.read_rows(out / f"{part}.jsonl")
+                 for part in ("train", "dev", "test", "test_chains")}
+        for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+            texts = [{row["text"] for row in parts[part]} for part in (one, other)]
+            assert not texts[0] & texts[1]
+            assert not {images[text] for text in texts[0]} & {images[text] for text in texts[1]}
+        bare = [{key: value for key, value in row.items() if key != "cot"}
+                for row in parts["test_chains"]]
+        assert all(row in parts["test"] for row in bare)
+        told = [f'"{real.NO_IMAGE}"' in row["cot"] for row in parts["train"]]
         assert sum(told) == (999 if no_image else 0)
+
+
+def test_answers_without_a_model():
+    """Another post's chain is of another tweet; the look-up takes the most similar known post and
+    names this one's aspect."""
+    rows = [dict(text="a", cot="chain 0", label="neutral", id="0"),
+            dict(text="b", cot="chain 1", label="positive", id="1"),
+            dict(text="b", cot="chain 2", label="negative", id="2")]
+    assert [row["raw"] for row in real.others(rows)] == ["chain 2", "chain 0", "chain 0"]
+    known = [dict(text="the dull show by Rex", aspect="Rex", cot="Rex is dull.", label="negative"),
+             dict(text="the fine song by Ann", aspect="Ann", cot="Ann is fine.", label="positive")]
+    asked = [dict(id="3", text="a fine song by Bob", aspect="Bob")]
+    assert real.look_up(known, asked) == [
+        dict(id="3", prediction="positive", raw="Bob is fine.")]
