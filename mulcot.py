@@ -170,7 +170,7 @@ def read_tensors(path):
 
 
 # ================================================================================================
-# §1 Posts [needs: csv, hashlib, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
+# §1 Posts [needs: csv, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
 #    ImageOps, LABELS, InputError, explaining]
 # ================================================================================================
 
@@ -650,8 +650,8 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, hashlib, io, json, math, os, random, re, threading, time, Counter,
-#    dataclass, field, parsedate_to_datetime, Path, requests, InputError, explaining, §1, §2]
+# §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
+#    field, parsedate_to_datetime, Path, urlsplit, requests, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
@@ -2055,7 +2055,7 @@ def count_parameters(model):
 
 # ================================================================================================
 # §9 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
-#    write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7, §8]
+#    write_json, read_json, write_tensors, read_tensors, §1, §2, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2580,7 +2580,7 @@ def _in_words(answer):
 
 # ================================================================================================
 # §11 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    threading, Counter, timedelta, version, Path, np, torch, safe_open, tqdm, InputError,
+#    threading, timedelta, version, Path, np, torch, safe_open, tqdm, REMEDY, InputError,
 #    explaining, write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
 # ================================================================================================
 
