@@ -2,7 +2,7 @@
 
     python generate.py teacher --data train.tsv --images img --model gpt-4o-mini \\
         --endpoint https://api.openai.com/v1 --out chains.jsonl
-    python generate.py augment --data chains.jsonl --images img --model runs/assistant/best \\
+    python generate.py augment --data train.tsv --images img --model runs/assistant/best \\
         --out augmented.jsonl
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out predictions.jsonl
@@ -277,6 +277,8 @@ def new_row(post, args, source, predicted):
 
 # ---- teacher -----------------------------------------------------------------------------------
 
+STAGE_NAMES = {1: "unaided", 2: "explained"}  # of the paper's two stages
+
 
 def teacher(args, ask=None):
     """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations."""
@@ -304,17 +306,14 @@ def teacher(args, ask=None):
     else:
         results = in_batches(args, posts, output.done, respond)
     for post, result in results:
-        for attempt in result.get("attempts", ()):
-            if attempt["problem"]:
-                counts[f"answers: {attempt['problem'].split()[0]}"] += 1
         row = new_row(post, args, "teacher", result)
         kept = "cot" in row
         if kept:
             del row["attempts"]
         output.write(row, keep=kept)
-        counts[f"chains of stage {row['stage']}" if kept else "set aside"] += 1
-        counts.update({"answers": row["tries"], "asked again": max(0, row["tries"] - row["stage"]),
-                       "tokens in": row["tokens_in"], "tokens out": row["tokens_out"]})
+        counts["posts set aside" if not kept else f"chains kept {STAGE_NAMES[row['stage']]}"] += 1
+        counts.update({"answers": row["tries"], "tokens in": row["tokens_in"],
+                       "tokens out": row["tokens_out"]})
     counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
     print(f"this run   {row_text(dict(sorted(counts.items())))}")
     output.close()

@@ -2777,12 +2777,9 @@ def init_distributed(device):
         return device
     on_gpu = str(device).startswith("cuda")
     if on_gpu:
-        count, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if found < count:
-            raise InputError(f"{count} processes need {count} GPUs here, {found} found: lower "
-                             "--nproc-per-node")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        with explaining(f"there are fewer GPUs than processes: {device} cannot be used"):
+            torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
                                              timeout=timedelta(days=7))  # work may be uneven

@@ -579,9 +579,6 @@ def train(args):
     print(f"data       {len(items)} rows ({inputs['images']} with images, {inputs['audio']} with "
           f"audio), {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all, "
           f"{get_world_size()} processes")
-    if per_epoch < 10:
-        print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
-              "posts: a lower --accumulate gives more")
     model = build_model(args, items)
     state = TrainingState(args, model)
     if state.step < total:

@@ -84,7 +84,7 @@ def demo_commands(out, seed):
         f"tests/toy.py teacher --data {posts} --out {chains}",
         f"train.py assistant --data {chains} {lora} --epochs 4 --dropout 0.05 "
         f"--model {out}/base/assistant --out {out}/assistant",
-        f"generate.py augment --data {chains} --model {assistant} --out {more}",
+        f"generate.py augment --data {posts} --model {assistant} --out {more}",
         f"generate.py soft --data {chains} {more} --model {assistant} --batch 32 --out {out}/soft",
         f"train.py student --data {chains} {more} --soft {out}/soft {lora} --epochs 3 "
         f"--model {out}/base/student --out {out}/student",
@@ -161,7 +161,7 @@ def teacher_commands(out, teacher, seed):
         f"--out {at}.chains.jsonl",
         f"train.py assistant --data {at}.chains.jsonl {training_flags(out, seed)} --epochs 6 "
         f"--dropout 0.05 --model {out}/base/assistant --out {at}.assistant",
-        f"generate.py augment --data {at}.chains.jsonl --model {at}.assistant/best "
+        f"generate.py augment --data {out}/posts.jsonl --model {at}.assistant/best "
         f"--seed {seed} --out {at}.augmented.jsonl",
         f"generate.py soft --data {at}.chains.jsonl {at}.augmented.jsonl "
         f"--model {at}.assistant/best --out {at}.soft"]
