@@ -103,9 +103,9 @@ def shared_flags(flag, stage):
          help=".jsonl, .json, .tsv or .csv")
     flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
     flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
-    flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
+    flag("--batch", type=int, default=64, help="posts at once (release: 16 to 24)")
     flag("--max-pixels", type=int, default=0,
-         help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+         help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
     if stage != "soft":
         flag("--split", default=None if stage in ("predict", "cascade") else "train",
              help="only posts of this split, where posts have one, or all (predict, cascade: test)")
@@ -144,7 +144,7 @@ def own_flags(flag, stage):
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
     elif stage == "soft":
-        flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
+        flag("--max-answer", type=int, default=512, help="longest chain in tokens, as in training")
     elif stage == "predict":
         flag("--decode", choices=("score", "greedy"), default="score",
              help="label by scoring the three answers, or generated as the authors do")

@@ -10,8 +10,8 @@ MulCoT-RD ends. Its two neighbours come after it:
   §2 Prompts    Post -> messages, text -> fields   §6 Losses  the paper's equations, dev metrics
   §3 Teacher    two-stage chains with retries      §7 Model   loading, branches, labels, chains
   §4 Tokens     Post -> Example -> Batch
-  §8 Readout and NF4   arXiv 2606.05713            §9 UBM and cascade   arXiv 2509.04459
-  §10 Files            rows, soft labels, settings, processes
+  §8 NF4        a frozen base in 4 bits            §10 UBM and cascade   arXiv 2509.04459
+  §9 Readout    arXiv 2606.05713                   §11 Files  rows, soft labels, processes
 
 Every section runs alone with what its ruler names, and what that needs in turn (a test does that).
 Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
@@ -19,32 +19,75 @@ silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them
 P prefix tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a
 loss, n a chunk of them, C classes.
 
-Departures from the paper and from the authors' released scripts
- 1. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
+Departures of MulCoT-RD from the paper and from the authors' released scripts ("theirs"), with the
+way back to theirs where there is one
+  Chains
+ 1. Chains are brought into one written form. Theirs are trained on as they came.
+ 2. Chains that are cut off, incomplete or contradict their label are set aside, after all retries
+    and again before training. Theirs filter stage 1 and the assistant's chains by the label alone,
+    stage 2 by nothing.
+ 3. A teacher is asked three times a stage at most (`--max-tries`), each time at a higher
+    temperature; the paper asks until the structure is whole.
+ 4. A training row with a chain of over 512 tokens is set aside. Theirs cap generation alone:
+    `--max-answer 8192` in train.py and in generate.py soft.
+ 5. The prompts are our own wording; field names and their order are the paper's. Ours ask the
+    teacher for two to four sentences a field and for nothing behind the Prediction.
+ 6. MVSA's published files are not read: bring its posts as rows with `split`.
+  Tokens
+ 7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
+ 8. The label's answer is quoted, `"Prediction": "positive"`, as the prompt shows it. Theirs is not.
+ 9. Images keep their shape under a pixel cap, are turned upright, and lie on white where they are
+    transparent; `--max-pixels 78400` gives 25 to 100 visual tokens. Theirs resize to 280 x 280,
+    always 100 tokens: `mogrify -resize '280x280!' images/*` beforehand does that.
+  Training
+10. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
     it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
-    prefix's draw; the authors run each task by itself. (Qwen3.5: a pass for each branch.)
- 2. Task weights 0.8 / 0.2 as the paper says; the released scripts sum the tasks 1 : 1.
- 3. The KL term covers response tokens; the released script also averages prompt, image and padding
-    positions. `generate.py soft --kl-positions all` adds prompt and image, never padding.
- 4. Losses are means over all supervised tokens of an optimiser step, not means of means of
-    micro-batches.
- 5. LoRA adapts the language model only; suffix matching, as the authors do, also hits the vision
-    tower's MLPs. `--scope all` is theirs.
- 6. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
-    states at the supervised positions (in 16 bits) and its output matrix; the authors run it
-    beside the student at each step.
- 7. Chains are brought into one written form before training; those that contradict their label
-    after all retries are set aside, label-conditioned ones too. The authors keep what came.
- 8. Labels are decided by scoring the three answers, on dev too; `--decode greedy` generates them,
-    as the authors do, but does not search an answer without `Prediction` for a label word.
- 9. The prompts are our own wording; field names and their order are the paper's.
-10. Gradients are clipped at norm 1 (`--clip 0` for the authors' unclipped run).
-11. Images keep their shape under a pixel cap; the paper resizes to 280 x 280. Give
-    `--max-pixels 78400` for as many visual tokens; without it the model's own cap holds.
-12. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL), not to the
-    smaller output layer (151,936): the rows between mean nothing.
-13. The assistant's chain per post is sampled at temperature 0.7, for posts whose teacher chain was
-    kept; the sources are silent on both.
+    prefix's draw. (Qwen3.5: a pass for each branch.)
+11. Task weights 0.8 / 0.2 as the paper says. Theirs sum the tasks 1 : 1, 0.8 / 0.2 is a comment:
+    `--reasoning-weight 1 --label-weight 1`.
+12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0:
+    prompt, image and padding too, which are most of them.
+13. Losses are means over all supervised tokens of an optimiser step. Theirs add up, undivided, the
+    means of its 20 micro-batches, so that a token of a short chain weighs more.
+14. An epoch's last, incomplete step is taken. Theirs drop its gradient and count on, so that the
+    next epoch's first step is short by as many micro-batches.
+15. The posts of a step are of like length (sorted within four steps). Theirs are drawn freely.
+16. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
+    states (in 16 bits) and its output matrix. Theirs runs beside the student at each step, with
+    its LoRA dropout of 0.2 left on.
+17. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL); the rows
+    behind mean nothing. Theirs resize the student's output layer up to the assistant's 152,064
+    rows, for both losses.
+18. LoRA adapts the language model only. Theirs, by suffix, also the MLPs of the vision tower:
+    `--scope all`.
+19. LoRA's factors are held in fp32 and multiplied in the base's dtype. Theirs multiply in fp32.
+20. Gradients are clipped at norm 1. Theirs are not: `--clip 0`.
+21. Macro F1 breaks ties in dev accuracy. On MVSA theirs take weighted F1.
+  Answers and metrics
+22. Labels are decided by scoring the three answers, on dev too. Theirs generate them;
+    `--decode greedy` of generate.py predict does that for test posts.
+23. Generation is plain: the largest logit, or all tokens at a temperature. Theirs use the model's
+    own defaults (Qwen2.5-VL: a repetition penalty of 1.05; top-k when sampling).
+24. A generated answer is read behind its last `Prediction`; two different labels there are none.
+    Theirs take the first label word behind the first "Prediction", else the last label word.
+25. METEOR looks up synonyms only with `--wordnet`, theirs always. Distinct is of the predictions,
+    theirs of the references (metrics.json has both). Sim of a missing chain is 0.
+
+Departures of the readout (§9) from arXiv 2606.05713
+R1. A clip's frames are separate pictures. Theirs go through Omni's video path: pairs of frames,
+    positions aligned in time, audio between them.
+R2. NF4 is of the linears that LoRA adapts in the language model, its block sizes in float32.
+    bitsandbytes within the library takes every linear but the output head, the towers' too.
+R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch and schedule
+    are ours, as is `--target label`.
+
+Departures of U-ACS (§10) from arXiv 2509.04459, of which little more than the abstract is known
+U1. A score is learned as weights of its two neighbouring whole numbers, so that u measures how
+    fractional it is, too: of 0.5 known exactly u is 0.36, of 1 it is 0.
+U2. u is entropy over its maximum; the MLLM's distribution is that of its scored answers, thresholds
+    are those of least error on dev within `--budget` MLLM passes a post.
+U3. The UBM (several short runs of a text encoder, adversarial steps, averaged weights, a fitted
+    temperature), the prompt of the second pass and what happens when a pass fails are ours.
 """
 
 from __future__ import annotations
@@ -1482,7 +1525,7 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
     1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
     (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); soft labels come cut to the tokenizer's
-    ids (departure 12)."""
+    ids (departure 17)."""
     assert student_logits.shape[:-1] == teacher_logits.shape[:-1], (
         student_logits.shape, teacher_logits.shape)
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])

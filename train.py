@@ -141,7 +141,7 @@ def loop_flags(flag):
     flag("--dropout", type=float, default=0.05,
          help="of LoRA (MulCoT-RD: 0.2 assistant, 0.05 student)")
     flag("--max-pixels", type=int, default=0,
-         help="image size cap, 0: the model's own (MulCoT-RD: 280 * 280 = 78400)")
+         help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
     flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
          help="processes that decode images, 0: this one")
     flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
@@ -157,7 +157,7 @@ def chain_flags(flag, stage):
     flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
     flag("--reasoning", action=YES_NO, default=True, help="--no-reasoning: label task alone")
     flag("--max-answer", type=int, default=512,
-         help="longest chain in tokens; longer rows are set aside (paper: 512)")
+         help="longest chain in tokens; longer rows are set aside (release: none is)")
     if stage == "student":
         flag("--soft", help="folder of generate.py soft; or say --no-soft")
         flag("--no-soft", action="store_true", help="hard labels only (ablation)")
