@@ -856,7 +856,6 @@ class Endpoint:
 
     def _post(self, body):
         """One call -> (Answer or None, why it is worth another try)."""
-        answer, seconds = None, 0.0
         try:  # all that happens while a reply is read and understood is worth another try
             reply = self.session.post(self.url, json=body, timeout=self.timeout,
                                       allow_redirects=False)
@@ -1305,6 +1304,46 @@ def branch_mask(branch_ids, dtype):
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
+# ---- what a post is trained on
+
+
+def training_branches(post, processor, max_answer=512, need_chain=True):
+    """(the training tasks of a labelled post: reasoning, then label; why it has none). The chain is
+    brought into the one written form; choice: one that contradicts its label is unfit. Without
+    `need_chain` the label task alone, whatever the chain."""
+    if post.label is None:
+        return None, "no label"
+    label_task = (LABEL_FORMAT, render_label(post.label))
+    if not need_chain:
+        return [label_task], None
+    if not post.cot:
+        return None, "no cot: run generate.py teacher first"
+    parsed, problem = check_answer(post.cot, post.label)
+    if problem:
+        return None, f"chain unfit: {problem}"
+    chain = render_reasoning(parsed.fields)
+    if len(processor.text_ids(chain)) >= max_answer:  # with <|im_end|>
+        return None, f"chain longer than --max-answer {max_answer} tokens"
+    return [(REASON_FORMAT, chain), label_task], None
+
+
+def training_items(paths, images, branches_of):
+    """([(post, branches)], [(where, why it was set aside)]) of rows; branches_of(post) ->
+    (branches, None), (None, why not), or (None, None) where a row is left out on purpose."""
+    items, rejects = [], []
+    for path in paths:
+        for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
+            branches, problem = branches_of(post)
+            if problem:
+                rejects.append((f"{path}: {post.id}", problem))
+            elif branches is not None:
+                items.append((post, branches))
+    report_rejects(rejects, "rows in all")
+    if not items:
+        raise InputError(f"{', '.join(paths)}: no row that this stage can use")
+    return items, rejects
+
+
 def show_tokens(batch, tokenizer, row=0):
     """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
     per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
@@ -1502,7 +1541,8 @@ def _current_key(key, modules):
 
 
 # ================================================================================================
-# §6 Losses [needs: np, torch, F, LABELS]
+# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, REMEDY, InputError, explaining,
+#    read_json, digest, write_tensors, read_tensors]
 # ================================================================================================
 
 
@@ -1540,24 +1580,27 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     return total / max(kl.numel(), 1) if reduction == "mean" else total
 
 
-def in_chunks(loss_of, hidden, size):
-    """The sum of `loss_of(hidden[a:b], slice(a, b))` over chunks of `size` rows of hidden (N, D) ->
-    scalar. Value and gradient are those of `loss_of(hidden, slice(0, N))`, but only one chunk's
+def in_chunks(sums_of, hidden, size):
+    """{name: scalar}, the sums over chunks of `size` rows of hidden (N, D) of what
+    `sums_of(hidden[a:b], slice(a, b))` -> {"loss": scalar, …} returns. "loss" is differentiable:
+    value and gradient are those of `sums_of(hidden, slice(0, N))["loss"]`, but only one chunk's
     (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
-    pass, and reaches `hidden` through the returned scalar. Weights that loss_of uses (an output
-    head) must be frozen: their gradient would be lost."""
-    total = hidden.new_zeros((), dtype=torch.float32)
+    pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
+    must be frozen: their gradient would be lost."""
+    sums = {"loss": hidden.new_zeros((), dtype=torch.float32)}
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         chunk = hidden[rows].detach().requires_grad_()
-        loss = loss_of(chunk, rows)
+        terms = sums_of(chunk, rows)
         if start == 0:
-            assert trained_leaves(loss) == {chunk}, "loss_of uses weights that are not frozen"
-        (gradient[rows],) = torch.autograd.grad(loss, chunk)
-        total += loss.detach()
+            assert trained_leaves(terms["loss"]) == {chunk}, "sums_of uses weights not frozen"
+        (gradient[rows],) = torch.autograd.grad(terms["loss"], chunk)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
     link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
-    return total + (link - link.detach())  # the value is `total`, the gradient that of `link`
+    sums["loss"] = sums["loss"] + (link - link.detach())  # adds 0 to the value
+    return sums
 
 
 def trained_leaves(loss):
@@ -1572,6 +1615,66 @@ def trained_leaves(loss):
             leaves.add(node.variable)
         nodes += [before for before, _ in node.next_functions]
     return leaves
+
+
+# ---- the assistant's soft labels
+
+
+class SoftLabels:
+    """The assistant's last hidden states at the supervised positions, in `folder`, and its output
+    matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
+    part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
+    hash of its token ids, its prefix and its files, so that a stale or foreign one is not found."""
+
+    def __init__(self, folder):
+        self.folder, self.head = Path(folder), None
+        if not (self.folder / "settings.json").exists():
+            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
+                             "train with --no-soft")
+        self.settings = read_json(self.folder / "settings.json")
+        self.parts = {}  # the open file of each entry
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            with explaining(f"{path} is damaged, {REMEDY}"):
+                file = safe_open(path, "pt")
+                self.parts.update(dict.fromkeys(file.keys(), file))
+
+    @staticmethod
+    def names(example):
+        """The entry name of each of an example's branches."""
+        prefix = digest(example.prefix, *example.media.values())
+        return [digest(prefix, ids, n_answer) for ids, n_answer in example.branches]
+
+    def write_part(self, entries):
+        """{name: hidden (n, D')} -> one more file, whole or not there; named by its content, so
+        that processes do not collide."""
+        tensors = {name: hidden.to(torch.float16) for name, hidden in entries.items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError("the assistant's hidden states do not fit 16 bits: train --no-soft")
+        write_tensors(self.folder / f"part-{digest(*sorted(entries))}.safetensors", tensors)
+
+    def write_head(self, weight):
+        """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""
+        write_tensors(self.folder / "head.safetensors", dict(weight=weight))
+
+    def load_head(self, device):
+        """Reads the assistant's output matrix."""
+        self.head = read_tensors(self.folder / "head.safetensors")["weight"].to(device)
+
+    def hidden(self, examples, branch):
+        """The assistant's hidden states (N, D') at the supervised positions of this branch of the
+        examples, one after the other, as wide and where the head is."""
+        entries = []
+        for example in examples:
+            name = self.names(example)[branch - 1]
+            if name not in self.parts:
+                raise InputError(f"{self.folder} has no soft labels for this post, prompt and "
+                                 "image: rerun generate.py soft with the same --data and "
+                                 "--max-pixels, or train with --no-soft")
+            entries.append(self.parts[name].get_tensor(name))
+        return torch.cat(entries).to(self.head)
+
+
+# ---- dev metrics
 
 
 def confusion_table(gold, predicted, classes=LABELS):
@@ -1806,46 +1909,6 @@ def encode_batch(posts, branches, model, processor):
     """The posts, each with these branches, as a Batch on the model's device."""
     examples = [encode(post, branches, processor) for post in posts]
     return collate(examples, processor.pad_id).to(model.device)
-
-
-# ---- what a post is trained on
-
-
-def training_branches(post, processor, max_answer=512, need_chain=True):
-    """(the training tasks of a labelled post: reasoning, then label; why it has none). The chain is
-    brought into the one written form; choice: one that contradicts its label is unfit. Without
-    `need_chain` the label task alone, whatever the chain."""
-    if post.label is None:
-        return None, "no label"
-    label_task = (LABEL_FORMAT, render_label(post.label))
-    if not need_chain:
-        return [label_task], None
-    if not post.cot:
-        return None, "no cot: run generate.py teacher first"
-    parsed, problem = check_answer(post.cot, post.label)
-    if problem:
-        return None, f"chain unfit: {problem}"
-    chain = render_reasoning(parsed.fields)
-    if len(processor.text_ids(chain)) >= max_answer:  # with <|im_end|>
-        return None, f"chain longer than --max-answer {max_answer} tokens"
-    return [(REASON_FORMAT, chain), label_task], None
-
-
-def training_items(paths, images, branches_of):
-    """([(post, branches)], [(where, why it was set aside)]) of rows; branches_of(post) ->
-    (branches, None), (None, why not), or (None, None) where a row is left out on purpose."""
-    items, rejects = [], []
-    for path in paths:
-        for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
-            branches, problem = branches_of(post)
-            if problem:
-                rejects.append((f"{path}: {post.id}", problem))
-            elif branches is not None:
-                items.append((post, branches))
-    report_rejects(rejects, "rows in all")
-    if not items:
-        raise InputError(f"{', '.join(paths)}: no row that this stage can use")
-    return items, rejects
 
 
 # ---- labels
@@ -2623,8 +2686,8 @@ def _in_words(answer):
 
 # ================================================================================================
 # §11 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    threading, timedelta, version, Path, np, torch, safe_open, tqdm, REMEDY, InputError,
-#    explaining, write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
+#    threading, timedelta, version, Path, np, torch, tqdm, InputError, explaining, write_text,
+#    to_json, write_json, read_json, digest]
 # ================================================================================================
 
 
@@ -2738,58 +2801,6 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
             raise InputError(f"this --out was begun with {key} = {old!r}, not {value!r} ({file}): "
                              "delete the --out itself or choose another")
     write_json(file, settings | (run or {}))
-
-
-# ---- the assistant's soft labels
-
-
-class SoftLabels:
-    """The assistant's last hidden states at the supervised positions, in `folder`, and its output
-    matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
-    part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
-    hash of its token ids, its prefix and its files, so that a stale or foreign one is not found."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not settings_file(folder).exists():
-            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
-                             "train with --no-soft")
-        self.settings = read_json(settings_file(folder))
-        self.parts, self.head = {}, None  # the open file of each entry; the student reads the head
-        for path in sorted(self.folder.glob("part-*.safetensors")):
-            with explaining(f"{path} is damaged, {REMEDY}"):
-                file = safe_open(path, "pt")
-                self.parts.update(dict.fromkeys(file.keys(), file))
-
-    @staticmethod
-    def names(example):
-        """The entry name of each of an example's branches."""
-        prefix = digest(example.prefix, *example.media.values())
-        return [digest(prefix, ids, n_answer) for ids, n_answer in example.branches]
-
-    def write_part(self, entries):
-        """{name: hidden (n, D')} -> one more file, whole or not there; named by its content, so
-        that processes do not collide."""
-        tensors = {name: hidden.to(torch.float16) for name, hidden in entries.items()}
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise InputError("the assistant's hidden states do not fit 16 bits: train --no-soft")
-        write_tensors(self.folder / f"part-{digest(*sorted(entries))}.safetensors", tensors)
-
-    def read(self, name):
-        """The entry (n, D') of this name."""
-        if name not in self.parts:
-            raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
-                             "rerun generate.py soft with the same --data and --max-pixels, or "
-                             "train with --no-soft")
-        return self.parts[name].get_tensor(name)
-
-    def write_head(self, weight):
-        """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""
-        write_tensors(self.folder / "head.safetensors", dict(weight=weight))
-
-    def read_head(self):
-        """The assistant's output matrix (V, D')."""
-        return read_tensors(self.folder / "head.safetensors")["weight"]
 
 
 # ---- processes of torchrun

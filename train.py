@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -46,12 +47,11 @@ from mulcot import (
     training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
     write_tensors)
 
-# How to read this file: `train` sets up and calls `train_loop`. A stage is a class of (args,
-# processor) with three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage
-# for assistant and student, ReadoutStage for readout; `ubm` is a small loop of its own. The losses
-# are functions of mulcot.py §6 and §9, called in `task_loss` and the stages' `loss`. A stage of
-# your own: its name in STAGES, its flags in parse_args, its class in `train`; weights beside LoRA
-# are made in build_model and saved in evaluate_and_save.
+# How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
+# and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
+# readout; `ubm` is a small loop of its own. The losses are functions of mulcot.py §6 and §9. A
+# stage of your own: its name in STAGES, its flags in parse_args, its class in `train`; weights
+# beside LoRA are made in build_model and saved in evaluate_and_save.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
@@ -189,15 +189,55 @@ def ubm_flags(flag):
          "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
 
 
-# ---- stages: what to train on, its loss, its dev metrics ---------------------------------------
+# ---- MulCoT-RD: assistant and student ----------------------------------------------------------
 
 
-class ChainStage:
+class Stage:
+    """What the loop needs of a stage: `branches_of` (what to train on), `loss`, `metrics`, and the
+    names of two dev metrics, of which more is better: `selected_by` chooses the best epoch, `ties`
+    decides between equals."""
+
+    selected_by, ties = "accuracy", "macro_f1"
+
+    def __init__(self, args, processor):
+        self.args, self.processor, self.soft_labels = args, processor, None
+
+    def task_loss(self, model, hidden, batch, examples, branch, num_tokens):
+        """One task's loss at the hidden states (B, T, D) -> {"loss": differentiable scalar, "ce":
+        its cross-entropy, "kl": its KL, where there are soft labels}. Cross-entropy and KL are
+        summed over the supervised positions of this branch and divided by `num_tokens`, the number
+        of these in the whole optimiser step. Positions are taken in chunks, so that no (N, V)
+        logits are held."""
+        supervised = batch.supervised(branch)  # (B, T)
+        targets = batch.targets[supervised]  # (N,)
+        assert targets.max() < model.lm_head.out_features, (targets.max(), model.lm_head)
+        if self.soft_labels:
+            assistant_hidden = self.soft_labels.hidden(examples, branch)  # (N, D')
+            assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
+
+        def sums_of(h, rows):  # a chunk of the positions: h (n, D), which of the N: a slice
+            logits = model.lm_head(h).float()  # (n, V)
+            hard = F.cross_entropy(logits, targets[rows], reduction="sum") / num_tokens
+            if not self.soft_labels:
+                return dict(loss=hard, ce=hard)
+            head = self.soft_labels.head
+            assistant_logits = F.linear(assistant_hidden[rows], head)  # (n, V')
+            soft = distill_kl(logits, assistant_logits, self.args.temperature,
+                              self.args.t_squared, reduction="sum") / num_tokens
+            return dict(loss=student_loss(hard, soft, self.args.lam), ce=hard, kl=soft)
+
+        size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
+        return in_chunks(sums_of, hidden[supervised], size)
+
+
+class ChainStage(Stage):
     """`assistant` and `student`: the reasoning and the label task of a post, two branches of one
     prefix. The student also learns from the assistant's soft labels, unless --no-soft."""
 
     def __init__(self, args, processor):
-        self.args, self.processor, self.soft_labels = args, processor, None
+        super().__init__(args, processor)
+        # the number of each task's branch behind the prefix
+        self.branch_of = {"reason": 1, "label": 2} if args.reasoning else {"label": 1}
         if args.stage == "student" and not args.no_soft and args.lam > 0:
             self.soft_labels = open_soft_labels(args, processor)
 
@@ -219,57 +259,23 @@ class ChainStage:
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
         L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
-        entry_names = None
-        if self.soft_labels:
-            entry_names = [self.soft_labels.names(example) for example in examples]
-        one_task = partial(task_loss, self, model, hidden, batch, entry_names, counts)
+        losses, terms = {}, {}
+        for task, branch in self.branch_of.items():
+            sums = self.task_loss(model, hidden, batch, examples, branch, counts.tokens[branch])
+            losses[task] = sums.pop("loss")
+            terms |= {f"{name}_{task}": value for name, value in sums.items()}
         if not self.args.reasoning:
-            return one_task(branch=1, task="label")
-        reason, terms = one_task(branch=1, task="reason")
-        label, more = one_task(branch=2, task="label")
-        loss = multitask_loss(reason, label, self.args.reasoning_weight, self.args.label_weight)
-        return loss, terms | more
+            return losses["label"], terms
+        loss = multitask_loss(losses["reason"], losses["label"], self.args.reasoning_weight,
+                              self.args.label_weight)
+        return loss, terms
 
     def metrics(self, model, posts):
-        """{name: number}, two, more is better: the first selects, the second breaks ties."""
+        """{name: number} of dev posts."""
         rows = []
         for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += predict(model, self.processor, part, chain=False)
         return label_scores(rows, posts)
-
-
-def task_loss(stage, model, hidden, batch, entry_names, counts, branch, task):
-    """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
-
-    Cross-entropy and KL are summed over the supervised positions of this branch and divided by
-    their number in the whole optimiser step (`counts`, see step_counts). Positions are taken in
-    chunks, so that no (N, V) logits are held. `entry_names`: of each example's branches in the
-    soft labels."""
-    args, soft_labels = stage.args, stage.soft_labels
-    supervised = batch.supervised(branch)  # (B, T)
-    targets = batch.targets[supervised]  # (N,)
-    terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
-    if soft_labels:
-        terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
-        entries = [soft_labels.read(names[branch - 1]) for names in entry_names]
-        assistant_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D')
-        assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
-
-    def loss_of(h, rows):  # a chunk of the N positions: h (n, D), rows: slice
-        logits = model.lm_head(h).float()  # (n, V)
-        hard = F.cross_entropy(logits, targets[rows], reduction="sum") / counts[branch]
-        terms[f"ce_{task}"] += hard.detach()
-        if not soft_labels:
-            return hard
-        assistant_logits = F.linear(assistant_hidden[rows], soft_labels.head)  # (n, V')
-        kl = distill_kl(logits, assistant_logits, args.temperature, args.t_squared,
-                        reduction="sum") / counts[branch]
-        terms[f"kl_{task}"] += kl.detach()
-        return student_loss(hard, kl, args.lam)
-
-    size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
-    loss = in_chunks(loss_of, hidden[supervised], size)
-    return loss, terms
 
 
 def open_soft_labels(args, processor):
@@ -280,57 +286,8 @@ def open_soft_labels(args, processor):
         raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
                          "equal ids would be other words; use an assistant of its family, or "
                          "--no-soft")
-    soft_labels.head = soft_labels.read_head().to(args.device)
+    soft_labels.load_head(args.device)
     return soft_labels
-
-
-class ReadoutStage:
-    """`readout`: a score or a label read off the last hidden state, or a score written as text.
-    paper: arXiv 2606.05713."""
-
-    soft_labels = None
-
-    def __init__(self, args, processor):
-        self.args, self.processor = args, processor
-
-    def branches_of(self, post):
-        """As ChainStage.branches_of."""
-        if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
-            return None, None
-        if getattr(post, self.args.target) is None:
-            return None, f"no {self.args.target}"
-        if self.args.readout == "generative":
-            return [(SCORE_FORMAT, render_score(post.score))], None
-        return readout_branches(self.args.target), None
-
-    def loss(self, model, batch, examples, counts):
-        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
-        hidden = forward_branches(model, batch)  # (B, T, D)
-        if self.args.readout == "generative":
-            return task_loss(self, model, hidden, batch, None, counts, branch=1, task="score")
-        config = model.readout.config
-        if self.args.target == "score":
-            gold = [float(example.post.score) for example in examples]
-        else:
-            gold = [LABELS.index(example.post.label) for example in examples]
-        gold = torch.tensor(gold, device=hidden.device)
-        out = model.readout(hidden, batch.branch_ids >= 0)  # (B, 1) or (B, 3)
-        loss = readout_loss(out, gold, config["mean"], config["deviation"]) / counts["posts"]
-        return loss, {}
-
-    def metrics(self, model, posts):
-        """{name: number}, two, more is better: the first selects, the second breaks ties."""
-        rows = []
-        for part in chunks(posts, DEV_BATCH * self.args.batch):
-            rows += read_out(model, self.processor, part)
-        if self.args.target == "label":
-            return label_scores(rows, posts)
-        gold, scores = [post.score for post in posts], [row["score"] for row in rows]
-        metrics = regression_metrics(gold, scores)
-        parsed = len(gold) - metrics["unparsed"]
-        # choice: no number is as far as can be
-        errors = parsed * (metrics["mae"] or 0.0) + 6.0 * metrics["unparsed"]
-        return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
 def label_scores(rows, posts):
@@ -475,7 +432,8 @@ class TrainingState:
             threshold=0)  # trap: the default threshold is relative, and -MAE is negative
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"]
-        self.step, self.best, self.sums = 0, dict(step=0, metrics={}), Counter()
+        self.step, self.sums = 0, Counter()
+        self.best = dict(step=0, metrics={}, rank=[])  # any rank is higher than []
         self.writer = None  # of log.jsonl
         self.restore()
 
@@ -531,16 +489,25 @@ def sum_over_processes(counts):
     return total
 
 
+@dataclass
+class StepCounts:
+    """What an optimiser step holds, over all processes: posts, and of each branch the tokens of its
+    answers {branch: tokens}."""
+
+    posts: int
+    tokens: dict
+
+
 def step_counts(step):
-    """What the micro-batches of an optimiser step hold, over all processes: {"posts": their number,
-    branch: tokens of its answers}. trap: to divide by each micro-batch's own count would make 1 x 8
-    differ from 8 x 1."""
+    """The StepCounts of a step's micro-batches. trap: to divide by each micro-batch's own count
+    would make 1 x 8 differ from 8 x 1."""
     counts = Counter()
     for batch, examples in step:
         counts["posts"] += len(examples)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
             counts[branch] += int(batch.supervised(branch).sum())
-    return sum_over_processes(counts)
+    total = sum_over_processes(counts)
+    return StepCounts(total.pop("posts"), total)
 
 
 def set_learning_rate(args, state, total):
@@ -588,10 +555,10 @@ def train(args):
         load_adapter(model, Path(args.out, "best"))  # raises if it is missing or damaged
         if args.stage == "readout":
             load_readout(model, Path(args.out, "best"))
-    (first, value), (second, other) = state.best["metrics"].items()
+    best = state.best["metrics"]
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
-          f"{args.out}/settings.json\nbest dev {first} {value:.3f} ({second} {other:.3f}) at step "
-          f"{state.best['step']}: {args.out}/best")
+          f"{args.out}/settings.json\nbest dev {stage.selected_by} {best[stage.selected_by]:.3f} "
+          f"({stage.ties} {best[stage.ties]:.3f}) at step {state.best['step']}: {args.out}/best")
 
 
 def train_loop(args, stage, model, state, items, dev, per_epoch, total):
@@ -649,10 +616,11 @@ def evaluate_and_save(args, stage, model, state, dev):
     model.train()
     state.log(step=state.step, **{f"dev_{name}": value for name, value in metrics.items()})
     if args.schedule == "plateau":
-        state.plateau.step(next(iter(metrics.values())))
+        state.plateau.step(metrics[stage.selected_by])
     folders = [Path(args.out, "last")]
-    if list(metrics.values()) > list(state.best["metrics"].values()):  # the first beats []
-        state.best = dict(step=state.step, metrics=metrics)
+    rank = [metrics[stage.selected_by], metrics[stage.ties]]
+    if rank > state.best["rank"]:
+        state.best = dict(step=state.step, metrics=metrics, rank=rank)
         folders.append(Path(args.out, "best"))
     for folder in folders if get_rank() == 0 else []:
         save_adapter(model, folder)
@@ -661,7 +629,60 @@ def evaluate_and_save(args, stage, model, state, dev):
             save_readout(model.readout, folder)
 
 
-# ---- the UBM -----------------------------------------------------------------------------------
+# ---- the readout (arXiv 2606.05713) ------------------------------------------------------------
+
+
+class ReadoutStage(Stage):
+    """`readout`: a score or a label read off the last hidden state, or a score written as text.
+    paper: arXiv 2606.05713."""
+
+    def __init__(self, args, processor):
+        super().__init__(args, processor)
+        if args.target == "score":
+            self.selected_by, self.ties = "neg_mae", "corr"
+
+    def branches_of(self, post):
+        """As ChainStage.branches_of."""
+        if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
+            return None, None
+        if getattr(post, self.args.target) is None:
+            return None, f"no {self.args.target}"
+        if self.args.readout == "generative":
+            return [(SCORE_FORMAT, render_score(post.score))], None
+        return readout_branches(self.args.target), None
+
+    def loss(self, model, batch, examples, counts):
+        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
+        hidden = forward_branches(model, batch)  # (B, T, D)
+        if self.args.readout == "generative":
+            sums = self.task_loss(model, hidden, batch, examples, 1, counts.tokens[1])
+            return sums["loss"], dict(ce_score=sums["ce"])
+        config = model.readout.config
+        if self.args.target == "score":
+            gold = [float(example.post.score) for example in examples]
+        else:
+            gold = [LABELS.index(example.post.label) for example in examples]
+        gold = torch.tensor(gold, device=hidden.device)
+        out = model.readout(hidden, batch.branch_ids >= 0)  # (B, 1) or (B, 3)
+        loss = readout_loss(out, gold, config["mean"], config["deviation"]) / counts.posts
+        return loss, {}
+
+    def metrics(self, model, posts):
+        """{name: number} of dev posts."""
+        rows = []
+        for part in chunks(posts, DEV_BATCH * self.args.batch):
+            rows += read_out(model, self.processor, part)
+        if self.args.target == "label":
+            return label_scores(rows, posts)
+        gold, scores = [post.score for post in posts], [row["score"] for row in rows]
+        metrics = regression_metrics(gold, scores)
+        parsed = len(gold) - metrics["unparsed"]
+        # choice: no number is as far as can be
+        errors = parsed * (metrics["mae"] or 0.0) + 6.0 * metrics["unparsed"]
+        return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
+
+
+# ---- the UBM (arXiv 2509.04459) ----------------------------------------------------------------
 
 
 def ubm(args):
