@@ -17,33 +17,40 @@ it skips what is done and ends with the same rows.
 """
 
 import argparse
+import base64
+import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import requests
 import torch
 
 from mulcot import (
-    BIN_FORMAT, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Endpoint, Help,
-    InputError, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier,
-    base_of, best_thresholds, build_messages, cascade_route, check_answer, check_at_least,
-    check_settings, chunks, collate, count_parameters, default_dtype, digest, encode,
-    encode_batch, explaining, fingerprint, forward_branches, gather, generate_text, get_rank,
-    get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
-    mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts, read_json, read_out,
-    read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects, row_text, run_info,
-    run_stage, score_labels, second_pass_prompt, select_split, settings_file, settings_of,
-    sibling, stages_asked, threshold_grid, to_json, to_post, tokenizer_hash, training_branches,
-    training_items, two_stage_cot, verdict, write_json, write_rows)
+    FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
+    RowWriter, SoftLabels, barrier, base_of, build_messages, cascade_route, check_answer,
+    check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
+    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather,
+    generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
+    load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, post_prompt, predict,
+    progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
+    render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels, score_verdict,
+    select_split, settings_file, settings_of, sibling, stages_asked, to_json, to_post,
+    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -335,6 +342,153 @@ def local_teacher(args, model, processor):
                 for example, (text, finish) in zip(examples, texts)]
 
     return ask
+
+
+# ---- an endpoint as teacher --------------------------------------------------------------------
+
+
+class Unreachable(InputError):
+    """The server gave no usable answer, however often it was asked."""
+
+
+class Endpoint:
+    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
+    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and cut
+    out of every text that comes back. `timeout`: seconds without a byte.
+    `extra_body` is merged into each request; None removes a key. `proxy`: a URL; those of the
+    environment are not used. `retries` counts what went wrong, `stop` ends all waiting."""
+
+    RETRIED = {408, 409, 429} | set(range(500, 600))
+
+    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
+                 proxy=None):
+        check_url(url, allow_http)
+        self.url, self.model = url.rstrip("/") + "/chat/completions", model
+        self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
+            raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
+        self.retries, self.stop = Counter(), threading.Event()
+        self._paused_until = 0.0  # of all threads
+        self.session = requests.Session()  # of all threads, which it keeps connections for
+        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
+        self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
+        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        self.session.proxies = dict(http=proxy, https=proxy)
+        if self._key:
+            self.session.headers["Authorization"] = f"Bearer {self._key}"
+
+    def __call__(self, request):
+        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
+        jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
+        what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
+        of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
+        messages = [message | dict(content=[_wire_part(part) for part in message["content"]])
+                    for message in request.messages]
+        body = dict(model=self.model, messages=messages, temperature=request.temperature,
+                    max_tokens=request.max_tokens)
+        if request.logprobs:
+            body |= dict(logprobs=True, top_logprobs=5)
+        body |= self.extra_body
+        body = {key: value for key, value in body.items() if value is not None}
+        ready_at = 0.0
+        for attempt in range(self.max_retries + 1):
+            delay = max(ready_at, self._paused_until) - time.monotonic()
+            if delay > 0:
+                self.pause(delay)
+            answer, problem = self._post(body)
+            if answer:
+                return answer
+            self.retries[problem.split(":")[0]] += 1
+            ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+        raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
+                          f"{problem}; run again to go on")
+
+    def _post(self, body):
+        """One call -> (Answer or None, why it is worth another try)."""
+        try:  # all that happens while a reply is read and understood is worth another try
+            reply = self.session.post(self.url, json=body, timeout=self.timeout,
+                                      allow_redirects=False)
+            if reply.status_code == 200:
+                return _read_reply(reply.json(), self._plain), ""
+            seconds = _retry_after(reply.headers.get("Retry-After", ""))
+        except Exception as e:
+            return None, self._line(f"{type(e).__name__}: {e}")
+        status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
+        if re.search("unsupported.(parameter|value)", problem, re.I):
+            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
+            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
+            if "logprobs" in problem:
+                remedy = "say --no-logprobs"
+            raise InputError(f"{self.url} refused: {problem}; {remedy}")
+        if status in (401, 402, 404) or status < 400:
+            raise InputError(f"{self.url} refused: {problem}")
+        if status not in self.RETRIED:
+            raise Refused(f"{self.url} refused: {problem}")
+        if seconds > 3600:
+            raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+        return None, problem
+
+    def pause(self, seconds):
+        """Sleeps; raises InputError if asked to stop meanwhile."""
+        if self.stop.wait(seconds):
+            raise InputError("stopped")
+
+    def _plain(self, text):
+        """A text from the server without the key. choice: keys of fewer than 8 characters are no
+        secrets (EMPTY, x)."""
+        return text.replace(self._key, "***") if len(self._key) >= 8 else text
+
+    def _line(self, text):
+        """The start of such a text, as one line."""
+        return " ".join(self._plain(text).split())[:300]
+
+
+def check_url(url, allow_http=False):
+    """Raises InputError for an address that is none, or that sends posts and key in the clear."""
+    with explaining(f"--endpoint {url!r} is no address"):
+        address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
+    local = address.hostname in ("localhost", "127.0.0.1", "::1")
+    if address.scheme == "http" and not local and not allow_http:
+        raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
+                         "--allow-http")
+
+
+def _retry_after(header):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
+    there is to raise if it cannot be read."""
+    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
+        return float(header or 0)
+    return parsedate_to_datetime(header).timestamp() - time.time()
+
+
+def _read_reply(reply, plain):
+    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
+    (refusal, null content) is an empty answer. Raises what there is to raise."""
+    choice = reply["choices"][0]
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):  # some servers answer in content parts
+        content = "".join(part.get("text") or "" for part in content)
+    logprobs = []
+    for token in (choice.get("logprobs") or {}).get("content") or []:
+        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
+        logprobs.append((plain(token["token"]), likely))
+    usage = reply.get("usage") or {}
+    tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
+    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
+
+
+def _wire_part(part):
+    """A content part as it goes over the wire: images become data URLs, audio base64."""
+    if part["type"] == "audio":
+        data = base64.b64encode(Path(part["audio"]).read_bytes()).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    if part["type"] == "image":
+        return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
+    return part
 
 
 class PaidCalls:
@@ -632,7 +786,10 @@ def export(args):
     print(f"wrote {args.out}: {count_parameters(model):,} weights in {model.dtype}")
 
 
-# ---- cascade -----------------------------------------------------------------------------------
+# ---- U-ACS: the cascade (arXiv 2509.04459) -----------------------------------------------------
+
+BIN_FORMAT = """Answer with this field only:
+"Prediction": a whole number from -3 (most negative) to 3 (most positive)"""
 
 
 def cascade(args):
@@ -785,6 +942,84 @@ class CascadeSteps:
             if isinstance(answer, dict):
                 answer |= dict(tokens=result["tokens"], seconds=result["seconds"])
             yield by_id[post.id][0], answer
+
+
+def second_pass_prompt(post, ubm, mllm):
+    """The shared part of the prompt of the second pass: the post, then both answers and how sure
+    they were."""
+    return (post_prompt(post) + "Two earlier answers disagree. A small classifier: "
+            f"{_in_words(ubm)}. You: {_in_words(mllm)}. Look again and decide.\n\n")
+
+
+def _in_words(answer):
+    words = answer["prediction"]
+    if "predicted_score" in answer:
+        words = f"{answer['predicted_score']:+.1f}"
+    if answer["uncertainty"] is None:
+        return words
+    return f"{words} (uncertainty {answer['uncertainty']:.2f} of 1)"
+
+
+def answer_verdict(answer, classes):
+    """What an endpoint's Answer says, as entries of a row, or a str: why it says nothing. Its
+    uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
+    parsed = parse_reasoning(answer.text)
+    if tuple(classes) != LABELS:
+        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
+        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
+        if len(numbers) != 1 or not classes[0] <= float(numbers[0]) <= classes[-1]:
+            return f"no score in {answer.text[:80]!r}"
+        return score_verdict(float(numbers[0]), None)
+    if parsed.prediction is None:
+        return f"no label in {answer.text[:80]!r}"
+    for token, likely in reversed(answer.logprobs or []):
+        if _label_of_token(token) == parsed.prediction:  # where the label begins
+            mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
+            for other, log_p in likely.items():
+                mass[_label_of_token(other)] += math.exp(log_p)
+            probs = torch.tensor([mass[label] for label in LABELS])
+            return verdict(probs / probs.sum(), LABELS)  # choice: their largest is the prediction
+    return dict(prediction=parsed.prediction, uncertainty=None)
+
+
+def _label_of_token(token):
+    """The one label that begins with this token ("neg", " Positive"), or None."""
+    start = token.strip(' "').lower()
+    labels = [label for label in LABELS if start and label.startswith(start)]
+    return labels[0] if len(labels) == 1 else None
+
+
+def threshold_grid(verdicts, error):
+    """[(passes per post, mean error, τ1, τ2), …] for `verdicts`, a list of (ubm, mllm, second_pass)
+    of posts that were all asked, at all pairs of the quantiles of u. error(answer or None, n): what
+    an answer to post n costs."""
+    grid = []
+    levels = [_uncertainty_levels([v[stage] for v in verdicts]) for stage in (0, 1)]
+    for tau1, tau2 in itertools.product(*levels):
+        passes = wrong = 0.0
+        for n, stages in enumerate(verdicts):
+            passes += stages_asked(stages, tau1, tau2) - 1
+            _, answer, _ = cascade_route(*stages, tau1, tau2)
+            wrong += error(answer, n)
+        grid.append((passes / len(verdicts), wrong / len(verdicts), tau1, tau2))
+    return grid
+
+
+def _uncertainty_levels(answers):
+    """Nobody is sure (-1), and the 5 % quantiles of the answers' uncertainties."""
+    u = sorted(a["uncertainty"] for a in answers
+               if isinstance(a, dict) and a["uncertainty"] is not None)
+    if not u:
+        return [-1.0]
+    return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(21)})
+
+
+def best_thresholds(grid, budget):
+    """The entry of least error whose passes stay within the budget (the UBM alone always does).
+    choice: few dev posts leave many equals; of those the one that asks about most posts, then the
+    one that asks a second time about fewest."""
+    affordable = [entry for entry in grid if entry[0] <= budget]
+    return min(affordable or [min(grid)], key=lambda entry: (entry[1], entry[2], -entry[3]))
 
 
 def main(argv=None, ask=None):

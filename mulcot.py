@@ -100,28 +100,21 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import signal
 import sys
 import threading
-import time
 import wave
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -213,8 +206,8 @@ def read_tensors(path):
 
 
 # ================================================================================================
-# §1 Posts [needs: csv, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
-#    ImageOps, LABELS, InputError, explaining]
+# §1 Posts [needs: base64, csv, io, json, os, re, wave, dataclass, field, replace, Path, torch,
+#    Image, ImageOps, LABELS, InputError, explaining]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -355,6 +348,17 @@ def load_image(path, check=False):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def data_url(path, max_side=1120, quality=92):
+    """The image as a data URL, written anew as JPEG: upright, its longer side at most max_side,
+    without metadata (GPS!), wherever the file hid it."""
+    image = load_image(path)
+    image.info = {}  # trap: Pillow writes a comment found there
+    image.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def load_audio(path):
@@ -693,8 +697,7 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
-#    field, parsedate_to_datetime, Path, urlsplit, requests, InputError, explaining, §1, §2]
+# §3 Teacher [needs: hashlib, dataclass, field, InputError, §1, §2]
 # ================================================================================================
 
 
@@ -795,161 +798,6 @@ def _attempt(task, request, answer, parsed, problem):
 
 class Refused(InputError):
     """The server will not answer this one request (400, 413, 422 …); others may fare better."""
-
-
-class Unreachable(InputError):
-    """The server gave no usable answer, however often it was asked."""
-
-
-class Endpoint:
-    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
-    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and cut
-    out of every text that comes back. `timeout`: seconds without a byte.
-    `extra_body` is merged into each request; None removes a key. `proxy`: a URL; those of the
-    environment are not used. `retries` counts what went wrong, `stop` ends all waiting."""
-
-    RETRIED = {408, 409, 429} | set(range(500, 600))
-
-    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
-                 proxy=None):
-        check_url(url, allow_http)
-        self.url, self.model = url.rstrip("/") + "/chat/completions", model
-        self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
-            raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
-        self.retries, self.stop = Counter(), threading.Event()
-        self._paused_until = 0.0  # of all threads
-        self.session = requests.Session()  # of all threads, which it keeps connections for
-        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
-        self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
-        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-        self.session.proxies = dict(http=proxy, https=proxy)
-        if self._key:
-            self.session.headers["Authorization"] = f"Bearer {self._key}"
-
-    def __call__(self, request):
-        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
-        jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
-        what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
-        of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
-        messages = [message | dict(content=[_wire_part(part) for part in message["content"]])
-                    for message in request.messages]
-        body = dict(model=self.model, messages=messages, temperature=request.temperature,
-                    max_tokens=request.max_tokens)
-        if request.logprobs:
-            body |= dict(logprobs=True, top_logprobs=5)
-        body |= self.extra_body
-        body = {key: value for key, value in body.items() if value is not None}
-        ready_at = 0.0
-        for attempt in range(self.max_retries + 1):
-            delay = max(ready_at, self._paused_until) - time.monotonic()
-            if delay > 0:
-                self.pause(delay)
-            answer, problem = self._post(body)
-            if answer:
-                return answer
-            self.retries[problem.split(":")[0]] += 1
-            ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
-        raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
-                          f"{problem}; run again to go on")
-
-    def _post(self, body):
-        """One call -> (Answer or None, why it is worth another try)."""
-        try:  # all that happens while a reply is read and understood is worth another try
-            reply = self.session.post(self.url, json=body, timeout=self.timeout,
-                                      allow_redirects=False)
-            if reply.status_code == 200:
-                return _read_reply(reply.json(), self._plain), ""
-            seconds = _retry_after(reply.headers.get("Retry-After", ""))
-        except Exception as e:
-            return None, self._line(f"{type(e).__name__}: {e}")
-        status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
-        if re.search("unsupported.(parameter|value)", problem, re.I):
-            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
-            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
-            if "logprobs" in problem:
-                remedy = "say --no-logprobs"
-            raise InputError(f"{self.url} refused: {problem}; {remedy}")
-        if status in (401, 402, 404) or status < 400:
-            raise InputError(f"{self.url} refused: {problem}")
-        if status not in self.RETRIED:
-            raise Refused(f"{self.url} refused: {problem}")
-        if seconds > 3600:
-            raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
-        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-        return None, problem
-
-    def pause(self, seconds):
-        """Sleeps; raises InputError if asked to stop meanwhile."""
-        if self.stop.wait(seconds):
-            raise InputError("stopped")
-
-    def _plain(self, text):
-        """A text from the server without the key. choice: keys of fewer than 8 characters are no
-        secrets (EMPTY, x)."""
-        return text.replace(self._key, "***") if len(self._key) >= 8 else text
-
-    def _line(self, text):
-        """The start of such a text, as one line."""
-        return " ".join(self._plain(text).split())[:300]
-
-
-def check_url(url, allow_http=False):
-    """Raises InputError for an address that is none, or that sends posts and key in the clear."""
-    with explaining(f"--endpoint {url!r} is no address"):
-        address = urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
-    local = address.hostname in ("localhost", "127.0.0.1", "::1")
-    if address.scheme == "http" and not local and not allow_http:
-        raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
-                         "--allow-http")
-
-
-def _retry_after(header):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
-    there is to raise if it cannot be read."""
-    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
-        return float(header or 0)
-    return parsedate_to_datetime(header).timestamp() - time.time()
-
-
-def _read_reply(reply, plain):
-    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
-    (refusal, null content) is an empty answer. Raises what there is to raise."""
-    choice = reply["choices"][0]
-    content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # some servers answer in content parts
-        content = "".join(part.get("text") or "" for part in content)
-    logprobs = []
-    for token in (choice.get("logprobs") or {}).get("content") or []:
-        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
-        logprobs.append((plain(token["token"]), likely))
-    usage = reply.get("usage") or {}
-    tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
-
-
-def _wire_part(part):
-    """A content part as it goes over the wire: images become data URLs, audio base64."""
-    if part["type"] == "audio":
-        data = base64.b64encode(Path(part["audio"]).read_bytes()).decode()
-        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-    if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
-    return part
-
-
-def data_url(path, max_side=1120, quality=92):
-    """The image as a data URL, written anew as JPEG: upright, its longer side at most max_side,
-    without metadata (GPS!), wherever the file hid it."""
-    image = load_image(path)
-    image.info = {}  # trap: Pillow writes a comment found there
-    image.thumbnail((max_side, max_side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ================================================================================================
@@ -1342,25 +1190,6 @@ def training_items(paths, images, branches_of):
     if not items:
         raise InputError(f"{', '.join(paths)}: no row that this stage can use")
     return items, rejects
-
-
-def show_tokens(batch, tokenizer, row=0):
-    """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
-    per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
-    green, plain = "\033[32m", "\033[0m"
-    lines, branch, piece = [], None, None
-    for t, token in enumerate(batch.input_ids[row].tolist()):
-        before, branch = branch, int(batch.branch_ids[row, t])
-        last, piece = piece, tokenizer.decode([token])
-        if branch == -1:  # padding
-            break
-        if branch != before:
-            lines.append(f"\n{plain}---- {f'branch {branch}' if branch else 'prefix'} ----\n")
-        if piece == last and piece in PLACEHOLDERS:
-            continue  # hundreds of one placeholder are shown once
-        supervised = branch == before and batch.targets[row, t - 1] != -100
-        lines.append((green if supervised else plain) + piece)
-    return "".join(lines) + plain
 
 
 # ================================================================================================
@@ -2161,7 +1990,7 @@ def count_parameters(model):
 
 # ================================================================================================
 # §9 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
-#    write_json, read_json, write_tensors, read_tensors, §1, §2, §6, §7]
+#    read_json, read_tensors, §1, §2, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2245,13 +2074,6 @@ def read_out(model, processor, posts):
     return [dict(score=score) for score in rounded(scores)]
 
 
-def save_readout(readout, folder):
-    """`head.safetensors` (where it has layers), then `head.json`."""
-    if readout.discriminative:
-        write_tensors(Path(folder, "head.safetensors"), readout.state_dict())
-    write_json(Path(folder, "head.json"), readout.config)
-
-
 def load_readout(model, folder):
     """Puts the head that `save_readout` wrote on the model."""
     with explaining(f"{folder} holds a damaged or foreign readout head"):
@@ -2302,13 +2124,11 @@ def regression_metrics(gold, predicted):
 
 
 # ================================================================================================
-# §10 UBM and cascade (arXiv 2509.04459) [needs: itertools, math, re, Path, np, torch, F, Image, nn,
-#    LABELS, InputError, explaining, write_json, read_json, write_tensors, read_tensors, §1, §2]
+# §10 UBM and cascade (arXiv 2509.04459) [needs: math, re, Path, np, torch, Image, nn, LABELS,
+#    InputError, explaining, read_json, read_tensors, §1]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
-BIN_FORMAT = """Answer with this field only:
-"Prediction": a whole number from -3 (most negative) to 3 (most positive)"""
 
 
 # ---- the UBM: a small classifier
@@ -2452,39 +2272,6 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
     return UBM(ensemble, classes)
 
 
-def reinit_top_layer(encoder):
-    """Draws the top layer of a text encoder anew: it is made for the task that it was trained on,
-    and on few posts a random start learns better (Zhang et al. 2021, arXiv 2006.05987). An encoder
-    whose layers share their weights (ALBERT) keeps them."""
-    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
-    layers = max(stacks, key=len, default=nn.ModuleList())
-    if len(layers) != encoder.config.num_hidden_layers:
-        return
-    for module in layers[-1].modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-
-
-def save_ubm(model, folder):
-    """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
-    hub."""
-    folder, member = Path(folder), model.members[0]
-    member.text.config.save_pretrained(folder / "text")
-    with explaining(f"{folder} cannot be written"):
-        model.tokenizer.save_pretrained(folder / "text")
-    if member.image is not None:
-        member.image.config.save_pretrained(folder / "image")
-        member.image_processor.save_pretrained(folder / "image")
-    write_tensors(folder / "ubm.safetensors", model.state_dict())
-    write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
-                                         members=len(model.members),
-                                         image=member.image is not None))
-
-
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
     with explaining(f"{folder} is no folder of train.py ubm, or a damaged one"):
@@ -2495,24 +2282,6 @@ def load_ubm(folder, device="cpu"):
         model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
         model.temperature = config["temperature"]
     return model.to(device).eval()
-
-
-def class_targets(posts, classes):
-    """What to learn (N, C): the label; a score's two neighbouring bins, so that the expectation is
-    the score. Scores beyond the outer bins count as those."""
-    if tuple(classes) == LABELS:
-        labels = torch.tensor([LABELS.index(post.label) for post in posts])
-        return F.one_hot(labels, len(LABELS)).float()
-    scores = torch.tensor([float(post.score) for post in posts]).clamp(classes[0], classes[-1])
-    return (1 - (scores[:, None] - torch.tensor(classes)).abs()).clamp(min=0)
-
-
-def fit_temperature(logits, targets):
-    """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.5 and
-    11. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
-    grid = 2.0 ** torch.linspace(-1, 3.5, 313)
-    losses = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
-    return grid[losses.argmin()].item()
 
 
 # ---- verdicts: what a stage of the cascade says, and how sure it is
@@ -2543,35 +2312,6 @@ def score_verdict(score, u):
     if abs(score) > POLARITY_EPSILON:
         polarity = "positive" if score > 0 else "negative"
     return dict(prediction=polarity, predicted_score=round(score, 6), uncertainty=u)
-
-
-def answer_verdict(answer, classes):
-    """What an endpoint's Answer says, as entries of a row, or a str: why it says nothing. Its
-    uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
-    parsed = parse_reasoning(answer.text)
-    if tuple(classes) != LABELS:
-        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
-        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
-        if len(numbers) != 1 or not classes[0] <= float(numbers[0]) <= classes[-1]:
-            return f"no score in {answer.text[:80]!r}"
-        return score_verdict(float(numbers[0]), None)
-    if parsed.prediction is None:
-        return f"no label in {answer.text[:80]!r}"
-    for token, likely in reversed(answer.logprobs or []):
-        if _label_of_token(token) == parsed.prediction:  # where the label begins
-            mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
-            for other, log_p in likely.items():
-                mass[_label_of_token(other)] += math.exp(log_p)
-            probs = torch.tensor([mass[label] for label in LABELS])
-            return verdict(probs / probs.sum(), LABELS)  # choice: their largest is the prediction
-    return dict(prediction=parsed.prediction, uncertainty=None)
-
-
-def _label_of_token(token):
-    """The one label that begins with this token ("neg", " Positive"), or None."""
-    start = token.strip(' "').lower()
-    labels = [label for label in LABELS if start and label.startswith(start)]
-    return labels[0] if len(labels) == 1 else None
 
 
 # ---- the cascade: who settles a post
@@ -2633,55 +2373,6 @@ def _mean_verdict(ubm, mllm):
     weights = 1 - u + 1e-6
     return score_verdict(float(np.average(scores, weights=weights)),
                          float(np.average(u, weights=weights)))
-
-
-def threshold_grid(verdicts, error):
-    """[(passes per post, mean error, τ1, τ2), …] for `verdicts`, a list of (ubm, mllm, second_pass)
-    of posts that were all asked, at all pairs of the quantiles of u. error(answer or None, n): what
-    an answer to post n costs."""
-    grid = []
-    levels = [_uncertainty_levels([v[stage] for v in verdicts]) for stage in (0, 1)]
-    for tau1, tau2 in itertools.product(*levels):
-        passes = wrong = 0.0
-        for n, stages in enumerate(verdicts):
-            passes += stages_asked(stages, tau1, tau2) - 1
-            _, answer, _ = cascade_route(*stages, tau1, tau2)
-            wrong += error(answer, n)
-        grid.append((passes / len(verdicts), wrong / len(verdicts), tau1, tau2))
-    return grid
-
-
-def _uncertainty_levels(answers):
-    """Nobody is sure (-1), and the 5 % quantiles of the answers' uncertainties."""
-    u = sorted(a["uncertainty"] for a in answers
-               if isinstance(a, dict) and a["uncertainty"] is not None)
-    if not u:
-        return [-1.0]
-    return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(21)})
-
-
-def best_thresholds(grid, budget):
-    """The entry of least error whose passes stay within the budget (the UBM alone always does).
-    choice: few dev posts leave many equals; of those the one that asks about most posts, then the
-    one that asks a second time about fewest."""
-    affordable = [entry for entry in grid if entry[0] <= budget]
-    return min(affordable or [min(grid)], key=lambda entry: (entry[1], entry[2], -entry[3]))
-
-
-def second_pass_prompt(post, ubm, mllm):
-    """The shared part of the prompt of the second pass: the post, then both answers and how sure
-    they were."""
-    return (post_prompt(post) + "Two earlier answers disagree. A small classifier: "
-            f"{_in_words(ubm)}. You: {_in_words(mllm)}. Look again and decide.\n\n")
-
-
-def _in_words(answer):
-    words = answer["prediction"]
-    if "predicted_score" in answer:
-        words = f"{answer['predicted_score']:+.1f}"
-    if answer["uncertainty"] is None:
-        return words
-    return f"{words} (uncertainty {answer['uncertainty']:.2f} of 1)"
 
 
 # ================================================================================================
@@ -2855,16 +2546,6 @@ def gather(value):
     values = [None] * get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def all_reduce_gradients(parameters):
-    """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
-    parameter without a gradient (no image in the step) counts as zero, in one process too."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if get_world_size() > 1:
-            torch.distributed.all_reduce(p.grad)
 
 
 # ---- command lines

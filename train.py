@@ -33,17 +33,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mulcot import (
-    CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, RowWriter,
-    SoftLabels, add_lora, all_reduce_gradients, barrier, check_at_least, check_settings, chunks,
-    class_targets, collate, confusion_scores, confusion_table, count_parameters, default_dtype,
-    digest, distill_kl, encode, explaining, fit_temperature, forward_branches, gather, get_rank,
-    get_world_size, in_chunks, init_distributed, load_adapter, load_processor, load_readout,
-    load_trained, lora_layers, multitask_loss, new_ubm, predict, progress, read_dev_posts,
-    read_out, read_rows, read_tensors, readout_branches, readout_loss, regression_metrics,
-    reinit_top_layer, render_score, row_text, run_info, run_stage, save_adapter, save_readout,
-    save_ubm, say, settings_file, settings_of, show_tokens, student_loss, tokenizer_hash,
+    CHUNK_LOGITS, LABELS, PLACEHOLDERS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout,
+    RowWriter, SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
+    confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
+    encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
+    init_distributed, load_adapter, load_processor, load_readout, load_trained, lora_layers,
+    multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_rows, read_tensors,
+    readout_branches, readout_loss, regression_metrics, render_score, row_text, run_info,
+    run_stage, save_adapter, say, settings_file, settings_of, student_loss, tokenizer_hash,
     training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
     write_tensors)
 
@@ -368,6 +368,25 @@ def checkpoint_layers(model):
     model.disable_input_require_grads()
 
 
+def show_tokens(batch, tokenizer, row=0):
+    """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
+    per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
+    green, plain = "\033[32m", "\033[0m"
+    lines, branch, piece = [], None, None
+    for t, token in enumerate(batch.input_ids[row].tolist()):
+        before, branch = branch, int(batch.branch_ids[row, t])
+        last, piece = piece, tokenizer.decode([token])
+        if branch == -1:  # padding
+            break
+        if branch != before:
+            lines.append(f"\n{plain}---- {f'branch {branch}' if branch else 'prefix'} ----\n")
+        if piece == last and piece in PLACEHOLDERS:
+            continue  # hundreds of one placeholder are shown once
+        supervised = branch == before and batch.targets[row, t - 1] != -100
+        lines.append((green if supervised else plain) + piece)
+    return "".join(lines) + plain
+
+
 def steps_of_epoch(lengths, size, epoch, seed, window=4):
     """Which items make up each optimiser step of an epoch: shuffled, sorted by length within
     windows of a few steps, so that little is padded, and the steps shuffled again. A function of
@@ -479,6 +498,16 @@ class TrainingState:
             self.writer = self.writer or RowWriter(Path(self.args.out, "log.jsonl"))
             self.writer.write(row)
             say(row_text(row))
+
+
+def all_reduce_gradients(parameters):
+    """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
+    parameter without a gradient (no image in the step) counts as zero, in one process too."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(p.grad)
 
 
 def sum_over_processes(counts):
@@ -682,6 +711,13 @@ class ReadoutStage(Stage):
         return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
+def save_readout(readout, folder):
+    """`head.safetensors` (where it has layers), then `head.json`."""
+    if readout.discriminative:
+        write_tensors(Path(folder, "head.safetensors"), readout.state_dict())
+    write_json(Path(folder, "head.json"), readout.config)
+
+
 # ---- the UBM (arXiv 2509.04459) ----------------------------------------------------------------
 
 
@@ -758,6 +794,57 @@ class WordEmbeddings:
         """A step of length epsilon for each post, to where its loss is higher. Miyato et al. 2017,
         arXiv 1605.07725."""
         return epsilon * F.normalize(self.moved.grad.flatten(1)).view_as(self.moved)
+
+
+def reinit_top_layer(encoder):
+    """Draws the top layer of a text encoder anew: it is made for the task that it was trained on,
+    and on few posts a random start learns better (Zhang et al. 2021, arXiv 2006.05987). An encoder
+    whose layers share their weights (ALBERT) keeps them."""
+    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
+    layers = max(stacks, key=len, default=nn.ModuleList())
+    if len(layers) != encoder.config.num_hidden_layers:
+        return
+    for module in layers[-1].modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+def class_targets(posts, classes):
+    """What to learn (N, C): the label; a score's two neighbouring bins, so that the expectation is
+    the score. Scores beyond the outer bins count as those."""
+    if tuple(classes) == LABELS:
+        labels = torch.tensor([LABELS.index(post.label) for post in posts])
+        return F.one_hot(labels, len(LABELS)).float()
+    scores = torch.tensor([float(post.score) for post in posts]).clamp(classes[0], classes[-1])
+    return (1 - (scores[:, None] - torch.tensor(classes)).abs()).clamp(min=0)
+
+
+def fit_temperature(logits, targets):
+    """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.5 and
+    11. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
+    grid = 2.0 ** torch.linspace(-1, 3.5, 313)
+    losses = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
+    return grid[losses.argmin()].item()
+
+
+def save_ubm(model, folder):
+    """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
+    hub."""
+    folder, member = Path(folder), model.members[0]
+    member.text.config.save_pretrained(folder / "text")
+    with explaining(f"{folder} cannot be written"):
+        model.tokenizer.save_pretrained(folder / "text")
+    if member.image is not None:
+        member.image.config.save_pretrained(folder / "image")
+        member.image_processor.save_pretrained(folder / "image")
+    write_tensors(folder / "ubm.safetensors", model.state_dict())
+    write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
+                                         members=len(model.members),
+                                         image=member.image is not None))
 
 
 def train_member(args, k, model, posts, dev, classes):
