@@ -2,8 +2,8 @@
 
     python generate.py teacher --data train.tsv --images img --model gpt-4o-mini \\
         --endpoint https://api.openai.com/v1 --out chains.jsonl
-    python generate.py augment --data chains.jsonl --images img --model runs/student/best \\
-        --samples 8 --out sampled.jsonl
+    python generate.py augment --data train.tsv --images img --model runs/assistant/best \\
+        --out augmented.jsonl
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out predictions.jsonl
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
@@ -11,9 +11,9 @@
         --dev dev.tsv --images img --out cascade.jsonl
 
 Last line: `wrote 300 rows to predictions.jsonl (0 set aside)`, of soft and export what is in the
-folder. Reads posts (.jsonl, the authors' .json, TomBERT .tsv, MMSA's .csv, MVSA folder). Appends
-rows to --out (cascade writes it anew), bad ones to NAME.rejects.jsonl. Killed and run again with
-the same command it skips what is done and ends with the same rows.
+folder. Reads posts (.jsonl, the authors' .json, TomBERT .tsv, MMSA's .csv). Appends rows to --out
+(cascade writes it anew), bad ones to NAME.rejects.jsonl. Killed and run again with the same command
+it skips what is done and ends with the same rows.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,17 +33,17 @@ from pathlib import Path
 import torch
 
 from mulcot import (
-    BIN_FORMAT, FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, Answer, Endpoint, Help, InputError,
-    Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier, base_of,
-    best_thresholds, build_messages, cascade_route, check_answer, check_at_least, check_settings,
-    chunks, collate, count_parameters, default_dtype, digest, encode, encode_batch, explaining,
-    fingerprint, forward_branches, gather, generate_text, get_rank, get_world_size,
-    init_distributed, label_branches, load_image, load_trained, load_ubm, mark_aspect, merge_lora,
-    post_prompt, predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows,
-    refuse_ranks, render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels,
-    second_pass_prompt, select_split, sibling, stages_asked, threshold_grid, to_json, to_post,
-    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
-    write_rows)
+    BIN_FORMAT, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Endpoint, Help,
+    InputError, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier,
+    base_of, best_thresholds, build_messages, cascade_route, check_answer, check_at_least,
+    check_settings, chunks, collate, count_parameters, default_dtype, digest, encode,
+    encode_batch, explaining, fingerprint, forward_branches, gather, generate_text, get_rank,
+    get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
+    mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts, read_json, read_out,
+    read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects, row_text, run_info,
+    run_stage, score_labels, second_pass_prompt, select_split, settings_file, settings_of,
+    sibling, stages_asked, threshold_grid, to_json, to_post, tokenizer_hash, training_branches,
+    training_items, two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -53,8 +52,7 @@ YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 STAGES = {
     "teacher": "two-stage chains: predict; keep if right, else explain the label",
-    "augment": "one more chain per training post by the assistant, kept if right; or several, by "
-               "any model, to learn preferences from (train.py dpo)",
+    "augment": "one more chain per training post by the assistant, kept if right",
     "soft": "the assistant's hidden states at the supervised positions",
     "predict": "label by the label prompt, chain by the reason prompt",
     "cascade": "a small model first, the MLLM only where that one is unsure",
@@ -76,7 +74,7 @@ def parse_args(argv=None):
     p = stages.choices[args.stage]
     if unknown:  # with the stage's own usage
         p.error(f"unrecognized arguments: {' '.join(unknown)}")
-    check_at_least(p, args, 1, "batch", "workers", "max_tries", "samples")
+    check_at_least(p, args, 1, "batch", "workers", "max_tries")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
     if args.stage == "cascade":
         args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
@@ -102,7 +100,7 @@ def shared_flags(flag, stage):
         return
     flag("--nf4", action=YES_NO, help="4-bit base (default: as its adapter was trained)")
     flag("--data", nargs="+", required=stage != "predict", metavar="POSTS",
-         help=".jsonl, .json, .tsv, .csv or an MVSA folder")
+         help=".jsonl, .json, .tsv or .csv")
     flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
     flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
     flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
@@ -145,11 +143,7 @@ def own_flags(flag, stage):
         flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
-        flag("--samples", type=int, default=1, metavar="K", help="chains per post (paper: 1); for "
-             "train.py dpo at least 4; an --out that has fewer is completed")
     elif stage == "soft":
-        flag("--kl-positions", choices=("response", "all"), default="response",
-             help="all: prompt and image positions too, near to what the authors' script does")
         flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
     elif stage == "predict":
         flag("--decode", choices=("score", "greedy"), default="score",
@@ -157,7 +151,6 @@ def own_flags(flag, stage):
         flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
         flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
         flag("--blank-text", action="store_true", help="control: take the words away")
-        flag("--source", default="student", help="source in the rows, whoever wrote (a UBM: ubm)")
         flag("--text", help="one post instead of --data: its text")
         flag("--image", help="one post: its image")
         flag("--aspect", help="one post: its target aspect")
@@ -204,34 +197,26 @@ def select_posts(args, labelled=False):
     return posts, rejects
 
 
-# settings that a rerun onto an --out must share
-KEPT = ("stage", "model", "seed", "temperature", "decode", "chain", "shuffle_images", "blank_text",
-        "max_pixels", "max_new_tokens", "max_tries", "dtype", "nf4", "stage2", "logprobs",
-        "extra_body")
-
-
-def settings_of(args):
-    """What decides the rows of a stage, the adapter's weights among it."""
-    weights = []
-    for name in ("adapter_model", "head", "ubm"):
-        file = Path(args.model, f"{name}.safetensors")
-        if file.exists():
-            weights.append(file.read_bytes())
-    settings = {key: value for key, value in vars(args).items() if key in KEPT}
-    return settings | dict(adapter=digest(*weights) if weights else None)
+# flags that may change in a rerun onto an --out: more posts, the way to a server, when to stop;
+# a cascade's rows are written anew
+FREE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endpoint", "allow_http",
+        "workers", "timeout", "proxy", "budget", "budget_tokens", "max_posts", "allow_test",
+        "dry_run", "text", "image", "aspect")
 
 
 class Output:
     """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. `done`: ids to skip.
-    Only the first process writes."""
+    Only the first process writes. `model`: who answers, if it is at hand."""
 
-    def __init__(self, args, rejects):
+    def __init__(self, args, rejects, model=None):
         self.path, self.rejected, done = args.out, sibling(args.out, "rejects.jsonl"), set()
         if get_rank() == 0:
-            settings = sibling(args.out, "settings.json")
+            settings = settings_of(args, FREE)
+            if model is not None:
+                settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
             begun = self.path in files and any(map(os.path.getsize, files))  # not mktemp's file
-            check_settings(settings, settings_of(args), begun, run=args.run)
+            check_settings(settings_file(args.out), settings, begun, run=args.run)
             if not begun:  # --out was deleted: what an earlier run set aside is not done
                 Path(self.rejected).unlink(missing_ok=True)
             self.kept, self.aside = RowWriter(self.path), RowWriter(self.rejected)
@@ -280,16 +265,10 @@ def in_batches(args, posts, done, respond):
     bar.close()
 
 
-# what a model said of a post: new_row drops it before another one's (eval.py reads --gold)
-PREDICTED = {"raw", "raw_label", "probs", "prediction", "chain_prediction", "problem", "stage",
-             "tries", "tokens", "tokens_in", "tokens_out", "seconds", "attempts", "prompt", "score",
-             "label_conditioned", "temperature", "max_tokens", "uncertainty", "predicted_score",
-             "bin_probs", "route", "reason", "stages"}
-
-
 def new_row(post, args, source, predicted):
     """The post's row with what a model said about it, and nothing that another model said."""
-    row = {key: value for key, value in post.row().items() if key not in PREDICTED}
+    row = post.row()
+    row.pop("score", None)
     row |= dict(source=source, model=str(args.model)) | predicted
     if not row.get("cot"):
         row.pop("cot", None)
@@ -297,6 +276,8 @@ def new_row(post, args, source, predicted):
 
 
 # ---- teacher -----------------------------------------------------------------------------------
+
+STAGE_NAMES = {1: "unaided", 2: "explained"}  # of the paper's two stages
 
 
 def teacher(args, ask=None):
@@ -307,8 +288,11 @@ def teacher(args, ask=None):
                          "choose another --split, or say --allow-test")
     if args.dry_run:
         return dry_run(args, posts)
-    output, counts, began = Output(args, rejects), Counter(), time.time()
-
+    model = None
+    if not args.endpoint and not ask:
+        model, processor = load(args)
+        ask = local_teacher(args, model, processor)
+    output, counts, began = Output(args, rejects, model), Counter(), time.time()
     options = (args.max_tries, args.max_new_tokens, args.stage2)
 
     def dialogue(post, ask):
@@ -320,29 +304,23 @@ def teacher(args, ask=None):
     if args.endpoint:
         results = from_endpoint(args, posts, output.done, counts, dialogue)
     else:
-        ask = ask or local_teacher(args)
         results = in_batches(args, posts, output.done, respond)
     for post, result in results:
-        for attempt in result.get("attempts", ()):
-            if attempt["problem"]:
-                counts[f"answers: {attempt['problem'].split()[0]}"] += 1
         row = new_row(post, args, "teacher", result)
         kept = "cot" in row
         if kept:
             del row["attempts"]
         output.write(row, keep=kept)
-        counts[f"chains of stage {row['stage']}" if kept else "set aside"] += 1
-        counts.update({"answers": row["tries"], "asked again": max(0, row["tries"] - row["stage"]),
-                       "tokens in": row["tokens_in"], "tokens out": row["tokens_out"]})
+        counts["posts set aside" if not kept else f"chains kept {STAGE_NAMES[row['stage']]}"] += 1
+        counts.update({"answers": row["tries"], "tokens in": row["tokens_in"],
+                       "tokens out": row["tokens_out"]})
     counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
     print(f"this run   {row_text(dict(sorted(counts.items())))}")
     output.close()
 
 
-def local_teacher(args):
+def local_teacher(args, model, processor):
     """ask(list of Requests) -> list of Answers of a local model, a batch at once."""
-    model, processor = load(args)
-
     def ask(requests):
         torch.manual_seed(int(digest(args.seed, requests[0].temperature,
                                      [request.post.id for request in requests])[:8], 16))
@@ -371,12 +349,10 @@ class PaidCalls:
         self.lock, self.known, self.spent = threading.Lock(), {}, 0
         self.budget = args.budget_tokens
         for row in read_rows(self.file.path):
-            what = f"{self.file.path}: delete the damaged line of call {row.get('call')}"
-            with explaining(what):
-                answer = Answer(**row["answer"])
-                self.spent += answer.tokens_in + answer.tokens_out
-                if row["id"] not in done:  # finished posts need theirs no more
-                    self.known[row["call"]] = answer
+            answer = Answer(**row["answer"])
+            self.spent += answer.tokens_in + answer.tokens_out
+            if row["id"] not in done:  # finished posts need theirs no more
+                self.known[row["call"]] = answer
 
     def ask(self, requests):
         """list of Requests -> list of Answers."""
@@ -390,7 +366,9 @@ class PaidCalls:
         if name in self.known:
             return self.known.pop(name)
         self.endpoint.pause(0)  # ends this post's dialogue if the stage is stopping
+        began = time.time()
         answer = self.endpoint(request)
+        answer.seconds = round(time.time() - began, 4)
         with self.lock:
             self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
             self.spent += answer.tokens_in + answer.tokens_out
@@ -416,9 +394,14 @@ def from_endpoint(args, posts, done, counts, dialogue):
     running, failed = {}, []
 
     def timed(post):
-        began = time.time()
-        result = dialogue(post, calls.ask)
-        return result | dict(seconds=round(time.time() - began, 4))
+        answers = []
+
+        def ask(requests):
+            answers.extend(calls.ask(requests))
+            return answers[-len(requests) :]
+
+        result = dialogue(post, ask)
+        return result | dict(seconds=round(sum(answer.seconds for answer in answers), 4))
 
     with bar, ThreadPoolExecutor(args.workers) as pool:
         try:
@@ -481,20 +464,13 @@ def dry_run(args, posts):
 
 
 def augment(args):
-    """paper: the assistant writes one more chain per training post; D_a keeps the right ones.
-    choice: with --samples several, all right ones are kept."""
+    """paper: the assistant writes one more chain per training post; D_a keeps the right ones."""
     posts, rejects = select_posts(args, labelled=True)
-    if args.samples > 1 and any("post_id" in post.columns for post in posts):
-        raise InputError(f"{', '.join(args.data)} holds several samples a post already: give "
-                         "--data one row a post")
-    output = Output(args, rejects)
     model, processor = load(args)
+    output = Output(args, rejects, model)
 
-    def respond(k, posts, n):
-        seed = args.seed * 100_003 + n
-        if k:  # trap: of a seed a CPU's generator takes 32 bits
-            seed = int(digest(seed, k)[:8], 16)
-        torch.manual_seed(seed)
+    def respond(posts, n):
+        torch.manual_seed(args.seed * 100_003 + n)
         batch = encode_batch(posts, [(REASON_FORMAT, None)], model, processor)
         answers = generate_text(model, processor, batch, args.max_new_tokens, args.temperature)
         results = []
@@ -505,18 +481,9 @@ def augment(args):
                                 cot=None if problem else render_reasoning(parsed.fields)))
         return results
 
-    for k in range(args.samples):
-        draw = [sample_of(post, k) for post in posts]
-        for post, result in in_batches(args, draw, output.done, partial(respond, k)):
-            output.write(new_row(post, args, "assistant", result), keep=result["problem"] is None)
+    for post, result in in_batches(args, posts, output.done, respond):
+        output.write(new_row(post, args, "assistant", result), keep=result["problem"] is None)
     output.close()
-
-
-def sample_of(post, k):
-    """The post; for samples after the first with an id of their own, the post's in `post_id`."""
-    if k == 0:
-        return post
-    return replace(post, id=f"{post.id}#{k}", columns=post.columns | dict(post_id=post.id))
 
 
 @torch.no_grad()
@@ -526,15 +493,15 @@ def soft(args):
     model, processor = load(args)
     branches_of = partial(training_branches, processor=processor, max_answer=args.max_answer)
     items, _ = training_items(args.data, args.images, branches_of)
-    vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
-    config = dict(stage="soft", assistant=fingerprint(model), positions=args.kl_positions,
-                  tokenizer=tokenizer_hash(processor.tokenizer))
+    settings = settings_of(args, FREE)
+    settings |= dict(weights=fingerprint(model), tokenizer=tokenizer_hash(processor.tokenizer))
     if get_rank() == 0:
         begun = any(Path(args.out).glob("*.safetensors"))
-        check_settings(Path(args.out, "soft.json"), config, begun, run=args.run)
+        check_settings(settings_file(args.out), settings, begun, run=args.run)
     barrier()
-    soft_labels, count = SoftLabels(args.out), 0  # reads what is there, for its digests: once
+    soft_labels, count = SoftLabels(args.out), 0
     if get_rank() == 0:
+        vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
         soft_labels.write_head(model.lm_head.weight[:vocab])
     items.sort(key=lambda item: len(item[1][0][1]))  # (post, [(question, chain), …])
     starts = range(get_rank() * args.batch, len(items), get_world_size() * args.batch)
@@ -543,23 +510,22 @@ def soft(args):
         examples = [encode(*item, processor) for item in items[start : start + args.batch]]
         names = [SoftLabels.names(example) for example in examples]
         if not all(soft_labels.parts.keys() >= set(own) for own in names):
-            entries = soft_entries(model, processor, examples, names, args.kl_positions)
-            soft_labels.write_part(entries)
+            soft_labels.write_part(soft_entries(model, processor, examples, names))
         count += sum(len(own) for own in names)
         bar.update()
     bar.close()
     print(f"wrote {sum(gather(count))} entries to {args.out}")
 
 
-def soft_entries(model, processor, examples, names, which):
+def soft_entries(model, processor, examples, names):
     """{entry name: hidden states (n, D')} of every branch of a batch of examples."""
     batch = collate(examples, processor.pad_id).to(model.device)
     hidden = forward_branches(model, batch)  # (B, T, D')
     entries = {}
     for branch in range(1, int(batch.branch_ids.max()) + 1):
-        at = batch.loss_positions(branch, which)  # (B, T)
+        supervised = batch.supervised(branch)  # (B, T)
         for row, own in enumerate(names):
-            entries[own[branch - 1]] = hidden[row, at[row]].cpu()
+            entries[own[branch - 1]] = hidden[row, supervised[row]].cpu()
     return entries
 
 
@@ -571,18 +537,18 @@ def predict_posts(args):
     if args.text:
         return predict_one(args)
     posts, rejects = select_posts(args)
-    output = Output(args, rejects)
-    respond = responder(args)
+    model, respond = responder(args)
+    output = Output(args, rejects, model)
+    source = "ubm" if isinstance(model, UBM) else "student"
     for post, result in in_batches(args, controlled(posts, args), output.done, respond):
-        output.write(new_row(post, args, args.source, result | dict(cot=None)))
+        output.write(new_row(post, args, source, result | dict(cot=None)))
     output.close()
 
 
 def responder(args):
-    """respond(posts, batch number) -> list of dicts: of a UBM its verdicts, of a model with a
-    readout what that reads, else labels and chains."""
+    """(--model, respond(posts, batch number) -> list of dicts): of a UBM its verdicts, of a model
+    with a readout what that reads, else labels and chains."""
     if Path(args.model, "ubm.json").exists():
-        args.source = "ubm"
         model, processor = load_ubm(args.model, args.device), None
     else:
         model, processor = load(args)
@@ -597,7 +563,7 @@ def responder(args):
             row.pop("fields", None)  # eval.py reads them from the chain
         return rows
 
-    return respond
+    return model, respond
 
 
 def controlled(posts, args):
@@ -621,7 +587,8 @@ def predict_one(args):
         post = to_post(row, file.parent)
         if post.image:
             load_image(post.image)
-    row = responder(args)([post])[0]
+    _, respond = responder(args)
+    row = respond([post])[0]
     to_json(row, args.model)  # raises where a probability is NaN
     if "raw" in row:
         print(row["raw"] + "\n")
@@ -672,12 +639,6 @@ def cascade(args):
     """paper: U-ACS. The UBM keeps what it is sure of, the MLLM is asked about the rest, and a
     second time where it is unsure and contradicts the UBM."""
     ubm = load_ubm(args.ubm, args.device)
-    config = Path(args.model).parent / "config.json"  # of train.py, beside best/
-    trained = args.mllm and read_json(config, {}).get("stage")
-    labels_only = trained in ("assistant", "student", "dpo")
-    if trained == "readout" or (labels_only and ubm.classes != LABELS):
-        raise InputError(f"--mllm {args.mllm} was trained for other answers than the UBM's "
-                         f"{', '.join(map(str, ubm.classes))}: choose another of the two")
     posts, rejects = select_posts(args)
     dev = read_dev_posts(args.dev, args.images, ubm.target)
     judged = {post.id: post.text for post in posts}
@@ -685,8 +646,11 @@ def cascade(args):
         if judged.get(post.id) == post.text:
             raise InputError(f"post {post.id} is in --dev and in --data: thresholds are not fitted "
                              "on posts that they are judged by")
-    output = Output(args, rejects)
-    steps = CascadeSteps(args, ubm)
+    mllm, processor = load(args) if args.mllm else (None, None)
+    if hasattr(mllm, "readout"):
+        raise InputError(f"--mllm {args.mllm} is a readout, which writes no label to score")
+    output = Output(args, rejects, mllm)
+    steps = CascadeSteps(args, ubm, mllm, processor)
 
     def error(answer, n):  # of scores their distance, 6 for none
         if ubm.target == "label":
@@ -726,16 +690,18 @@ def cascade_fields(verdicts, taus):
 
 
 class CascadeSteps:
-    """Asks the stages for their verdicts. The MLLM's are kept in NAME.asked.jsonl as they come:
-    killed and rerun, also with another --budget, nothing is asked twice."""
+    """Asks the stages for their verdicts. The MLLM's are kept as they come, a local model's in
+    NAME.asked.jsonl, an endpoint's answers in the journal of paid calls: killed and rerun, also
+    with another --budget, nothing is asked twice."""
 
-    def __init__(self, args, ubm):
-        self.args, self.ubm, self.mllm = args, ubm, None
+    def __init__(self, args, ubm, mllm, processor):
+        self.args, self.ubm, self.mllm, self.processor = args, ubm, mllm, processor
         prompt = LABEL_FORMAT if ubm.classes == LABELS else BIN_FORMAT
         self.branches = label_branches(ubm.classes, prompt)
-        self.settings = settings_of(args), ubm.classes
-        self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
-        with explaining(f"{self.file.path} is damaged: delete it"):
+        self.cache, self.file = {}, None
+        if mllm is not None:
+            self.settings = settings_of(args, FREE), fingerprint(mllm), ubm.classes
+            self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
             self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
 
     def verdicts(self, posts, tau1, tau2):
@@ -743,22 +709,17 @@ class CascadeSteps:
         thresholds want (-1: nobody is ever sure)."""
         verdicts = [[self.ask_ubm(post), None, None] for post in posts]
         for stage, wanted in ((1, "ask mllm"), (2, "ask second_pass")):
-            questions = {}
+            questions = []  # (number of the post, post, prompt)
             for i, (post, own) in enumerate(zip(posts, verdicts)):
                 if cascade_route(*own, tau1, tau2)[0] == wanted:
                     prompt = post_prompt(post) if stage == 1 else second_pass_prompt(post, *own[:2])
-                    key = digest(self.settings, post.id, files_digest(post), prompt)
-                    questions[i] = (key, post, prompt)
-            new = [question for question in questions.values() if question[0] not in self.cache]
+                    questions.append((i, post, prompt))
             ask = self.ask_endpoint if self.args.endpoint else self.ask_model
-            for key, answer in ask(new):
-                self.cache[key] = answer
-                self.file.write(dict(key=key, verdict=answer))
-            for i, (key, _, _) in questions.items():
-                if key not in self.cache:
-                    raise InputError("the server did not answer all questions: run the same "
-                                     "command again, what was answered is kept")
-                verdicts[i][stage] = self.cache[key]
+            for i, answer in ask(questions):
+                verdicts[i][stage] = answer
+            if any(verdicts[i][stage] is None for i, _, _ in questions):
+                raise InputError("the server did not answer all questions: run the same command "
+                                 "again, what was answered is kept")
         return verdicts
 
     def ask_ubm(self, post):
@@ -772,34 +733,44 @@ class CascadeSteps:
         return answer | dict(tokens=tokens, seconds=round(time.time() - began, 4))
 
     def ask_model(self, questions):
-        """(key, verdict or why there is none) of [(key, post, prompt), …]: a local model scores all
-        answers, so that its distribution is exact."""
-        args = self.args
-        if questions and self.mllm is None:
-            self.mllm = load(args)
-        questions.sort(key=lambda question: len(question[2]))
-        bar = progress(len(questions), "mllm", "post")
-        for start in range(0, len(questions), args.batch):
-            model, processor = self.mllm
-            began, examples = time.time(), {}
-            for key, post, prompt in questions[start : start + args.batch]:
-                bar.update()
-                try:
-                    examples[key] = encode(post, self.branches, processor, prompt)
-                except InputError as e:
-                    yield key, str(e)
-            if examples:
-                batch = collate(list(examples.values()), processor.pad_id).to(args.device)
-                probs = score_labels(model, batch).exp().cpu()
-                seconds = round((time.time() - began) / len(examples), 4)
-                for (key, example), p in zip(examples.items(), probs):
-                    cost = dict(tokens=len(example), seconds=seconds)
-                    yield key, verdict(p, self.ubm.classes) | cost
+        """(number, verdict or why there is none) of [(number, post, prompt), …]: a local model
+        scores all answers, so that its distribution is exact."""
+        new = []
+        for i, post, prompt in questions:
+            key = digest(self.settings, post.id, files_digest(post), prompt)
+            if key in self.cache:
+                yield i, self.cache[key]
+            else:
+                new.append((i, post, prompt, key))
+        new.sort(key=lambda question: len(question[2]))
+        bar = progress(len(new), "mllm", "post")
+        for part in chunks(new, self.args.batch):
+            for (i, _, _, key), answer in zip(part, self.score(part)):
+                self.file.write(dict(key=key, verdict=answer))
+                yield i, answer
+            bar.update(len(part))
         bar.close()
+
+    def score(self, questions):
+        """[verdict or why there is none] of some questions at once, in their order."""
+        began, answers, examples = time.time(), {}, {}
+        for i, post, prompt, _ in questions:
+            try:
+                examples[i] = encode(post, self.branches, self.processor, prompt)
+            except InputError as e:
+                answers[i] = str(e)
+        if examples:
+            batch = collate(list(examples.values()), self.processor.pad_id).to(self.args.device)
+            probs = score_labels(self.mllm, batch).exp().cpu()
+            seconds = round((time.time() - began) / len(examples), 4)
+            for (i, example), p in zip(examples.items(), probs):
+                answers[i] = verdict(p, self.ubm.classes)
+                answers[i] |= dict(tokens=len(example), seconds=seconds)
+        return [answers[i] for i, _, _, _ in questions]
 
     def ask_endpoint(self, questions):
         """The same from an endpoint, with the teacher stage's client, retries and stops."""
-        by_id = {post.id: (key, prompt) for key, post, prompt in questions}
+        by_id = {post.id: (i, prompt) for i, post, prompt in questions}
 
         def dialogue(post, ask):
             messages = build_messages(post, "label")

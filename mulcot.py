@@ -75,6 +75,7 @@ from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -82,9 +83,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 LABELS = ("negative", "neutral", "positive")
@@ -158,25 +158,19 @@ def digest(*parts):
 
 
 def write_tensors(path, tensors):
-    """A .safetensors file of {name: tensor}, atomically, with their digest."""
+    """A .safetensors file of {name: tensor}, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = dict(digest=digest(save(tensors)))  # trap: two entries would stand in random order
-    write_atomic(path, lambda part: save_file(tensors, part, metadata=metadata))
+    write_atomic(path, lambda part: save_file(tensors, part))
 
 
 def read_tensors(path):
-    """{name: tensor} of a .safetensors file. Raises InputError that names it if it is not as
-    `write_tensors` wrote it: one flipped bit in a weight shows nowhere else. PEFT's files have no
-    digest."""
-    with explaining(f"{path} is missing or damaged, {REMEDY}"), safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if (file.metadata() or {}).get("digest") not in (None, digest(save(tensors))):
-            raise ValueError("the digest of its tensors is another")
-        return tensors
+    """{name: tensor} of a .safetensors file. Raises InputError that names it."""
+    with explaining(f"{path} is missing or damaged, {REMEDY}"):
+        return load_file(path)
 
 
 # ================================================================================================
-# §1 Posts [needs: csv, hashlib, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
+# §1 Posts [needs: csv, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
 #    ImageOps, LABELS, InputError, explaining]
 # ================================================================================================
 
@@ -187,6 +181,7 @@ MAX_TEXT = 10_000  # choice: characters; the mask of a batch grows with the squa
 SCORE_RANGE = 3.0  # scores lie in [-3, 3], as in MOSI and MOSEI
 MAX_FRAMES = 16  # paper: arXiv 2606.05713
 WORDS = ("id", "text", "aspect", "label", "split", "cot")  # columns that hold strings
+FILES = ("image", "image_path", "image_id", "frames", "audio")  # columns that name files
 SPLITS = dict.fromkeys(["valid", "val", "validation"], "dev")  # other names of a split
 AUDIO_RATE, MAX_SECONDS = 16_000, 300  # what Qwen2.5-Omni's feature extractor takes
 
@@ -215,20 +210,20 @@ class Post:
         return [self.image, *self.frames] if self.image else self.frames
 
     def row(self):
-        """The post as a JSON row: the columns as they came, those we know in our form."""
-        known = {key: vars(self)[key] for key in WORDS + ("score",)}
-        row = known | self.columns | known
+        """The post as a JSON row, its files by the names that they came with."""
+        files = {key: self.columns.get(key) for key in FILES}
+        row = {key: vars(self)[key] for key in WORDS + ("score",)} | files
         return {key: value for key, value in row.items() if value is not None}
 
 
 def read_posts(path, images=None, rejects=None, allow_empty=False):
-    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv`, MMSA's
-    `label.csv`, or an MVSA folder as downloaded.
+    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv` or MMSA's
+    `label.csv`.
 
-    images: the folder of images, frames and audio (default: of a .csv its own folder, of MVSA its
-    `data/`, else `images/` beside the file or the file's own folder). Bad rows are appended to
-    `rejects` as (where, reason); with rejects=None the first raises InputError. Without any good
-    row InputError, unless `allow_empty`."""
+    images: the folder of images, frames and audio (default: of a .csv its own folder, else
+    `images/` beside the file or the file's own folder). Bad rows are appended to `rejects` as
+    (where, reason); with rejects=None the first raises InputError. Without any good row InputError,
+    unless `allow_empty`."""
     rows, parse, images = _open_rows(Path(path), images)
     posts = {}  # by id
     checked = set()
@@ -293,11 +288,9 @@ def safe_path(name, folder):
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
     foreign = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name) or "\\" in name  # URL, C:, absolute
-    # trap: to open a pipe waits for ever
-    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-    if foreign or special or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
+    if foreign or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
         raise InputError(f"file {name!r} leads outside {folder}: it must be a plain name inside, "
-                         "no URL, no absolute path, no pipe")
+                         "no URL, no absolute path")
     return path
 
 
@@ -389,11 +382,8 @@ def to_post(columns, folder):
 
 
 def _open_rows(path, images):
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give a .jsonl, .json, .tsv or .csv file or an "
-                         "MVSA folder")
-    if path.is_dir():
-        return _mvsa_rows(path, images or path / "data")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a .jsonl, .json, .tsv or .csv file")
     if path.suffix == ".csv":
         return _csv_rows(path, Path(images or path.parent))
     if not images:
@@ -438,47 +428,6 @@ def _tsv_row(stem, line):
                 aspect=aspect, split=stem if stem in ("train", "dev", "test") else None)
 
 
-def mvsa_label(pairs):
-    """One label from annotators' (text, image) label pairs, or None where the post is dropped.
-    The usual rule: majority per modality over annotators, then positive against negative is dropped
-    and a neutral beside a polar label takes the polar one."""
-    winners = []
-    for modality in zip(*pairs):
-        winner = max(LABELS, key=modality.count)
-        if 2 * modality.count(winner) <= len(modality):
-            return None  # no majority
-        winners.append(winner)
-    text, image = winners
-    if {text, image} == {"positive", "negative"}:
-        return None
-    return image if text == "neutral" else text
-
-
-def _mvsa_rows(folder, images):
-    """`labelResultAll.txt` and `data/<id>.txt|.jpg`. No official split exists; ours: sha256 of
-    "mvsa:<id>", modulo ten: 0 is test, 1 dev, the rest train."""
-    table = folder / "labelResultAll.txt"
-    if not table.exists():
-        raise InputError(f"{folder} has no labelResultAll.txt: give the MVSA folder as downloaded")
-
-    def parse(line):
-        name, *cells = line.decode().split()
-        pairs = [tuple(cell.lower().split(",")) for cell in cells]
-        if not pairs or any(len(pair) != 2 or not set(pair) <= set(LABELS) for pair in pairs):
-            raise InputError("expected an id and pairs of text,image labels")
-        label = mvsa_label(pairs)
-        if label is None:
-            raise InputError("annotators conflict or have no majority: dropped by the MVSA rule")
-        with explaining(f"data/{name}.txt is missing or not UTF-8"):
-            file = Path(safe_path(f"{name}.txt", folder / "data"))
-            text = file.read_bytes().decode("utf-8-sig").strip()
-        bucket = int(hashlib.sha256(f"mvsa:{name}".encode()).hexdigest(), 16) % 10
-        return dict(id=name, image=f"{name}.jpg", label=label, text=text,
-                    split={0: "test", 1: "dev"}.get(bucket, "train"))
-
-    return _lines(table)[1:], parse, images
-
-
 # ---- clips (§8 reads them): frames, a voice and a score
 
 
@@ -519,8 +468,7 @@ def _csv_rows(path, folder):
     valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
     they exist."""
     lines = _lines(path) or [("", b"")]
-    with explaining(f"{path} has no header"):
-        header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
+    header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
     if {"video_id", "clip_id", "text", "label", "mode"} - set(header):
         raise InputError(f"{path} must have the columns video_id, clip_id, text, label, mode, as "
                          "MMSA's label.csv")
@@ -702,8 +650,8 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, hashlib, io, json, math, os, random, re, threading, time, Counter,
-#    dataclass, field, parsedate_to_datetime, Path, requests, InputError, explaining, §1, §2]
+# §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
+#    field, parsedate_to_datetime, Path, urlsplit, requests, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
@@ -721,19 +669,22 @@ class Request:
 @dataclass
 class Answer:
     """What came back. `finish` is "stop" or "length" (truncated); tokens as the teacher counts
-    them; `logprobs`, if asked for and offered: [(token, {likely token: log-probability}), …]."""
+    them; `logprobs`, if asked for and offered: [(token, {likely token: log-probability}), …];
+    `seconds` of a paid call."""
 
     text: str
     finish: str = "stop"
     tokens_in: int = 0
     tokens_out: int = 0
     logprobs: list = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
     """The teacher's chains of labelled posts: `ask(list of Requests) -> list of Answers`, in their
     order, so that a local model answers a batch at once. Returns a row per post: `cot` (None if
-    every try failed), `prediction`, `stage`, `tries`, `problem`, `attempts`, tokens.
+    every try failed), `prediction`, `unaided_prediction` (what stage 1 said, right or wrong),
+    `stage`, `tries`, `problem`, `attempts`, tokens.
 
     paper: stage 1 asks without the label and is kept if right; stage 2 is given the label of the
     posts that failed, and explains it."""
@@ -742,10 +693,14 @@ def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
     if stage2:
         failed = [post for post in posts if attempts[post.id][-1]["problem"]]
         ask_until_valid(failed, "explain", ask, attempts, max_tries, max_tokens)
-    return [tries[-1] | dict(tries=len(tries), attempts=tries,
-                             tokens_in=sum(each["tokens_in"] for each in tries),
-                             tokens_out=sum(each["tokens_out"] for each in tries))
-            for tries in attempts.values()]
+    rows = []
+    for tries in attempts.values():
+        unaided = [each["prediction"] for each in tries if each["stage"] == 1]
+        rows.append(tries[-1] | dict(tries=len(tries), attempts=tries,
+                                     unaided_prediction=unaided[-1],
+                                     tokens_in=sum(each["tokens_in"] for each in tries),
+                                     tokens_out=sum(each["tokens_out"] for each in tries)))
+    return rows
 
 
 def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
@@ -787,10 +742,8 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
 def _attempt(task, request, answer, parsed, problem):
     """One try as it is kept; a try without a problem holds the chain in its one written form."""
     prompt = request.messages[-1]["content"][-1]["text"]
-    cot = prediction = None
-    if problem is None:
-        cot, prediction = render_reasoning(parsed.fields), parsed.prediction
-    return dict(cot=cot, raw=answer.text, prediction=prediction, problem=problem,
+    cot = render_reasoning(parsed.fields) if problem is None else None
+    return dict(cot=cot, raw=answer.text, prediction=parsed.prediction, problem=problem,
                 stage=1 if task == "predict" else 2, label_conditioned=task == "explain",
                 prompt=hashlib.sha256(prompt.encode()).hexdigest()[:16],
                 temperature=request.temperature, max_tokens=request.max_tokens,
@@ -807,8 +760,8 @@ class Unreachable(InputError):
 
 class Endpoint:
     """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
-    requests; many threads may call it at once. The key is read from OPENAI_API_KEY; it and control
-    characters are cut out of every text that comes back. `timeout`: seconds for a whole call.
+    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and cut
+    out of every text that comes back. `timeout`: seconds without a byte.
     `extra_body` is merged into each request; None removes a key. `proxy`: a URL; those of the
     environment are not used. `retries` counts what went wrong, `stop` ends all waiting."""
 
@@ -829,10 +782,6 @@ class Endpoint:
         self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
         self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         self.session.proxies = dict(http=proxy, https=proxy)
-        # trap: requests reads the whole body of a redirect, also of one it does not follow
-        self.session.get_redirect_target = lambda reply: None
-        # trap: what a compressed body grows to has no limit
-        self.session.headers["Accept-Encoding"] = "identity"
         if self._key:
             self.session.headers["Authorization"] = f"Bearer {self._key}"
 
@@ -864,16 +813,16 @@ class Endpoint:
 
     def _post(self, body):
         """One call -> (Answer or None, why it is worth another try)."""
-        outcome = [(None, None, f"Timeout: no whole reply in {self.timeout:g} s", 0.0)]
-        # trap: a socket's time-out is for each read; a byte at a time would hold a call for ever
-        call = threading.Thread(target=self._exchange, args=(body, outcome), daemon=True)
-        call.start()
-        call.join(self.timeout)
-        status, answer, problem, seconds = outcome[-1]
-        problem = " ".join(self._plain(problem).split())[:300]
-        if status in (None, 200):
-            return answer, problem
-        problem = f"HTTP {status}: {problem}"
+        answer, seconds = None, 0.0
+        try:  # all that happens while a reply is read and understood is worth another try
+            reply = self.session.post(self.url, json=body, timeout=self.timeout,
+                                      allow_redirects=False)
+            if reply.status_code == 200:
+                return _read_reply(reply.json(), self._plain), ""
+            seconds = _retry_after(reply.headers.get("Retry-After", ""))
+        except Exception as e:
+            return None, self._line(f"{type(e).__name__}: {e}")
+        status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
         if re.search("unsupported.(parameter|value)", problem, re.I):
             remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
             remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
@@ -889,42 +838,29 @@ class Endpoint:
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
         return None, problem
 
-    def _exchange(self, body, outcome):
-        """One call: appends (status, Answer or None, text, seconds to wait) to `outcome`. All that
-        happens while a reply is read and understood is that reply's fault: it has no status."""
-        try:
-            with self.session.post(self.url, json=body, timeout=self.timeout, stream=True) as reply:
-                data = reply.raw.read(2**23, decode_content=False)  # what is longer is cut off
-            answer, seconds = None, 0.0
-            if reply.status_code == 200:
-                answer = _read_reply(json.loads(data), self._plain)
-            else:
-                seconds = _retry_after(reply.headers.get("Retry-After", ""))
-            outcome.append((reply.status_code, answer, data.decode("utf-8", "replace"), seconds))
-        except Exception as e:
-            outcome.append((None, None, f"{type(e).__name__}: {e}", 0.0))
-
     def pause(self, seconds):
         """Sleeps; raises InputError if asked to stop meanwhile."""
         if self.stop.wait(seconds):
             raise InputError("stopped")
 
     def _plain(self, text):
-        """A text from the server without control characters and key. choice: keys of fewer than 8
-        characters are no secrets (EMPTY, x)."""
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+        """A text from the server without the key. choice: keys of fewer than 8 characters are no
+        secrets (EMPTY, x)."""
         return text.replace(self._key, "***") if len(self._key) >= 8 else text
+
+    def _line(self, text):
+        """The start of such a text, as one line."""
+        return " ".join(self._plain(text).split())[:300]
 
 
 def check_url(url, allow_http=False):
     """Raises InputError for an address that is none, or that sends posts and key in the clear."""
     with explaining(f"--endpoint {url!r} is no address"):
-        # trap: urlparse and requests read http://a\\@b differently; requests sends
-        sent = requests.utils.urlparse(requests.Request("POST", url).prepare().url)
-    if sent.scheme not in ("http", "https"):
+        address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname:
         raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
-    local = sent.hostname in ("localhost", "127.0.0.1", "::1")
-    if sent.scheme == "http" and not local and not allow_http:
+    local = address.hostname in ("localhost", "127.0.0.1", "::1")
+    if address.scheme == "http" and not local and not allow_http:
         raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
                          "--allow-http")
 
@@ -947,13 +883,9 @@ def _read_reply(reply, plain):
     logprobs = []
     for token in (choice.get("logprobs") or {}).get("content") or []:
         likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
-        if not all(-math.inf < log_p < 0.01 for log_p in likely.values()):
-            raise ValueError(f"log-probabilities {likely}")
         logprobs.append((plain(token["token"]), likely))
     usage = reply.get("usage") or {}
     tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-    if not 0 <= min(tokens) <= max(tokens) < 10**9:
-        raise ValueError(f"token counts {tokens}")
     return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
 
 
@@ -1275,11 +1207,6 @@ class Batch:
         """Which tokens this branch sees: the prefix's and its own (B, T)."""
         return (self.branch_ids == 0) | (self.branch_ids == branch)
 
-    def loss_positions(self, branch, which):
-        """Where this branch has a loss, by the names of --kl-positions: "response" or "all"
-        (B, T)."""
-        return self.attended(branch) if which == "all" else self.supervised(branch)
-
     def alone(self, branch):
         """Rows of [padding | prefix | this branch]: where in the packed rows their tokens stand
         (B, T'), and which of them are no padding (B, T')."""
@@ -1409,12 +1336,6 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def replace_module(model, name, new):
-    """Puts `new` where the module `name` stood."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
 def linear_names(model, targets=TARGETS, scope="language"):
     """Names of the linear layers whose last part is one of `targets`. scope "language" leaves
     vision and audio towers alone; "all" is the authors' suffix matching."""
@@ -1435,7 +1356,7 @@ def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="lan
     model.requires_grad_(False)
     names = linear_names(model, targets, scope)
     for name in names:
-        replace_module(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
 
 
@@ -1446,12 +1367,12 @@ def merge_lora(model):
     choice: a quantised model becomes dense; quantising the sum would round most adapters away."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "to_linear"):
-            replace_module(model, name, module.to_linear())
+            model.set_submodule(name, module.to_linear())
     for name, layer in lora_layers(model).items():
         weight = layer.base.weight
         delta = layer.scale * (layer.lora_B.float() @ layer.lora_A.float())  # (out, in)
         weight.copy_((weight.float() + delta).to(weight.dtype))
-        replace_module(model, name, layer.base)
+        model.set_submodule(name, layer.base)
     return model
 
 
@@ -1507,8 +1428,8 @@ def load_adapter(model, folder):
                 base = base.base
             if not hasattr(base, "in_features"):
                 raise ValueError(f"{name} fits no linear layer here")
-            replace_module(model, name, LoRALinear(base, config["r"], config["lora_alpha"],
-                                                   config.get("lora_dropout", 0.0)))
+            model.set_submodule(name, LoRALinear(base, config["r"], config["lora_alpha"],
+                                                 config.get("lora_dropout", 0.0)))
         report = model.load_state_dict(state, strict=False)
         odd = [key for key in report.missing_keys if ".lora_" in key] + report.unexpected_keys
         targets = config["target_modules"]  # endings of names, or an expression for whole ones
@@ -1554,60 +1475,60 @@ def student_loss(hard, soft, lam=0.3):
 
 
 def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False, reduction="mean"):
-    """KL(teacher || student) of the distributions softened by τ, logits (N, V) each -> scalar, or
-    (N,) with reduction "none"; "mean" and "sum" are over N.
+    """KL(teacher || student) of the distributions softened by τ, logits (…, V) each, of the same
+    leading dimensions -> scalar, or (…) with reduction "none"; "mean" and "sum" are over all
+    positions.
 
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
     1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
     (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); soft labels come cut to the tokenizer's
     ids (departure 12)."""
+    assert student_logits.shape[:-1] == teacher_logits.shape[:-1], (
+        student_logits.shape, teacher_logits.shape)
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    log_p = F.log_softmax(teacher_logits[:, :V].float() / temperature, dim=-1)
-    log_q = F.log_softmax(student_logits[:, :V].float() / temperature, dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (N,)
+    log_p = F.log_softmax(teacher_logits[..., :V].float() / temperature, dim=-1)
+    log_q = F.log_softmax(student_logits[..., :V].float() / temperature, dim=-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (…)
     if t_squared:
         kl = kl * temperature**2
     if reduction == "none":
         return kl
     total = kl.sum()
-    return total / max(len(kl), 1) if reduction == "mean" else total
-
-
-def preference_loss(chosen, rejected, ref_chosen, ref_rejected, tokens, beta=0.1, alpha=1.0):
-    """RPO, with alpha=0 DPO, summed over the pairs -> scalar. `chosen`, `rejected`: log π_c and
-    log π_r (B,), the policy's log-probabilities of whole answers; `ref_chosen`, `ref_rejected`
-    (B,): the frozen reference's; `tokens` (B,): how many the chosen answer has.
-
-    DPO: -log σ(β Δ). Rafailov et al. 2023, arXiv 2305.18290, eq. 7. RPO: DPO + α (-log π_c /
-    tokens_c). Pang et al. 2024, arXiv 2404.19733, §2; without that term both log-probabilities tend
-    to fall, the chosen one's only more slowly. paper: MulCoT-RD names DPO as future work."""
-    margin = preference_margin(chosen, rejected, ref_chosen, ref_rejected, beta)  # (B,)
-    dpo = -F.logsigmoid(margin)
-    nll = -chosen / tokens
-    return (dpo + alpha * nll).sum()
-
-
-def preference_margin(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
-    """β Δ (B,): by how much more than the reference the policy prefers the chosen answer,
-    Δ = (log π_c - log ref_c) - (log π_r - log ref_r)."""
-    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return total / max(kl.numel(), 1) if reduction == "mean" else total
 
 
 def in_chunks(loss_of, hidden, size):
     """The sum of `loss_of(hidden[a:b], slice(a, b))` over chunks of `size` rows of hidden (N, D) ->
-    scalar. Same value and gradient as `loss_of(hidden, slice(0, N))`, but only one chunk's (size,
-    V) logits exist at a time: its gradient is taken on the spot, and backward only scales it.
-    What else loss_of reads (an output head) must be frozen."""
+    scalar. Value and gradient are those of `loss_of(hidden, slice(0, N))`, but only one chunk's
+    (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
+    pass, and reaches `hidden` through the returned scalar. Weights that loss_of uses (an output
+    head) must be frozen: their gradient would be lost."""
     total = hidden.new_zeros((), dtype=torch.float32)
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
-        part = slice(start, start + size)
-        chunk = hidden[part].detach().requires_grad_()
-        loss = loss_of(chunk, part)
-        (gradient[part],) = torch.autograd.grad(loss, chunk)
+        rows = slice(start, start + size)
+        chunk = hidden[rows].detach().requires_grad_()
+        loss = loss_of(chunk, rows)
+        if start == 0:
+            assert trained_leaves(loss) == {chunk}, "loss_of uses weights that are not frozen"
+        (gradient[rows],) = torch.autograd.grad(loss, chunk)
         total += loss.detach()
-    surrogate = (hidden * gradient).sum()  # its gradient in hidden is `gradient`
-    return total + (surrogate - surrogate.detach())
+    link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
+    return total + (link - link.detach())  # the value is `total`, the gradient that of `link`
+
+
+def trained_leaves(loss):
+    """The set of tensors that `loss.backward()` would give a gradient to."""
+    leaves, nodes, seen = set(), [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        nodes += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def confusion_table(gold, predicted, classes=LABELS):
@@ -1634,8 +1555,8 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: functools, inspect, os, re, Path, torch, F, checkpoint, LABELS, InputError,
-#    explaining, read_json, §1, §2, §4, §5]
+# §7 Model [needs: functools, inspect, os, re, Path, torch, F, LABELS, InputError, explaining,
+#    read_json, §1, §2, §4, §5, §8]
 # ================================================================================================
 
 
@@ -1644,11 +1565,12 @@ def default_dtype(device):
     return "bfloat16" if str(device).startswith("cuda") else "float32"
 
 
-def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
+def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
     base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default
-    `default_dtype`; max_pixels: image cap; quantize(model): applied to the base before the
-    adapter is put on it. The scripts call `load_trained` of §8, which is this and more."""
+    `default_dtype`; max_pixels: image cap; nf4: whether the language model's linears are in 4 bits
+    (default: as the adapter was trained). The scripts call `load_trained` of §9, which also puts a
+    readout's head on it."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
 
@@ -1666,8 +1588,8 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, quantize=None):
     if missing:  # trap: saved with LoRA wrappers it reloads with random layers
         raise InputError(f"model {base!r} lacks {len(missing)} weights, first {min(missing)}: was "
                          "it saved before merge_lora?")
-    if quantize:
-        quantize(model)
+    if adapter_nf4(name) if nf4 is None else nf4:
+        quantize_linears(model, linear_names(model))
     if base != str(name):
         load_adapter(model, name)
     return model.to(device).eval(), processor
@@ -1723,10 +1645,50 @@ def new_cache(model):
     from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache(config=model.config)
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            layer.update = functools.partial(extend_cache, layer)
+    for n, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # recurrent layers have caches of their own
+            cache.layers[n] = roomy_layer_class()()
     return cache
+
+
+@functools.cache
+def roomy_layer_class():
+    """The class of a cache's layers of full attention."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """`keys` and `values` (B, H, T, D) are views of buffers with room for more. choice:
+        transformers' own `update` copies the whole cache for each token, which takes two thirds of
+        the time of decoding 64 chains on a CPU."""
+
+        def update(self, keys, values, *_, **__):
+            """The cached keys and values with the new ones behind them."""
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+                self.buffers = self.keys, self.values
+            start = self.keys.shape[2]
+            end = start + keys.shape[2]
+            if end > self.buffers[0].shape[2]:
+                self.buffers = [self.with_room(self.keys, keys, end),
+                                self.with_room(self.values, values, end)]
+            self.buffers[0][:, :, start:end] = keys
+            self.buffers[1][:, :, start:end] = values
+            self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+            return self.keys, self.values
+
+        def with_room(self, held, new, end):
+            """A buffer for `end` tokens and some more that begins with `held`."""
+            buffer = new.new_empty(*new.shape[:2], end + CACHE_ROOM, new.shape[3])
+            buffer[:, :, : held.shape[2]] = held
+            return buffer
+
+        def reorder_cache(self, kept):
+            """Keeps these rows (indices); the old buffers go with the others."""
+            super().reorder_cache(kept)
+            self.buffers = self.keys, self.values
+
+    return RoomyLayer
 
 
 def keep_rows(cache, kept):
@@ -1734,30 +1696,6 @@ def keep_rows(cache, kept):
     their copies are never held at once."""
     for layer in cache.layers:
         layer.reorder_cache(kept)
-        if hasattr(layer, "buffers"):
-            layer.buffers = layer.keys, layer.values
-
-
-def extend_cache(layer, keys, values, *_, **__):
-    """A layer's keys and values (B, H, T, D) with the new ones behind. They are views of buffers
-    with room for more. choice: transformers' own `update` copies the whole cache for each token,
-    which takes two thirds of the time of decoding 64 chains on a CPU."""
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys[:, :, :0], values[:, :, :0]
-        layer.buffers = layer.keys, layer.values
-    start = layer.keys.shape[2]
-    end = start + keys.shape[2]
-    if end > layer.buffers[0].shape[2]:
-        layer.buffers = []
-        for held, new in ((layer.keys, keys), (layer.values, values)):
-            buffer = new.new_empty(*new.shape[:2], end + CACHE_ROOM, new.shape[3])
-            buffer[:, :, :start] = held
-            layer.buffers.append(buffer)
-    layer.buffers[0][:, :, start:end] = keys
-    layer.buffers[1][:, :, start:end] = values
-    layer.keys, layer.values = layer.buffers[0][:, :, :end], layer.buffers[1][:, :, :end]
-    return layer.keys, layer.values
 
 
 @functools.cache
@@ -1867,34 +1805,9 @@ def training_items(paths, images, branches_of):
     return items, rejects
 
 
-# ---- answers
+# ---- labels
 
 CHUNK_LOGITS = 2**26  # of one (n, V) tensor: 256 MiB in fp32, 440 positions of Qwen's vocabulary
-
-
-def answer_log_probs(model, batch, hidden):
-    """Log-probabilities (B, C) of the batch's answers, branch k's in column k - 1, each summed over
-    its tokens; hidden (B, T, D). Positions go by in chunks whose logits are made once more in the
-    backward pass, so that no (N, V) logits are held. trap: in_chunks, which takes gradients on the
-    spot, fits sums of positions only; a preference is no linear function of them."""
-    at = batch.targets != -100  # (B, T)
-    targets = batch.targets[at]  # (N,)
-
-    def log_prob(h, targets):  # (n, D), (n,) -> (n,)
-        return -F.cross_entropy(model.lm_head(h).float(), targets, reduction="none")
-
-    parts = []
-    size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
-    for h, part in zip(hidden[at].split(size), targets.split(size)):
-        parts.append(checkpoint(log_prob, h, part, use_reentrant=False, preserve_rng_state=False))
-    log_p = torch.cat(parts)  # (N,)
-    row = at.nonzero()[:, 0]
-    branch = batch.branch_ids[at]  # (N,); an open branch has no column
-    sums = log_p.new_zeros(len(at), int(branch.max()))
-    return sums.index_put((row, branch - 1), log_p, accumulate=True)
-
-
-# ---- labels
 
 
 def label_branches(classes=LABELS, question=LABEL_FORMAT):
@@ -1902,20 +1815,24 @@ def label_branches(classes=LABELS, question=LABEL_FORMAT):
     return [(question, render_label(label)) for label in classes]
 
 
-def label_example(post, processor):
-    """The three answers as branches behind the whole label prompt, whose tokens so cost once: for
-    `score_labels` where no chain is written."""
-    return encode(post, label_branches(question=""), processor, post_prompt(post) + LABEL_FORMAT)
-
-
 @torch.no_grad()
 def score_labels(model, batch, hidden=None):
-    """Log-probabilities (B, C) of the batch's answered branches, in their order, normalised over
-    them: of `label_example`s, or of examples whose first branches are `label_branches()`. One
-    forward pass (`hidden`, if it has been made), exact, never unparsed."""
+    """Log-probabilities (B, C) of a batch whose first C branches are answers, `label_branches()`:
+    each summed over its tokens, then normalised over the C. One forward pass (`hidden` (B, T, D),
+    if it has been made), exact, never unparsed."""
     if hidden is None:
         hidden = forward_branches(model, batch)
-    return answer_log_probs(model, batch, hidden).log_softmax(-1)
+    supervised = batch.targets != -100  # (B, T)
+    targets = batch.targets[supervised]  # (N,)
+    log_p = []
+    size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
+    for h, ids in zip(hidden[supervised].split(size), targets.split(size)):
+        log_p.append(-F.cross_entropy(model.lm_head(h).float(), ids, reduction="none"))
+    row = supervised.nonzero()[:, 0]  # (N,)
+    branch = batch.branch_ids[supervised]  # (N,); a branch without an answer has no column
+    sums = hidden.new_zeros(len(supervised), int(branch.max()), dtype=torch.float32)
+    sums.index_put_((row, branch - 1), torch.cat(log_p), accumulate=True)
+    return sums.log_softmax(-1)
 
 
 # ---- chains
@@ -2011,8 +1928,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
         rows = label_rows(score_labels(model, batch, hidden).exp())
         answers = decode_branch(model, processor, batch, hidden, cache, max_new_tokens)
     elif decode == "score":
-        examples = [label_example(post, processor) for post in posts]
-        batch = collate(examples, processor.pad_id).to(model.device)
+        batch = encode_batch(posts, label_branches(), model, processor)
         rows = label_rows(score_labels(model, batch).exp())
     else:
         batch = encode_batch(posts, [(LABEL_FORMAT, None)], model, processor)
@@ -2044,8 +1960,102 @@ def rounded(tensor):
 
 
 # ================================================================================================
-# §8 Readout and NF4 (arXiv 2606.05713) [needs: functools, math, re, Path, np, torch, F,
-#    nn, LABELS, explaining, write_json, read_json, write_tensors, read_tensors, §1, §2, §5, §6, §7]
+# §8 NF4 (arXiv 2305.14314) [needs: functools, torch, F, nn]
+# ================================================================================================
+
+# paper: QLoRA, arXiv 2305.14314, appendix E: the 16 levels of NF4, as float32
+NF4 = torch.tensor([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036,
+                    0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617,
+                    0.72295684, 1])
+# both levels of each byte, two float32 in one int64: one look-up per byte
+NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()
+
+
+@functools.cache
+def nf4_pairs(device):
+    """NF4_PAIRS, moved there once."""
+    return NF4_PAIRS.to(device)
+
+
+def nf4_quantize(weight, block=64):
+    """n weights, n a multiple of `block` -> codes (n / 2,) uint8, two a byte, the first in its high
+    half, and absmax (n / block,) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32
+    inside, a weight midway between two levels takes the lower one, a block of zeros has absmax
+    0."""
+    assert weight.numel() % block == 0, (tuple(weight.shape), block)
+    blocks = weight.detach().reshape(-1, block).float()
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
+    midpoints = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device)
+    code = torch.bucketize(scaled.flatten(), midpoints, out_int32=True).to(torch.uint8)
+    return code[::2] << 4 | code[1::2], absmax
+
+
+def nf4_dequantize(codes, absmax, shape, dtype, block=64):
+    """The weights (shape): level x absmax in float32, rounded once to `dtype`."""
+    assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
+    pairs = nf4_pairs(codes.device).index_select(0, codes.int())
+    levels = pairs.view(torch.float32).view(-1, block)
+    return (levels * absmax[:, None]).to(dtype).view(shape)
+
+
+class _NF4Matmul(torch.autograd.Function):
+    """x Wᵀ + b; W is dequantised here and again in backward, so that no graph holds it."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.weight(layer.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.weight(grad.dtype), None
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in blocks of 64: 4.5 bits a weight. `dtype`: of the weight it stands
+    for. Neither weight nor bias gets a gradient; adapters on top do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
+        codes, absmax = nf4_quantize(linear.weight)
+        self.codes, self.absmax = nn.Buffer(codes), nn.Buffer(absmax)
+        self.requires_grad_(False)
+
+    def weight(self, dtype):
+        """The weight (out, in)."""
+        return nf4_dequantize(self.codes, self.absmax, (self.out_features, self.in_features), dtype)
+
+    def forward(self, x):
+        flat = _NF4Matmul.apply(x.reshape(-1, self.in_features), self)
+        return flat.view(*x.shape[:-1], self.out_features)
+
+    def to_linear(self):
+        """An ordinary linear layer of the same weights."""
+        dense = nn.Linear(self.in_features, self.out_features, device="meta")
+        dense.weight = nn.Parameter(self.weight(self.dtype), requires_grad=False)
+        dense.bias = self.bias
+        return dense
+
+
+def quantize_linears(model, names):
+    """Turns the linear layers of these names into NF4, one by one, in place."""
+    for name in names:
+        model.set_submodule(name, NF4Linear(model.get_submodule(name)))
+
+
+def count_parameters(model):
+    """All weights, those in 4 bits too."""
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    weights = sum(2 * module.codes.numel() for module in packed)  # two a byte
+    return weights + sum(p.numel() for p in model.parameters())
+
+
+# ================================================================================================
+# §9 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
+#    write_json, read_json, write_tensors, read_tensors, §1, §2, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2140,19 +2150,14 @@ def load_readout(model, folder):
     """Puts the head that `save_readout` wrote on the model."""
     with explaining(f"{folder} holds a damaged or foreign readout head"):
         readout = Readout(model.lm_head.in_features, read_json(Path(folder, "head.json")))
-        if not math.isfinite(readout.config["mean"] / readout.config["deviation"]):
-            raise ValueError(f"head.json holds {readout.config}")
         if readout.discriminative:
             readout.load_state_dict(read_tensors(Path(folder, "head.safetensors")))
     model.readout = readout.to(model.device).eval()
 
 
 def load_trained(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
-    """`load_model` with what this section adds: the language model's linears in NF4 (nf4: default
-    as the adapter was trained) and the readout head that lies beside an adapter."""
-    nf4 = adapter_nf4(name) if nf4 is None else nf4
-    model, processor = load_model(name, device, dtype, max_pixels,
-                                  quantize=quantize_linears if nf4 else None)
+    """`load_model` and the readout head that lies beside an adapter."""
+    model, processor = load_model(name, device, dtype, max_pixels, nf4)
     if Path(name, "head.json").exists():
         load_readout(model, name)
     return model, processor
@@ -2190,100 +2195,8 @@ def regression_metrics(gold, predicted):
     return metrics
 
 
-# ---- NF4: a frozen base in 4 bits
-
-# paper: QLoRA, arXiv 2305.14314, appendix E: the 16 levels of NF4, as float32
-NF4 = torch.tensor([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036,
-                    0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617,
-                    0.72295684, 1])
-# both levels of each byte, two float32 in one int64: one look-up per byte
-NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()
-
-
-@functools.cache
-def nf4_pairs(device):
-    """NF4_PAIRS, moved there once."""
-    return NF4_PAIRS.to(device)
-
-
-def nf4_quantize(weight, block=64):
-    """n weights, n a multiple of `block` -> codes (n / 2,) uint8, two a byte, the first in its high
-    half, and absmax (n / block,) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32
-    inside, a weight midway between two levels takes the lower one, a block of zeros has absmax
-    0."""
-    assert weight.numel() % block == 0, (tuple(weight.shape), block)
-    blocks = weight.detach().reshape(-1, block).float()
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
-    midpoints = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device)
-    code = torch.bucketize(scaled.flatten(), midpoints, out_int32=True).to(torch.uint8)
-    return code[::2] << 4 | code[1::2], absmax
-
-
-def nf4_dequantize(codes, absmax, shape, dtype, block=64):
-    """The weights (shape): level x absmax in float32, rounded once to `dtype`."""
-    assert absmax.dtype == torch.float32, absmax.dtype  # trap: model.half() would have rounded it
-    pairs = nf4_pairs(codes.device).index_select(0, codes.int())
-    levels = pairs.view(torch.float32).view(-1, block)
-    return (levels * absmax[:, None]).to(dtype).view(shape)
-
-
-class _NF4Matmul(torch.autograd.Function):
-    """x Wᵀ + b; W is dequantised here and again in backward, so that no graph holds it."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.weight(layer.dtype), layer.bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.layer.weight(grad.dtype), None
-
-
-class NF4Linear(nn.Module):
-    """A frozen linear layer in blocks of 64: 4.5 bits a weight. `dtype`: of the weight it stands
-    for. Neither weight nor bias gets a gradient; adapters on top do."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias, self.dtype = linear.bias, linear.weight.dtype
-        codes, absmax = nf4_quantize(linear.weight)
-        self.codes, self.absmax = nn.Buffer(codes), nn.Buffer(absmax)
-        self.requires_grad_(False)
-
-    def weight(self, dtype):
-        """The weight (out, in)."""
-        return nf4_dequantize(self.codes, self.absmax, (self.out_features, self.in_features), dtype)
-
-    def forward(self, x):
-        flat = _NF4Matmul.apply(x.reshape(-1, self.in_features), self)
-        return flat.view(*x.shape[:-1], self.out_features)
-
-    def to_linear(self):
-        """An ordinary linear layer of the same weights."""
-        dense = nn.Linear(self.in_features, self.out_features, device="meta")
-        dense.weight = nn.Parameter(self.weight(self.dtype), requires_grad=False)
-        dense.bias = self.bias
-        return dense
-
-
-def quantize_linears(model):
-    """Turns the language model's linears that LoRA adapts into NF4, one by one, in place."""
-    for name in linear_names(model):
-        replace_module(model, name, NF4Linear(model.get_submodule(name)))
-
-
-def count_parameters(model):
-    """All weights, those in 4 bits too."""
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    weights = sum(2 * module.codes.numel() for module in packed)  # two a byte
-    return weights + sum(p.numel() for p in model.parameters())
-
-
 # ================================================================================================
-# §9 UBM and cascade (arXiv 2509.04459) [needs: itertools, math, re, Path, np, torch, F, Image, nn,
+# §10 UBM and cascade (arXiv 2509.04459) [needs: itertools, math, re, Path, np, torch, F, Image, nn,
 #    LABELS, InputError, explaining, write_json, read_json, write_tensors, read_tensors, §1, §2]
 # ================================================================================================
 
@@ -2433,23 +2346,21 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
     return UBM(ensemble, classes)
 
 
-def reinit_layers(encoder, count):
-    """Draws the top `count` layers of a text encoder anew: they are made for the task that it was
-    trained on, and on few posts a random start learns better (Zhang et al. 2021,
-    arXiv 2006.05987)."""
+def reinit_top_layer(encoder):
+    """Draws the top layer of a text encoder anew: it is made for the task that it was trained on,
+    and on few posts a random start learns better (Zhang et al. 2021, arXiv 2006.05987). An encoder
+    whose layers share their weights (ALBERT) keeps them."""
     stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
     layers = max(stacks, key=len, default=nn.ModuleList())
-    own = len(layers) == encoder.config.num_hidden_layers  # ALBERT has one, used often
-    if not 0 <= count <= len(layers) or (count and not own):
-        raise InputError(f"the text encoder has no {count} layers of its own to draw anew: use "
-                         "--reinit-layers 0")
-    for part in layers[len(layers) - count :].modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=encoder.config.initializer_range)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            part.reset_parameters()
+    if len(layers) != encoder.config.num_hidden_layers:
+        return
+    for module in layers[-1].modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
 
 def save_ubm(model, folder):
@@ -2472,9 +2383,6 @@ def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
     with explaining(f"{folder} is no folder of train.py ubm, or a damaged one"):
         config = read_json(Path(folder, "ubm.json"))
-        if not (0 < config["temperature"] < math.inf and config["members"] < 100
-                and tuple(config["classes"]) in (LABELS, SCORE_BINS)):
-            raise ValueError(f"ubm.json holds {config}")
         image = str(Path(folder, "image")) if config["image"] else None
         model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
                         weights=False)
@@ -2671,8 +2579,8 @@ def _in_words(answer):
 
 
 # ================================================================================================
-# §10 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    threading, Counter, timedelta, version, Path, np, torch, safe_open, tqdm, InputError,
+# §11 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
+#    threading, timedelta, version, Path, np, torch, safe_open, tqdm, REMEDY, InputError,
 #    explaining, write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
 # ================================================================================================
 
@@ -2709,8 +2617,8 @@ def sibling(path, name):
 
 class RowWriter:
     """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last
-    line (the mark of a killed run), so that `done` (a set of `key` values) holds just what is safe
-    to skip. A file that holds one of them twice is refused."""
+    line (the mark of a killed run), so that `done` (the rows' values of `key`) holds just what is
+    safe to skip."""
 
     def __init__(self, path, key="id"):
         self.path, self.key = str(path), key
@@ -2720,11 +2628,7 @@ class RowWriter:
         if torn[:1] not in (b"", b"{"):  # trap: truncating would eat a user's file
             raise InputError(f"{path} does not end in a row of ours: choose another --out")
         self.file.truncate(self.file.tell() - len(torn))
-        counts = Counter(str(row[key]) for row in read_rows(path) if key in row)
-        if len(counts) < counts.total():
-            raise InputError(f"{path} holds {key} {counts.most_common(1)[0][0]!r} more than once, "
-                             "as two runs at once leave it: keep one of these rows")
-        self.done = set(counts)
+        self.done = {str(row[key]) for row in read_rows(path) if key in row}
 
     def write(self, row):
         self.file.write(row_line(self.path, row).encode("utf-8", "replace"))
@@ -2760,6 +2664,18 @@ def run_info(script, argv=None):
     return dict(command=command, versions=versions)
 
 
+def settings_file(out):
+    """Where a stage keeps what it was started with: in its folder, or beside its rows."""
+    if str(out).endswith(".jsonl"):
+        return sibling(out, "settings.json")
+    return Path(out, "settings.json")
+
+
+def settings_of(args, free):
+    """What a rerun onto an --out must share: all flags but those that are `free`."""
+    return {key: value for key, value in vars(args).items() if key not in free}
+
+
 def check_settings(file, settings, begun, may_grow=(), run=None):
     """Writes what a stage was started with (and `run`, which may differ); a rerun onto what others
     began is refused, since rows and weights of two settings would mix. `begun`: whether there is
@@ -2785,22 +2701,22 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
 
 
 class SoftLabels:
-    """The assistant's last hidden states at the distilled positions, in `folder`, and its output
-    matrix `head` (V, D'): their product are its logits. `soft.json` says what they are
-    valid for; part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example,
-    named by a hash of its token ids, its prefix and its files, so that a stale or foreign one is
-    not found."""
+    """The assistant's last hidden states at the supervised positions, in `folder`, and its output
+    matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
+    part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
+    hash of its token ids, its prefix and its files, so that a stale or foreign one is not found."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        if not (self.folder / "soft.json").exists():
+        if not settings_file(folder).exists():
             raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
                              "train with --no-soft")
-        self.config = read_json(self.folder / "soft.json")
+        self.settings = read_json(settings_file(folder))
         self.parts, self.head = {}, None  # the open file of each entry; the student reads the head
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            entries = read_tensors(path)  # all of it once, for its digest
-            self.parts.update(dict.fromkeys(entries, safe_open(path, "pt")))
+            with explaining(f"{path} is damaged, {REMEDY}"):
+                file = safe_open(path, "pt")
+                self.parts.update(dict.fromkeys(file.keys(), file))
 
     @staticmethod
     def names(example):
@@ -2861,12 +2777,9 @@ def init_distributed(device):
         return device
     on_gpu = str(device).startswith("cuda")
     if on_gpu:
-        count, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if found < count:
-            raise InputError(f"{count} processes need {count} GPUs here, {found} found: lower "
-                             "--nproc-per-node")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        with explaining(f"there are fewer GPUs than processes: {device} cannot be used"):
+            torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
                                              timeout=timedelta(days=7))  # work may be uneven

@@ -5,20 +5,18 @@
         --model Qwen/Qwen2.5-VL-7B-Instruct
     python train.py student --data chains.jsonl augmented.jsonl --dev dev.tsv --images img \\
         --soft soft --model Qwen/Qwen2.5-VL-3B-Instruct --out runs/student
-    python train.py dpo --data sampled.jsonl --rejected sampled.rejects.jsonl --dev dev.tsv \\
-        --images img --adapter runs/student/best --out runs/dpo
     python train.py readout --data label.csv --dev label.csv --target score --out runs/readout \\
         --model Qwen/Qwen2.5-Omni-7B
     python train.py ubm --data train.tsv --dev dev.tsv --images img --out runs/ubm \\
         --text-encoder sentence-transformers/all-MiniLM-L6-v2
 
 Last line: `best dev accuracy 0.930 (macro_f1 0.912) at step 120: runs/student/best`. Reads rows
-with `cot` and `label` as generate.py writes them. Writes into --out: config.json, log.jsonl,
+with `cot` and `label` as generate.py writes them. Writes into --out: settings.json, log.jsonl,
 lora_modules.json, set_aside.json, state.pt (to resume from), best/ and last/ (adapters, a readout's
-head with them); dpo also reference.json. ubm writes config.json, member-K.jsonl (log) and
-member-K.safetensors (a killed member starts anew), then ubm.safetensors, ubm.json, text/ and
-image/; its last line begins `2 members together:`. Killed and run again with the same command each
-goes on and ends with the same result.
+head with them). ubm writes settings.json, member-K.jsonl (log) and member-K.safetensors (a killed
+member starts anew), then ubm.safetensors, ubm.json, text/ and image/; its last line begins
+`2 members together:`. Killed and run again with the same command each goes on and ends with the
+same result.
 """
 
 import argparse
@@ -28,9 +26,7 @@ import runpy
 import statistics
 import sys
 import time
-import zipfile
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,25 +35,23 @@ import torch.nn.functional as F
 
 from mulcot import (
     CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, RowWriter,
-    SoftLabels, add_lora, all_reduce_gradients, answer_log_probs, barrier, check_at_least,
-    check_settings, chunks, class_targets, collate, confusion_scores, confusion_table,
-    count_parameters, default_dtype, digest, distill_kl, encode, explaining, fit_temperature,
-    forward_branches, gather, get_rank, get_world_size, in_chunks, init_distributed, load_adapter,
-    load_processor, load_readout, load_trained, lora_layers, multitask_loss, new_ubm,
-    parse_reasoning, predict, preference_loss, preference_margin, progress, read_dev_posts,
-    read_json, read_out, read_posts, read_rows, read_tensors, readout_branches, readout_loss,
-    regression_metrics, reinit_layers, render_score, report_rejects, row_line, row_text, run_info,
-    run_stage, save_adapter, save_readout, save_ubm, say, show_tokens, student_loss,
-    tokenizer_hash, training_branches, training_items, without_inputs, write_atomic, write_json,
-    write_rows, write_tensors)
+    SoftLabels, add_lora, all_reduce_gradients, barrier, check_at_least, check_settings, chunks,
+    class_targets, collate, confusion_scores, confusion_table, count_parameters, default_dtype,
+    digest, distill_kl, encode, explaining, fit_temperature, forward_branches, gather, get_rank,
+    get_world_size, in_chunks, init_distributed, load_adapter, load_processor, load_readout,
+    load_trained, lora_layers, multitask_loss, new_ubm, predict, progress, read_dev_posts,
+    read_out, read_rows, read_tensors, readout_branches, readout_loss, regression_metrics,
+    reinit_top_layer, render_score, row_text, run_info, run_stage, save_adapter, save_readout,
+    save_ubm, say, settings_file, settings_of, show_tokens, student_loss, tokenizer_hash,
+    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
+    write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`. A stage is a class of (args,
 # processor) with three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage
-# for assistant and student, PreferenceStage for dpo (`prepare` fixes the reference before the first
-# step), ReadoutStage for readout; `ubm` is a small loop of its own. The losses are functions of
-# mulcot.py §6 and §8, called in `task_loss` and the stages' `loss`. A stage of your own: its name
-# in STAGES, its flags in parse_args, its class in `train`; weights beside LoRA are made in
-# build_model and saved in evaluate_and_save.
+# for assistant and student, ReadoutStage for readout; `ubm` is a small loop of its own. The losses
+# are functions of mulcot.py §6 and §9, called in `task_loss` and the stages' `loss`. A stage of
+# your own: its name in STAGES, its flags in parse_args, its class in `train`; weights beside LoRA
+# are made in build_model and saved in evaluate_and_save.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
@@ -80,15 +74,11 @@ def parse_args(argv=None):
             ubm_flags(p.add_argument)
             p.set_defaults(epochs=3, batch=32, lr=1e-4)
             continue
-        loop_flags(p.add_argument, stage)
+        loop_flags(p.add_argument)
         if stage == "readout":
             readout_flags(p.add_argument)
             p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
                            schedule="cosine", warmup=0.1)
-        elif stage == "dpo":
-            preference_flags(p.add_argument)
-            p.set_defaults(epochs=1, lr=1e-5, schedule="cosine", warmup=0.1, dropout=0.0, nf4=None,
-                           reasoning=True)
         else:
             chain_flags(p.add_argument, stage)
     stages.choices["assistant"].set_defaults(dropout=0.2)
@@ -97,8 +87,7 @@ def parse_args(argv=None):
     if unknown:  # with the stage's own usage
         p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "epochs", "batch", "accumulate", "log_every", "rank", "members")
-    check_at_least(p, args, 0, "max_pixels", "workers", "save_every", "reinit_layers", "alpha",
-                   "beta")
+    check_at_least(p, args, 0, "max_pixels", "workers", "save_every")
     if args.stage == "student" and not args.temperature > 0:
         p.error("argument --temperature: must be above 0")
     if args.stage == "student" and not args.no_soft and not args.soft:
@@ -114,7 +103,6 @@ def parse_args(argv=None):
 STAGES = {
     "assistant": "both tasks on the teacher's chains",
     "student": "both tasks on all chains, from hard and soft labels",
-    "dpo": "a trained adapter on pairs of a right and a wrong chain (RPO, DPO; not in the paper)",
     "readout": "a score or label read off the last hidden state (arXiv 2606.05713; its values: "
                "rank, dropout, --lr, --head-lr, --nf4, --scope all; the rest is ours)",
     "ubm": "small classifier for the cascade: short runs that answer together, calibrated"}
@@ -134,17 +122,13 @@ def shared_flags(flag):
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
 
 
-def loop_flags(flag, stage):
+def loop_flags(flag):
     """Of the stages that train an adapter in the one loop."""
-    if stage == "dpo":
-        flag("--adapter", dest="model", required=True, metavar="RUN/best", help="the reference "
-             "and what is trained on, over its own base, with its rank, alpha and layers")
-    else:
-        flag("--model", required=True, help="hub name or folder (MulCoT-RD: Qwen2.5-VL-7B, 3B)")
-        flag("--rank", type=int, default=16, help="of LoRA (MulCoT-RD: 16)")
-        flag("--alpha", type=float, default=32, help="of LoRA (MulCoT-RD: 32)")
-        flag("--scope", choices=("language", "all"), default="language",
-             help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
+    flag("--model", required=True, help="hub name or folder (MulCoT-RD: Qwen2.5-VL-7B, 3B)")
+    flag("--rank", type=int, default=16, help="of LoRA (MulCoT-RD: 16)")
+    flag("--alpha", type=float, default=32, help="of LoRA (MulCoT-RD: 32)")
+    flag("--scope", choices=("language", "all"), default="language",
+         help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
     flag("--accumulate", type=int, default=20, help="micro-batches per step (MulCoT-RD: 20)")
     flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
     flag("--schedule", choices=("plateau", "cosine"), default="plateau", help="plateau: halve at "
@@ -153,14 +137,11 @@ def loop_flags(flag, stage):
     flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (MulCoT-RD: none)")
     flag("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: bfloat16 "
          "on GPU, float32 on CPU); LoRA, optimiser and losses are float32")
-    flag("--nf4", action=YES_NO, default=False, help="quantise the frozen base to 4 bits (of dpo "
-         "default as the adapter was trained)")
-    flag("--dropout", type=float, default=0.05, help="of LoRA (MulCoT-RD: 0.2 assistant, 0.05 "
-         "student; dpo: none, to begin at the reference)")
+    flag("--nf4", action=YES_NO, default=False, help="quantise the language model to 4 bits")
+    flag("--dropout", type=float, default=0.05,
+         help="of LoRA (MulCoT-RD: 0.2 assistant, 0.05 student)")
     flag("--max-pixels", type=int, default=0,
          help="image size cap, 0: the model's own (MulCoT-RD: 280 * 280 = 78400)")
-    flag("--ties", choices=("macro", "weighted"), default="macro",
-         help="F1 that breaks ties in dev accuracy (MulCoT-RD: macro Twitter, weighted MVSA)")
     flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
          help="processes that decode images, 0: this one")
     flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
@@ -187,16 +168,6 @@ def chain_flags(flag, stage):
         flag("--t-squared", action=YES_NO, default=False, help="Hinton's τ² on the KL (paper: off)")
 
 
-def preference_flags(flag):
-    """choice: all of them; the paper names DPO as future work. Values of arXiv 2305.18290 and
-    2404.19733; the learning rate is what LoRA needs."""
-    flag("--rejected", nargs="+", required=True, metavar="ROWS", help="wrong chains of the same "
-         "posts: what generate.py augment --samples set aside (malformed ones are passed over)")
-    flag("--beta", type=float, default=0.1, help="β, holds to the reference (DPO: 0.1)")
-    flag("--alpha", type=float, default=1.0, help="α of -log π_c / tokens (RPO: 1), 0: plain DPO")
-    flag("--max-answer", type=int, default=512, help="longest chain in tokens (paper: 512)")
-
-
 def readout_flags(flag):
     """Of what is read, and how."""
     flag("--target", choices=("score", "label"), default="score", help="what is read")
@@ -212,12 +183,10 @@ def ubm_flags(flag):
     flag("--text-encoder", required=True, help="hub name or folder")
     flag("--image-encoder", help="hub name or folder (default: none)")
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
-    flag("--reinit-layers", type=int, default=1, help="top layers of the text encoder drawn anew")
     flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
     flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")
     flag("--adv-epsilon", type=float, default=0.1, help="length of each post's adversarial step in "
          "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
-    flag("--ema-decay", type=float, default=0.98, help="of the running average of the weights")
 
 
 # ---- stages: what to train on, its loss, its dev metrics ---------------------------------------
@@ -266,138 +235,40 @@ class ChainStage:
         rows = []
         for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += predict(model, self.processor, part, chain=False)
-        return label_scores(self.args, rows, posts)
-
-
-class PreferenceStage(ChainStage):
-    """`dpo`: a right and a wrong chain of a post, both answers to the reason prompt, as two
-    branches of one prefix. Dev metrics are the student's."""
-
-    def __init__(self, args, processor):
-        super().__init__(args, processor)
-        with explaining(f"--adapter {args.model} is no adapter folder (a student's RUN/best)"):
-            weights = Path(args.model, "adapter_model.safetensors").read_bytes()
-        args.adapter_digest = digest(weights)  # a setting: no run goes on from another adapter
-        self.wrong = {}  # the wrong chains of every post, as branches
-        self.right = set()  # posts that have a right one
-        rejects = []
-        for path in args.rejected:
-            for post in read_posts(path, args.images, rejects, allow_empty=True):
-                self.wrong.setdefault(post_id(post), []).extend(self.wrong_chains(post))
-        report_rejects(rejects, "rows in --rejected")
-
-    def wrong_chains(self, post):
-        """[the chain of a row that was set aside, as a branch]; [] if it is malformed, cut off, too
-        long, or right after all. choice: in the one written form, as right chains are, so that a
-        pair differs in its reasoning and not in its quotes."""
-        raw = str(post.columns.get("raw"))
-        label = parse_reasoning(raw).prediction  # the one that this chain fits
-        if post.label in (label, None) or post.columns.get("problem") == "truncated":
-            return []
-        fitting = replace(post, cot=raw, label=label)
-        branches, _ = training_branches(fitting, self.processor, self.args.max_answer)
-        return branches[:1] if branches else []
-
-    def branches_of(self, post):
-        """As ChainStage.branches_of, [right chain, wrong chain]. choice: one pair a post, its
-        first right chain and, of the wrong ones, the nearest to it in length: sums of
-        log-probabilities can be told apart by length alone."""
-        branches, problem = super().branches_of(post)
-        if problem or post_id(post) in self.right:
-            return None, problem
-        wrong = self.wrong.setdefault(post_id(post), [])
-        self.right.add(post_id(post))
-        if not wrong:
-            return None, "no wrong chain of this post in --rejected to pair it with"
-        chosen = branches[0]
-        return [chosen, min(wrong, key=partial(self.distance, chosen))], None
-
-    def distance(self, one, other):
-        """Between two branches' answers, in tokens."""
-        return abs(len(self.processor.text_ids(one[1])) - len(self.processor.text_ids(other[1])))
-
-    def prepare(self, model, items):
-        """The reference, {post: [log ref_c, log ref_r]} by the starting weights, before the first
-        step: no second model is held. It is kept in reference.json, where a resumed run, whose
-        weights are others, reads it."""
-        posts, right, pairs = len(self.wrong), len(self.right), len(items)
-        print(f"data       {posts} posts: {pairs} pairs, {posts - right} posts without a right "
-              f"chain, {right - pairs} without a wrong one")
-        file = Path(self.args.out, "reference.json")
-        if get_rank() == 0 and not Path(self.args.out, "state.pt").exists():
-            write_json(file, self.reference_log_probs(model, items))
-        barrier()
-        self.reference = read_json(file)
-
-    @torch.no_grad()
-    def reference_log_probs(self, model, items):
-        """By the weights as they are, in eval mode."""
-        model.eval()
-        reference, bar = {}, progress(len(items), "reference", "pair")
-        for part in chunks(items, self.args.batch):
-            ((batch, examples),) = micro_batches(self.processor, self.args.batch, part)
-            log_probs = self.log_probs(model, batch.to(self.args.device)).tolist()
-            reference |= zip([post_id(example.post) for example in examples], log_probs)
-            bar.update(len(part))
-        bar.close()
-        model.train()
-        return reference
-
-    def log_probs(self, model, batch):
-        """log π of the chosen and of the rejected chains (B, 2)."""
-        return answer_log_probs(model, batch, forward_branches(model, batch))
-
-    def loss(self, model, batch, examples, counts):
-        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}); all are
-        means over the step's pairs."""
-        args = self.args
-        reference = [self.reference[post_id(example.post)] for example in examples]
-        ref_chosen, ref_rejected = torch.tensor(reference, device=args.device).unbind(1)  # (B,)
-        chosen, rejected = self.log_probs(model, batch).unbind(1)  # (B,)
-        pairs = chosen, rejected, ref_chosen, ref_rejected
-        tokens = batch.supervised(1).sum(1)  # (B,)
-        loss = preference_loss(*pairs, tokens, args.beta, args.alpha) / counts["posts"]
-        margin = preference_margin(*pairs, args.beta)
-        terms = dict(logp_chosen=chosen, logp_rejected=rejected, margin=margin,
-                     pair_accuracy=(margin > 0).float(), chosen_gain=chosen - ref_chosen)
-        return loss, {name: x.detach().sum() / counts["posts"] for name, x in terms.items()}
-
-
-def post_id(post):
-    """Which post a row is of: the further samples of generate.py augment have ids of their own."""
-    return str(post.columns.get("post_id", post.id))
+        return label_scores(rows, posts)
 
 
 def task_loss(stage, model, hidden, batch, entry_names, counts, branch, task):
     """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
 
-    L_rea or L_cls is the cross-entropy summed over the supervised positions of this branch and
-    divided by their number in the whole optimiser step (`counts`, see step_counts); the KL over its
-    own positions likewise. Positions go by in chunks, so that no (N, V) logits are held.
-    `entry_names`: of each example's branches in the soft labels."""
+    Cross-entropy and KL are summed over the supervised positions of this branch and divided by
+    their number in the whole optimiser step (`counts`, see step_counts). Positions are taken in
+    chunks, so that no (N, V) logits are held. `entry_names`: of each example's branches in the
+    soft labels."""
     args, soft_labels = stage.args, stage.soft_labels
-    which = soft_labels.config["positions"] if soft_labels else "response"
-    at = batch.loss_positions(branch, which)  # (B, T)
-    targets = batch.targets[at]  # (N,), -100 (ignored) where no answer is to be predicted
+    supervised = batch.supervised(branch)  # (B, T)
+    targets = batch.targets[supervised]  # (N,)
     terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
     if soft_labels:
         terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
         entries = [soft_labels.read(names[branch - 1]) for names in entry_names]
-        assistant_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D'), rows as hidden[at]
+        assistant_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D')
+        assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
 
-    def loss_of(h, part):  # a chunk of the positions: h (n, D), which of them: slice
+    def loss_of(h, rows):  # a chunk of the N positions: h (n, D), rows: slice
         logits = model.lm_head(h).float()  # (n, V)
-        hard = F.cross_entropy(logits, targets[part], reduction="sum") / counts["response", branch]
+        hard = F.cross_entropy(logits, targets[rows], reduction="sum") / counts[branch]
         terms[f"ce_{task}"] += hard.detach()
         if not soft_labels:
             return hard
-        assistant_logits = F.linear(assistant_hidden[part], soft_labels.head)  # (n, V')
+        assistant_logits = F.linear(assistant_hidden[rows], soft_labels.head)  # (n, V')
         kl = distill_kl(logits, assistant_logits, args.temperature, args.t_squared,
-                        reduction="sum") / counts[which, branch]
+                        reduction="sum") / counts[branch]
         terms[f"kl_{task}"] += kl.detach()
         return student_loss(hard, kl, args.lam)
 
-    loss = in_chunks(loss_of, hidden[at], max(1, CHUNK_LOGITS // model.lm_head.out_features))
+    size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
+    loss = in_chunks(loss_of, hidden[supervised], size)
     return loss, terms
 
 
@@ -405,7 +276,7 @@ def open_soft_labels(args, processor):
     """The soft labels to train with, and the assistant's output matrix on our device; those of
     another tokenizer are refused."""
     soft_labels = SoftLabels(args.soft)
-    if soft_labels.config.get("tokenizer") != tokenizer_hash(processor.tokenizer):
+    if soft_labels.settings.get("tokenizer") != tokenizer_hash(processor.tokenizer):
         raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
                          "equal ids would be other words; use an assistant of its family, or "
                          "--no-soft")
@@ -453,7 +324,7 @@ class ReadoutStage:
         for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += read_out(model, self.processor, part)
         if self.args.target == "label":
-            return label_scores(self.args, rows, posts)
+            return label_scores(rows, posts)
         gold, scores = [post.score for post in posts], [row["score"] for row in rows]
         metrics = regression_metrics(gold, scores)
         parsed = len(gold) - metrics["unparsed"]
@@ -462,38 +333,42 @@ class ReadoutStage:
         return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
-def label_scores(args, rows, posts):
-    """{accuracy, the F1 that breaks ties} of predicted rows; a row without a prediction is wrong.
-    paper: the best dev accuracy selects, ties by macro F1 (Twitter) or weighted F1 (MVSA)."""
+def label_scores(rows, posts):
+    """{accuracy, macro F1} of predicted rows; a row without a prediction is wrong. paper: the best
+    dev accuracy selects, macro F1 breaks ties (on MVSA weighted F1)."""
     gold, predicted = [post.label for post in posts], [row["prediction"] for row in rows]
     scores = confusion_scores(confusion_table(gold, predicted))
-    f1 = f"{args.ties}_f1"
-    return {"accuracy": float(scores["accuracy"]), f1: float(scores[f1])}
+    return dict(accuracy=float(scores["accuracy"]), macro_f1=float(scores["macro_f1"]))
 
 
 # ---- set-up ------------------------------------------------------------------------------------
 
 
-# settings that may change in a rerun: they touch no weight
-FREE = ("run", "out", "show", "device", "images", "workers", "log_every", "save_every",
-        "gradient_checkpointing")
+# flags that may change in a rerun: they touch no weight (the rows themselves are compared)
+FREE = ("run", "out", "show", "device", "data", "dev", "images", "workers", "log_every",
+        "save_every", "gradient_checkpointing")
 
 
 def begin(args, items, rejects, dev, begun):
     """The first thing a run leaves behind, and the guard against mixing two of them: writes
-    config.json and set_aside.json; refuses to go on with a run of other settings."""
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings.json and set_aside.json; refuses to go on with a run of other settings or rows."""
+    settings = settings_of(args, FREE)
     read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
     settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
     grows = getattr(args, "schedule", None) == "plateau" and not args.warmup
     if get_rank() == 0:
-        check_settings(Path(args.out, "config.json"), settings, begun,
+        check_settings(settings_file(args.out), settings, begun,
                        may_grow=("epochs",) if grows else (), run=args.run)
         if rejects:
             write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
     print(f"settings   {row_text(settings)}")
+    texts = {post.text for post, _ in items}
+    shared = sum(post.text in texts for post in dev)
+    if shared:
+        print(f"note       {shared} of {len(dev)} dev posts have the text of a training post: what "
+              "is chosen on them is not chosen on unseen posts")
 
 
 def build_model(args, items):
@@ -504,18 +379,10 @@ def build_model(args, items):
     torch.manual_seed(args.seed)
     # the stage has its processor already
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
-    if args.stage == "dpo":
-        model.requires_grad_(False)
-        for layer in lora_layers(model).values():
-            layer.lora_A.requires_grad_()
-            layer.lora_B.requires_grad_()
-            layer.dropout.p = args.dropout
-        names = list(lora_layers(model))
-    elif lora_layers(model):
+    if lora_layers(model):
         raise InputError(f"--model {args.model} is an adapter: generate.py export makes a model of "
-                         "it, train.py dpo goes on with it")
-    else:
-        names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
+                         "it")
+    names = add_lora(model, args.rank, args.alpha, args.dropout, scope=args.scope)
     if get_rank() == 0:
         write_json(Path(args.out, "lora_modules.json"), names)
     kinds = Counter(name.rpartition(".")[2] for name in names)
@@ -609,6 +476,7 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"]
         self.step, self.best, self.sums = 0, dict(step=0, metrics={}), Counter()
+        self.writer = None  # of log.jsonl
         self.restore()
 
     def save(self):
@@ -624,16 +492,11 @@ class TrainingState:
             write_atomic(self.file, lambda part: torch.save(values, part))
 
     def restore(self):
-        """Everything as it was, if there is something; log rows behind it are written anew. A file
-        that is not as `save` wrote it is refused: a flipped bit in a weight or a moment would show
-        as other final weights, and nowhere else."""
+        """Everything as it was, if there is something; log rows behind it are written anew."""
         log = Path(self.args.out, "log.jsonl")
         if not self.file.exists():  # a run killed before its first resume point begins anew
             return log.unlink(missing_ok=True)
         with explaining(f"{self.file} is damaged: delete it to train anew"):
-            with zipfile.ZipFile(self.file) as archive:  # trap: torch looks at no checksum
-                if archive.testzip():
-                    raise ValueError("a checksum is wrong")
             values = torch.load(self.file, weights_only=True, map_location="cpu")
             self.step, self.best = values["step"], values["best"]
             for name, p in self.trained.items():
@@ -647,17 +510,17 @@ class TrainingState:
             if cuda is not None and str(self.args.device).startswith("cuda"):
                 torch.cuda.set_rng_state(cuda, self.args.device)
         if get_rank() == 0:
-            RowWriter(log, key=None)  # cuts off a torn last line
+            RowWriter(log)  # cuts off a torn last line
             write_rows(log, [row for row in read_rows(log) if row.get("step", 0) <= self.step])
         print(f"resumed    at step {self.step}")
 
-
-def log_row(args, **row):
-    """A line for the terminal, the same row in log.jsonl: the first process's, numbers of all."""
-    if get_rank() == 0:
-        with open(Path(args.out, "log.jsonl"), "a") as f:
-            f.write(row_line(f.name, row))
-        say(row_text(row))
+    def log(self, **row):
+        """A line for the terminal, the same row in log.jsonl: the first process's, numbers of
+        all."""
+        if get_rank() == 0:
+            self.writer = self.writer or RowWriter(Path(self.args.out, "log.jsonl"))
+            self.writer.write(row)
+            say(row_text(row))
 
 
 def sum_over_processes(counts):
@@ -669,15 +532,14 @@ def sum_over_processes(counts):
 
 
 def step_counts(step):
-    """What the micro-batches of an optimiser step hold, over all processes: {"posts", ("response",
-    branch): tokens of its answers, ("all", branch): all that it attends}. trap: to divide by each
-    micro-batch's own count would make 1 x 8 differ from 8 x 1."""
+    """What the micro-batches of an optimiser step hold, over all processes: {"posts": their number,
+    branch: tokens of its answers}. trap: to divide by each micro-batch's own count would make 1 x 8
+    differ from 8 x 1."""
     counts = Counter()
     for batch, examples in step:
         counts["posts"] += len(examples)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
-            for which in ("response", "all"):
-                counts[which, branch] += int(batch.loss_positions(branch, which).sum())
+            counts[branch] += int(batch.supervised(branch).sum())
     return sum_over_processes(counts)
 
 
@@ -697,9 +559,8 @@ def train(args):
     """Set-up, the loop, the closing lines."""
     args.device = init_distributed(args.device)
     processor = load_processor(args.model, args.max_pixels)
-    stage_class = dict(assistant=ChainStage, student=ChainStage, dpo=PreferenceStage,
-                       readout=ReadoutStage)[args.stage]
-    stage = stage_class(args, processor)
+    stage_class = dict(assistant=ChainStage, student=ChainStage, readout=ReadoutStage)
+    stage = stage_class[args.stage](args, processor)
     items, rejects = training_items(args.data, args.images, stage.branches_of)
     if args.stage == "readout":
         items = [(without_inputs(post, args.without), branches) for post, branches in items]
@@ -718,12 +579,7 @@ def train(args):
     print(f"data       {len(items)} rows ({inputs['images']} with images, {inputs['audio']} with "
           f"audio), {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all, "
           f"{get_world_size()} processes")
-    if per_epoch < 10:
-        print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
-              "posts: a lower --accumulate gives more")
     model = build_model(args, items)
-    if args.stage == "dpo":
-        stage.prepare(model, items)  # while the weights are the reference's
     state = TrainingState(args, model)
     if state.step < total:
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
@@ -733,8 +589,8 @@ def train(args):
         if args.stage == "readout":
             load_readout(model, Path(args.out, "best"))
     (first, value), (second, other) = state.best["metrics"].items()
-    print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  config "
-          f"{args.out}/config.json\nbest dev {first} {value:.3f} ({second} {other:.3f}) at step "
+    print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
+          f"{args.out}/settings.json\nbest dev {first} {value:.3f} ({second} {other:.3f}) at step "
           f"{state.best['step']}: {args.out}/best")
 
 
@@ -773,11 +629,8 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
             speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
             steps = sums.pop("steps") / get_world_size()
             means = {name: value / steps for name, value in sums.items()}
-            log_row(args, step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
-                    lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
-            if means.get("chosen_gain", 0) < -0.1:  # choice: what 16 bits may round a chain by
-                say("warning    log π_c is below its start: right chains become less likely; raise "
-                    "--alpha or --beta, or lower --lr")
+            state.log(step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
+                      lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
             state.sums.clear()
         if state.step % per_epoch == 0:
             evaluate_and_save(args, stage, model, state, dev)
@@ -794,7 +647,7 @@ def evaluate_and_save(args, stage, model, state, dev):
     model.eval()
     metrics = stage.metrics(model, dev)
     model.train()
-    log_row(args, step=state.step, **{f"dev_{name}": value for name, value in metrics.items()})
+    state.log(step=state.step, **{f"dev_{name}": value for name, value in metrics.items()})
     if args.schedule == "plateau":
         state.plateau.step(next(iter(metrics.values())))
     folders = [Path(args.out, "last")]
@@ -827,11 +680,11 @@ def ubm(args):
     items, rejects = training_items(args.data, args.images, branches_of)
     posts = [post for post, _ in items]
     dev = read_dev_posts(args.dev, args.images, target)
-    begin(args, items, rejects, dev, begun=(out / "config.json").exists())
+    begin(args, items, rejects, dev, begun=settings_file(out).exists())
     torch.manual_seed(args.seed)
     model = new_ubm(args.text_encoder, classes, args.image_encoder, args.members).to(args.device)
     for member in model.members:
-        reinit_layers(member.text, args.reinit_layers)
+        reinit_top_layer(member.text)
     files = [out / f"member-{k}.safetensors" for k in range(args.members)]
     for k in range(get_rank(), args.members, get_world_size()):
         if not files[k].exists():
@@ -845,7 +698,7 @@ def ubm(args):
     model.temperature = fit_temperature(logits, class_targets(dev, classes))
     save_ubm(model, out)
     print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/member-*.jsonl  "
-          f"config {out}/config.json")
+          f"settings {out}/settings.json")
     metrics = ubm_metrics(classes, logits, dev)
     print(f"{args.members} members together: {row_text(metrics)}: {out}")
 
@@ -946,7 +799,7 @@ def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, cl
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        decay = min(args.ema_decay, (1 + step) / (10 + step))  # short at first
+        decay = min(0.98, (1 + step) / (10 + step))  # choice: short at first
         with torch.no_grad():
             for mean, new in zip(average.parameters(), model.parameters()):
                 mean.lerp_(new, 1 - decay)

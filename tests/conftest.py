@@ -54,7 +54,7 @@ def toy(tmp_path_factory):
     tokenizer = tiny_tokenizer(texts, 500)
     for size in TINY:
         tiny_model(folder / size, size, tokenizer, seed=1)
-    mulcot.write_rows(folder / "posts.jsonl", [p.row() for p in posts])
+    mulcot.write_rows(folder / "posts.jsonl", [p.columns | p.row() for p in posts])
     return folder
 
 

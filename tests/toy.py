@@ -5,8 +5,6 @@ toy teacher, and tiny random models of the real classes, warmed up.
     python tests/toy.py base --size student --data runs/demo/warmup.jsonl --out runs/demo/base/student
     python tests/toy.py teacher --data runs/demo/posts.jsonl --out runs/demo/chains.jsonl
     python tests/toy.py encoders --data runs/demo/posts.jsonl --out runs/demo/encoders
-    python tests/toy.py exchange --data runs/demo/posts.jsonl --out runs/demo/exchanged.jsonl
-    python tests/toy.py symbols --data runs/demo/posts.jsonl --rate 0.5 --out runs/demo/symbols.jsonl
 
 `tests/demo.py` runs the whole road over it. Nothing here is needed for real posts and models.
 """
@@ -21,7 +19,6 @@ import shutil
 import sys
 import wave
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -149,46 +146,6 @@ def toy_findings(aspect, word, scene, words, mood, label, rng):
             "Conflict_resolution": resolution,
             "Final_conclusion": end.format(l=label, a=aspect),
             "Prediction": label}
-
-
-def exchanged(post, part, folder):
-    """A test post with its picture exchanged for one of another mood, drawn into `folder`, or its
-    word for one of another side. `label` is the world's law on what the post shows now,
-    `columns["label_before"]` on what it showed."""
-    rng, facts = random.Random(f"{post.id}|{part}"), dict(post.columns["facts"])
-    more = dict(post_id=post.id, exchanged=part, facts=facts,
-                label_before=toy_label(facts["words"], facts["mood"]))
-    post = replace(post, id=f"{post.id}-{part}", columns=post.columns | more)
-    if part == "picture":
-        facts["mood"] = rng.choice([mood for mood in TOY_SCENES if mood != facts["mood"]])
-        facts["scene"] = rng.choice(TOY_SCENES[facts["mood"]])
-        post.columns["image"] = f"{post.id}.png"
-        post.image = safe_path(post.columns["image"], folder)
-        _draw(facts["scene"], rng).save(post.image)
-    else:
-        before = facts["word"]
-        facts["words"] = rng.choice([side for side in TOY_WORDS if side != facts["words"]])
-        facts["word"] = rng.choice([word for word in TOY_WORDS[facts["words"]]
-                                    if is_held_out(word, post.aspect)])
-        post.text = re.sub(rf"\b{before}\b", facts["word"], post.text)
-    post.label = toy_label(facts["words"], facts["mood"])
-    return post
-
-
-TOY_SYMBOLS = ("\U0001F602", "\U0001F621\U0001F525", "@ann_87", "@TheRealKim", "#blessed",
-               "#throwback2015", "http://t.co/Zq8Yw", "https://bit.ly/2xK9", "â€™", "ðŸ˜‚", "Ã©")
-
-
-def with_symbols(post, rate):
-    """A post with an emoji, user name, link, hashtag or mojibake before each word, and at the end,
-    with probability `rate`. A higher rate keeps all symbols of a lower one."""
-    rng, words = random.Random(f"{post.id}|symbols"), []
-    for word in [*post.text.split(), ""]:
-        symbol = rng.choice(TOY_SYMBOLS)
-        if rng.random() < rate:
-            words.append(symbol)
-        words.append(word)
-    return replace(post, text=" ".join(words).strip())
 
 
 TOY_SIDES = {"praise": 1, "blame": -1, "cheerful": 1, "gloomy": -1}
@@ -329,8 +286,7 @@ class ToyTeacher:
 # The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant
 # has more output rows than the student, as 7B (152,064) has more than 3B (151,936). The language
 # layers of "half" hold half the student's weights.
-TINY = {"half": dict(hidden=64, layers=2, heads=2, extra_rows=0),
-        "student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
+TINY = {"student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
         "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
 TINY_OMNI = {"omni": dict(hidden=96, layers=2, heads=3, extra_rows=0)}  # Qwen2.5-Omni's Thinker
 
@@ -529,13 +485,8 @@ def parse_args(argv=None):
     p.add_argument("--skill", type=float, default=0.6, help="fraction of posts right unaided")
     p = stages.add_parser("encoders", formatter_class=Help, help="text/ and image/ for train.py "
                           "ubm: random tiny encoders")
-    stages.add_parser("exchange", formatter_class=Help, help="each test post with its picture "
-                      "exchanged, and with its word exchanged")
-    p = stages.add_parser("symbols", formatter_class=Help, help="test posts with symbols put in")
-    p.add_argument("--rate", type=float, required=True, help="how likely before each word")
-    for name in ("encoders", "exchange", "symbols"):
-        stages.choices[name].add_argument("--data", required=True, help="posts.jsonl")
-    for name in ("posts", "base", "encoders", "exchange", "symbols"):
+    p.add_argument("--data", required=True, help="posts.jsonl")
+    for name in ("posts", "base", "encoders"):
         stages.choices[name].add_argument("--out", required=True)
     for p in stages.choices.values():
         p.add_argument("--seed", type=int, default=42)
@@ -557,8 +508,8 @@ def write_posts(args):
         posts = toy_posts(images, sizes, args.seed, args.noise)
         warmup = toy_warmup(images, args.warmup, args.seed + 1)
         print(f"test labels: {dict(Counter(p.label for p in posts if p.split == 'test'))}")
-    write_rows(f"{args.out}/posts.jsonl", [post.row() for post in posts])
-    write_rows(f"{args.out}/warmup.jsonl", [post.row() for post in warmup])
+    write_rows(f"{args.out}/posts.jsonl", [post.columns | post.row() for post in posts])
+    write_rows(f"{args.out}/warmup.jsonl", [post.columns | post.row() for post in warmup])
     print(f"wrote {len(posts)} posts and {len(warmup)} warm-up rows to {args.out}")
 
 
@@ -577,31 +528,13 @@ def encoders(args):
     print(f"wrote {args.out}/text and {args.out}/image")
 
 
-def change(args):
-    """Rows of test posts that are changed; new pictures go into images/ beside --out, which
-    belongs beside --data."""
-    posts = [post for post in read_posts(args.data)
-             if post.split == "test" and "facts" in post.columns]
-    if not posts:
-        raise InputError(f"{args.data} has no toy post of split test: give it toy.py posts' rows")
-    changed, folder = [], Path(args.out).parent / "images"
-    for post in posts:
-        if args.stage == "symbols":
-            changed.append(with_symbols(post, args.rate))
-        else:
-            changed += [exchanged(post, part, folder) for part in ("picture", "words")]
-    write_rows(args.out, [post.row() for post in changed])
-    print(f"wrote {len(changed)} rows to {args.out}")
-
-
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     args, rest = parse_args(argv)
     if args.stage == "teacher":
         command = ["teacher", *rest, "--model", f"toy-{args.skill}", "--seed", str(args.seed)]
         return generate.main(command, ask=ToyTeacher(args.skill, args.seed))
-    return run_stage(dict(posts=write_posts, base=base, encoders=encoders, exchange=change,
-                          symbols=change)[args.stage], args)
+    return run_stage(dict(posts=write_posts, base=base, encoders=encoders)[args.stage], args)
 
 
 if __name__ == "__main__":
