@@ -262,7 +262,6 @@ def train(args):
 class Soft:
     """Soft labels at hand, as train.py reads them from files."""
 
-    config = dict(positions="response")
     names = staticmethod(mulcot.SoftLabels.names)
 
     def __init__(self, teacher, examples, pad):
@@ -270,7 +269,7 @@ class Soft:
         names = [mulcot.SoftLabels.names(example) for example in examples]
         processor = argparse.Namespace(pad_id=pad)
         with torch.no_grad():
-            entries = generate_script.soft_entries(teacher, processor, examples, names, "response")
+            entries = generate_script.soft_entries(teacher, processor, examples, names)
         self.read = entries.__getitem__
 
 
@@ -436,7 +435,7 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
     model, examples = real_shape(shape, device), samples(posts)
     names = mulcot.linear_names(model)
     if nf4:
-        mulcot.quantize_linears(model)
+        mulcot.quantize_linears(model, names)
     if checkpointing:
         train_script.checkpoint_layers(model)
     if side == "ours":
