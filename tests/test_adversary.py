@@ -1,5 +1,5 @@
 """Held against an adversary: two runs at once, hostile replies, numbers without meaning, damaged
-files, hostile rows, full disks and signals. tests/campaign.py looks for more, at random."""
+files, hostile rows, full disks and signals."""
 
 import contextlib
 import gzip
