@@ -47,10 +47,10 @@ from mulcot import (
     generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
     load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, post_prompt, predict,
     progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
-    render_reasoning, report_rejects, row_text, run_info, run_stage, score_labels, score_verdict,
-    select_split, settings_file, settings_of, sibling, stages_asked, to_json, to_post,
-    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
-    write_rows)
+    render_reasoning, report_rejects, row_text, run_info, run_stage, say, score_labels,
+    score_verdict, select_split, settings_file, settings_of, sibling, stages_asked, to_json,
+    to_post, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict,
+    write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -284,44 +284,44 @@ def new_row(post, args, source, predicted):
 
 # ---- teacher -----------------------------------------------------------------------------------
 
-STAGE_NAMES = {1: "unaided", 2: "explained"}  # of the paper's two stages
 
+def teacher(args, own_ask=None):
+    """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations.
 
-def teacher(args, ask=None):
-    """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations."""
+    Done again after a kill: a post whose row is in neither --out nor its rejects. Of an endpoint
+    its answers are read from the journal of paid calls, so that only those are asked for that were
+    under way."""
     posts, rejects = select_posts(args, labelled=True)
     if args.endpoint and not args.allow_test and any(post.split == "test" for post in posts):
         raise InputError("these are posts of split test, and stage 2 would send their labels: "
                          "choose another --split, or say --allow-test")
     if args.dry_run:
         return dry_run(args, posts)
-    model = None
-    if not args.endpoint and not ask:
-        model, processor = load(args)
-        ask = local_teacher(args, model, processor)
-    output, counts, began = Output(args, rejects, model), Counter(), time.time()
     options = (args.max_tries, args.max_new_tokens, args.stage2)
-
-    def dialogue(post, ask):
-        return two_stage_cot([post], ask, *options)[0]
-
-    def respond(posts, _):
-        return two_stage_cot(posts, ask, *options)
-
     if args.endpoint:
-        results = from_endpoint(args, posts, output.done, counts, dialogue)
+        output = Output(args, rejects)
+        results = from_endpoint(args, posts, output.done,
+                                lambda post, ask: two_stage_cot([post], ask, *options)[0])
     else:
-        results = in_batches(args, posts, output.done, respond)
+        model, ask = None, own_ask
+        if not own_ask:
+            model, processor = load(args)
+            ask = local_teacher(args, model, processor)
+        output = Output(args, rejects, model)
+        results = in_batches(args, posts, output.done,
+                             lambda batch, _: two_stage_cot(batch, ask, *options))
+    counts, began = Counter(), time.time()
     for post, result in results:
         row = new_row(post, args, "teacher", result)
         kept = "cot" in row
         if kept:
             del row["attempts"]
         output.write(row, keep=kept)
-        counts["posts set aside" if not kept else f"chains kept {STAGE_NAMES[row['stage']]}"] += 1
-        counts.update({"answers": row["tries"], "tokens in": row["tokens_in"],
+        kind = {1: "unaided chains", 2: "explained chains"}[row["stage"]] if kept else "set aside"
+        counts.update({kind: 1, "answers": row["tries"], "tokens in": row["tokens_in"],
                        "tokens out": row["tokens_out"]})
-    counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
+    minutes = max(1e-9, time.time() - began) / 60
+    counts["answers a minute"] = round(counts["answers"] / minutes)
     print(f"this run   {row_text(dict(sorted(counts.items())))}")
     output.close()
 
@@ -329,46 +329,72 @@ def teacher(args, ask=None):
 def local_teacher(args, model, processor):
     """ask(list of Requests) -> list of Answers of a local model, a batch at once."""
     def ask(requests):
-        torch.manual_seed(int(digest(args.seed, requests[0].temperature,
-                                     [request.post.id for request in requests])[:8], 16))
+        ids = [request.post.id for request in requests]
+        torch.manual_seed(int(digest(args.seed, requests[0].temperature, ids)[:8], 16))
         examples = []
         for request in requests:
             prompt = request.messages[-1]["content"][-1]["text"]
             examples.append(encode(request.post, [("", None)], processor, prompt))
         batch = collate(examples, processor.pad_id).to(model.device)
         budget = max(request.max_tokens for request in requests)  # the batch shares the largest
-        texts = generate_text(model, processor, batch, budget, requests[0].temperature)
-        return [Answer(text, finish, len(example), len(processor.text_ids(text)))
-                for example, (text, finish) in zip(examples, texts)]
+        answers = []
+        for example, (text, finish) in zip(examples, generate_text(
+                model, processor, batch, budget, requests[0].temperature)):
+            answers.append(Answer(text, finish, len(example), len(processor.text_ids(text))))
+        return answers
 
     return ask
 
 
-# ---- an endpoint as teacher --------------------------------------------------------------------
+def dry_run(args, posts):
+    """One prompt of each kind as it would be sent, and what the whole stage would cost."""
+    post = posts[0]
+    prompts = dict(unaided=post_prompt(post, "unaided") + FORMATS["unaided"])
+    if args.stage2:
+        prompts["explained"] = post_prompt(post, "explained", post.label) + FORMATS["explained"]
+    for task, prompt in prompts.items():
+        print(f"---- {task} ----\n[image {post.image}]\n{prompt}\n")
+    calls = round((1.5 if args.stage2 else 1) * min(len(posts), args.max_posts or len(posts)))
+    tokens = len(prompts["unaided"]) // 4 + 400  # words, and a picture of moderate size
+    print(f"{len(posts)} posts, about {calls} calls of {tokens} tokens in and 300 out (a guess), "
+          f"{calls * (tokens + 300):,} tokens in all; nothing was sent")
+
+
+# ---- an endpoint ---------------------------------------------------------------------------------
 
 
 class Unreachable(InputError):
-    """The server gave no usable answer, however often it was asked."""
+    """The server gave no usable answer, however often it was asked. `kind`: of the last failure."""
+
+    kind = ""
+
+
+class OverBudget(InputError):
+    """This call might cost more than is left of --budget-tokens."""
 
 
 class Endpoint:
-    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
-    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and cut
-    out of every text that comes back. `timeout`: seconds without a byte.
-    `extra_body` is merged into each request; None removes a key. `proxy`: a URL; those of the
-    environment are not used. `retries` counts what went wrong, `stop` ends all waiting."""
+    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp); many
+    threads may call it at once. The key is read from OPENAI_API_KEY and cut out of every text that
+    comes back. `timeout`: seconds without a byte. `extra_body` is merged into each request; None
+    removes a key. `proxy`: a URL; those of the environment are not used.
+
+    `retries` counts failures by kind ("HTTP 503"), `mended` are the kinds that asking again got
+    over, `waiting` says what is waited for, `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
                  proxy=None):
         check_url(url, allow_http)
-        self.url, self.model = url.rstrip("/") + "/chat/completions", model
+        self.url, self.model = url.rstrip("/").removesuffix("/chat/completions"), model
+        self.url += "/chat/completions"
         self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
-        self.retries, self.stop = Counter(), threading.Event()
+        self.retries, self.mended, self.waiting = Counter(), set(), ""
+        self.stop = threading.Event()
         self._paused_until = 0.0  # of all threads
         self.session = requests.Session()  # of all threads, which it keeps connections for
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
@@ -379,34 +405,47 @@ class Endpoint:
             self.session.headers["Authorization"] = f"Bearer {self._key}"
 
     def __call__(self, request):
-        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
+        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are asked again with
         jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
         what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
         of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
-        messages = [message | dict(content=[_wire_part(part) for part in message["content"]])
-                    for message in request.messages]
-        body = dict(model=self.model, messages=messages, temperature=request.temperature,
-                    max_tokens=request.max_tokens)
-        if request.logprobs:
-            body |= dict(logprobs=True, top_logprobs=5)
-        body |= self.extra_body
-        body = {key: value for key, value in body.items() if value is not None}
-        ready_at = 0.0
+        body, ready_at, kinds = self._body(request), 0.0, set()
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._paused_until) - time.monotonic()
             if delay > 0:
                 self.pause(delay)
             answer, problem = self._post(body)
             if answer:
+                self.mended |= kinds
                 return answer
-            self.retries[problem.split(":")[0]] += 1
-            ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
-        raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
-                          f"{problem}; run again to go on")
+            kind = problem.split(":")[0]
+            kinds.add(kind)
+            self.retries[kind] += 1
+            if self.retries[kind] == 1:
+                say(f"asked again: post {request.post.id}: {problem}")
+            seconds = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+            ready_at = time.monotonic() + seconds
+            self.waiting = f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in {seconds:.0f} s"
+        error = Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: {problem}")
+        error.kind = kind
+        raise error
+
+    def _body(self, request):
+        """What is sent for a Request."""
+        messages = []
+        for message in request.messages:
+            content = [_wire_part(part) for part in message["content"]]
+            messages.append(message | dict(content=content))
+        body = dict(model=self.model, messages=messages, temperature=request.temperature,
+                    max_tokens=request.max_tokens)
+        if request.logprobs:
+            body |= dict(logprobs=True, top_logprobs=5)
+        body |= self.extra_body
+        return {key: value for key, value in body.items() if value is not None}
 
     def _post(self, body):
         """One call -> (Answer or None, why it is worth another try)."""
-        try:  # all that happens while a reply is read and understood is worth another try
+        try:  # whatever happens while a reply is read and understood is worth another try
             reply = self.session.post(self.url, json=body, timeout=self.timeout,
                                       allow_redirects=False)
             if reply.status_code == 200:
@@ -415,6 +454,8 @@ class Endpoint:
         except Exception as e:
             return None, self._line(f"{type(e).__name__}: {e}")
         status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
+        if status == 401:
+            problem += " (the key is read from OPENAI_API_KEY)"
         if re.search("unsupported.(parameter|value)", problem, re.I):
             remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
             remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
@@ -493,39 +534,66 @@ def _wire_part(part):
 
 class PaidCalls:
     """Asks the endpoint, and keeps every answer in NAME.calls.jsonl before it is used: killed and
-    rerun, the stage pays for nothing twice but the calls that were in flight."""
+    rerun, the stage pays for nothing twice but the calls that were in flight. No call is sent that
+    might take the tokens spent beyond --budget-tokens."""
 
     def __init__(self, args, done):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http, extra_body=args.extra_body,
                                  proxy=args.proxy)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
-        self.lock, self.known, self.spent = threading.Lock(), {}, 0
-        self.budget = args.budget_tokens
+        self.budget, self.lock, self.first = args.budget_tokens, threading.Lock(), threading.Lock()
+        self.spent = self.under_way = self.longest_prompt = 0  # in tokens
+        self.known = {}  # answers that unfinished posts will ask for, by the name of the call
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
-            self.spent += answer.tokens_in + answer.tokens_out
-            if row["id"] not in done:  # finished posts need theirs no more
+            self.count(answer)
+            if row["id"] not in done:
                 self.known[row["call"]] = answer
+
+    def count(self, answer):
+        """Adds what an answer cost."""
+        self.spent += answer.tokens_in + answer.tokens_out
+        self.longest_prompt = max(self.longest_prompt, answer.tokens_in)
 
     def ask(self, requests):
         """list of Requests -> list of Answers."""
         return [self.call(request) for request in requests]
 
     def call(self, request):
+        """The Answer, from the journal if it is there."""
         text = request.messages[-1]["content"][-1]["text"]
         name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
                       request.temperature, request.max_tokens, request.logprobs,
                       self.endpoint.extra_body)
         if name in self.known:
             return self.known.pop(name)
+        if self.budget:
+            with self.first:  # one call alone tells how long a prompt is
+                if not self.longest_prompt:
+                    return self.pay(request, name)
+        return self.pay(request, name)
+
+    def pay(self, request, name):
+        """Asks the server, within the budget: a call is expected to cost its whole max_tokens and
+        the longest prompt so far."""
         self.endpoint.pause(0)  # ends this post's dialogue if the stage is stopping
-        began = time.time()
-        answer = self.endpoint(request)
-        answer.seconds = round(time.time() - began, 4)
+        most = self.endpoint.extra_body.get("max_completion_tokens") or request.max_tokens
         with self.lock:
-            self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
-            self.spent += answer.tokens_in + answer.tokens_out
+            expected = self.longest_prompt + most
+            if self.budget and self.spent + self.under_way + expected > self.budget:
+                raise OverBudget("over --budget-tokens")
+            self.under_way += expected
+        try:
+            began = time.time()
+            answer = self.endpoint(request)
+            answer.seconds = round(time.time() - began, 4)
+            with self.lock:
+                self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
+                self.count(answer)
+        finally:
+            with self.lock:
+                self.under_way -= expected
         if self.budget and not answer.tokens_in + answer.tokens_out:
             raise InputError("the server counts no tokens, so --budget-tokens cannot hold: say "
                              "--max-posts")
@@ -538,80 +606,62 @@ def files_digest(post):
     return digest(*[Path(file).read_bytes() for file in post.images + sound])
 
 
-def from_endpoint(args, posts, done, counts, dialogue):
+def from_endpoint(args, posts, done, dialogue):
     """(post, dialogue(post, ask)) as they are finished, --workers posts at once; a dialogue may ask
-    as often as it likes. A post that the server refuses is set aside; when it answers none, or the
-    budget is spent, the stage stops."""
+    as often as it likes. Posts that the server refuses are set aside when it answers another. The
+    stage stops where it refuses many in a row, where asking again never helped, and before a call
+    that --budget-tokens does not cover."""
     calls = PaidCalls(args, done)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
-    running, failed = {}, []
-
-    def timed(post):
-        answers = []
-
-        def ask(requests):
-            answers.extend(calls.ask(requests))
-            return answers[-len(requests) :]
-
-        result = dialogue(post, ask)
-        return result | dict(seconds=round(sum(answer.seconds for answer in answers), 4))
-
+    running, refused, over_budget = {}, [], False
     with bar, ThreadPoolExecutor(args.workers) as pool:
         try:
             while True:
-                if not args.budget_tokens or calls.spent < args.budget_tokens:
+                if not over_budget:
                     for post in islice(todo, 2 * args.workers - len(running)):
-                        running[pool.submit(timed, post)] = post
+                        running[pool.submit(dialogue, post, calls.ask)] = post
                 if not running:
                     break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
+                if not finished:
+                    bar.set_postfix_str(calls.endpoint.waiting)
+                for future in finished:
                     post = running.pop(future)
                     bar.update()
                     try:
                         result = future.result()
-                    except (Refused, Unreachable) as e:  # this post's fault, or the server's?
-                        failed.append((post, e))
-                        if len(failed) > max(8, args.workers):
-                            if calls.file.done:  # the server does answer: what it refuses is done
-                                yield from refused_posts(failed, counts)
-                            raise InputError(f"{len(failed)} posts in a row failed: {e}") from None
-                        continue
-                    yield from refused_posts(failed, counts)
-                    failed = []
-                    yield post, result
-            if failed and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
-                raise InputError(f"no post was answered: {failed[0][1]}")
-            yield from refused_posts(failed, counts)
+                    except OverBudget:
+                        over_budget = True
+                    except Unreachable as e:
+                        if e.kind not in calls.endpoint.mended:
+                            raise InputError(f"post {post.id}: {e}; asking again helped no post: "
+                                             "mend this and run again") from None
+                        say(f"unanswered, run again: post {post.id}: {e}")
+                    except Refused as e:
+                        refused.append((post, e))
+                        if len(refused) > max(8, args.workers):
+                            raise InputError(f"{len(refused)} posts in a row: {e}") from None
+                    else:
+                        yield from set_aside(refused)
+                        refused = []
+                        yield post, result
+            if refused and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
+                raise InputError(f"no post was answered: {refused[0][1]}")
+            yield from set_aside(refused)
         finally:
             calls.endpoint.stop.set()
-    counts.update({f"retries: {name}": n for name, n in calls.endpoint.retries.items()})
-    if args.budget_tokens and calls.spent >= args.budget_tokens:
+    if calls.endpoint.retries:
+        print(f"asked again {row_text(calls.endpoint.retries)}")
+    if over_budget:
         print(f"stopped    {calls.spent} tokens spent of --budget-tokens {args.budget_tokens}")
 
 
-def refused_posts(failed, counts):
-    """(post, result) of posts that the server refused; unanswered ones are left for a rerun."""
-    for post, error in failed:
-        if isinstance(error, Unreachable):
-            counts["unanswered, run again"] += 1
-        else:
-            yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0,
-                             tokens_out=0)
-
-
-def dry_run(args, posts):
-    """One prompt of each kind as it would be sent, and what the whole stage would cost."""
-    post = posts[0]
-    prompts = dict(predict=post_prompt(post, "predict") + FORMATS["predict"])
-    if args.stage2:
-        prompts["explain"] = post_prompt(post, "explain", post.label) + FORMATS["explain"]
-    for task, prompt in prompts.items():
-        print(f"---- {task} ----\n[image {post.image}]\n{prompt}\n")
-    calls = round((1.5 if args.stage2 else 1) * min(len(posts), args.max_posts or len(posts)))
-    tokens = len(prompts["predict"]) // 4 + 400  # words, and a picture of moderate size
-    print(f"{len(posts)} posts, about {calls} calls of {tokens} tokens in and 300 out (a guess), "
-          f"{calls * (tokens + 300):,} tokens in all; nothing was sent")
+def set_aside(refused):
+    """(post, result) of posts that the server refused."""
+    for post, error in refused:
+        say(f"set aside  post {post.id}: {error}")
+        yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0, tokens_out=0)
 
 
 # ---- augment and soft --------------------------------------------------------------------------
@@ -933,11 +983,11 @@ class CascadeSteps:
             messages = build_messages(post, "label")
             messages[-1]["content"][-1]["text"] = by_id[post.id][1] + self.branches[0][0]
             (answer,) = ask([Request(post, messages, 0.0, 32, self.args.logprobs)])
-            return dict(verdict=answer_verdict(answer, self.ubm.classes),
+            return dict(verdict=answer_verdict(answer, self.ubm.classes), seconds=answer.seconds,
                         tokens=answer.tokens_in + answer.tokens_out)
 
         posts = [post for _, post, _ in questions]
-        for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
+        for post, result in from_endpoint(self.args, posts, set(), dialogue):
             answer = result.get("verdict", result.get("problem"))
             if isinstance(answer, dict):
                 answer |= dict(tokens=result["tokens"], seconds=result["seconds"])
@@ -1022,8 +1072,8 @@ def best_thresholds(grid, budget):
     return min(affordable or [min(grid)], key=lambda entry: (entry[1], entry[2], -entry[3]))
 
 
-def main(argv=None, ask=None):
-    """Runs the command line; returns the exit code. ask(list of Requests) -> list of Answers: a
+def main(argv=None, own_ask=None):
+    """Runs the command line; returns the exit code. own_ask(list of Requests) -> list of Answers: a
     teacher of one's own in place of --model."""
     args = parse_args(argv)
 
@@ -1032,7 +1082,7 @@ def main(argv=None, ask=None):
             refuse_ranks("this stage (an endpoint has --workers)")
         args.device = init_distributed(args.device)
         if args.stage == "teacher":
-            return teacher(args, ask)
+            return teacher(args, own_ask)
         stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade,
                       export=export)
         stages[args.stage](args)

@@ -570,31 +570,31 @@ TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
 you rely on. \
 Give exactly one word as the Prediction and write nothing after it."""
-FORMATS = dict(reason=REASON_FORMAT, label=LABEL_FORMAT, predict=REASON_FORMAT + TEACHER_RULES,
-               explain=REASON_FORMAT + TEACHER_RULES)
+FORMATS = dict(reason=REASON_FORMAT, label=LABEL_FORMAT, unaided=REASON_FORMAT + TEACHER_RULES,
+               explained=REASON_FORMAT + TEACHER_RULES)
 
 
 def post_prompt(post, task="reason", gold=None):
     """The shared part of a prompt: task, definitions (teacher only), the post. Ends in a blank
     line."""
     lines = [TASK_ASPECT if post.aspect else TASK]
-    if task == "explain":
+    if task == "explained":
         lines = [TASK_EXPLAIN + (TOWARD_ASPECT if post.aspect else "")]
-    if task in ("predict", "explain"):
+    if task in ("unaided", "explained"):
         lines.append(DEFINITIONS)
     lines.append("Text: " + " ".join(post.text.split()))  # trap: line breaks could fake our layout
     if post.aspect:
         lines.append("Target aspect: " + " ".join(post.aspect.split()))
-    if task == "explain":
+    if task == "explained":
         lines.append(f"Given sentiment: {gold}")
     return "\n".join(lines) + "\n\n"
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" for the trained models, "predict" |
-    "explain" for the teacher's two stages; only "explain" takes (and needs) the gold label.
+    """OpenAI-style messages. task: "reason" | "label" for the trained models, "unaided" |
+    "explained" for the teacher's two stages; only "explained" takes (and needs) the gold label.
     paper: stage 1 / stage 2."""
-    assert task in FORMATS and (gold in LABELS) == (task == "explain"), (task, gold)
+    assert task in FORMATS and (gold in LABELS) == (task == "explained"), (task, gold)
     content = [{"type": "image", "image": path} for path in post.images]
     if post.audio:
         content.append({"type": "audio", "audio": post.audio})
@@ -730,33 +730,33 @@ def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
     """The teacher's chains of labelled posts: `ask(list of Requests) -> list of Answers`, in their
     order, so that a local model answers a batch at once. Returns a row per post: `cot` (None if
     every try failed), `prediction`, `unaided_prediction` (what stage 1 said, right or wrong),
-    `stage`, `tries`, `problem`, `attempts`, tokens.
+    `stage`, `tries`, `problem`, `attempts`, tokens and seconds.
 
     paper: stage 1 asks without the label and is kept if right; stage 2 is given the label of the
     posts that failed, and explains it."""
     attempts = {post.id: [] for post in posts}
-    ask_until_valid(posts, "predict", ask, attempts, max_tries, max_tokens)
+    ask_until_valid(posts, "unaided", ask, attempts, max_tries, max_tokens)
     if stage2:
         failed = [post for post in posts if attempts[post.id][-1]["problem"]]
-        ask_until_valid(failed, "explain", ask, attempts, max_tries, max_tokens)
+        ask_until_valid(failed, "explained", ask, attempts, max_tries, max_tokens)
     rows = []
     for tries in attempts.values():
         unaided = [each["prediction"] for each in tries if each["stage"] == 1]
         rows.append(tries[-1] | dict(tries=len(tries), attempts=tries,
-                                     unaided_prediction=unaided[-1],
-                                     tokens_in=sum(each["tokens_in"] for each in tries),
-                                     tokens_out=sum(each["tokens_out"] for each in tries)))
+                                     unaided_prediction=unaided[-1]))
+        for name in ("tokens_in", "tokens_out", "seconds"):
+            rows[-1][name] = sum(each[name] for each in tries)
     return rows
 
 
 def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
-    """One stage: asks about each post until its answer is valid; every try is appended to
-    `attempts` {post id: tries}.
+    """One stage: asks about each post until its answer is valid, at most `max_tries` times. Every
+    try is appended to `attempts` {post id: tries}.
 
     paper: the adaptive retry controller (ARC) asks again while the structure is incomplete.
-    choice: a retry raises the temperature (0, 0.4, 0.8, 1.2) and doubles the token budget after a
-    truncated answer; a whole stage-1 answer with the wrong label is what stage 2 is for; a stage-2
-    chain that contradicts its label is asked again."""
+    choice: each retry is at a higher temperature (0, 0.4, 0.8, 1.2). An answer that was cut off
+    gets twice as many tokens the next time. An unaided answer that is whole but wrong is not asked
+    for again: that is what stage 2 is for. An explanation that contradicts its label is."""
     budget = dict.fromkeys(attempts, max_tokens)
     pending = posts
     for retry in range(max_tries):
@@ -765,8 +765,9 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
         temperature = min(0.4 * retry, 1.2)
         requests = []
         for post in pending:
-            messages = build_messages(post, task, post.label if task == "explain" else None)
-            requests.append(Request(post, messages, temperature, budget[post.id]))
+            gold = post.label if task == "explained" else None
+            requests.append(Request(post, build_messages(post, task, gold), temperature,
+                                    budget[post.id]))
         try:
             answers = ask(requests)
         except Refused:
@@ -781,7 +782,7 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
             cut_off = answer.finish == "length"
             if cut_off:
                 budget[post.id] *= 2
-            if cut_off or (problem and (task == "explain" or not parsed.complete)):
+            if cut_off or (problem and (task == "explained" or not parsed.complete)):
                 pending.append(post)
 
 
@@ -790,10 +791,10 @@ def _attempt(task, request, answer, parsed, problem):
     prompt = request.messages[-1]["content"][-1]["text"]
     cot = render_reasoning(parsed.fields) if problem is None else None
     return dict(cot=cot, raw=answer.text, prediction=parsed.prediction, problem=problem,
-                stage=1 if task == "predict" else 2, label_conditioned=task == "explain",
+                stage=1 if task == "unaided" else 2, label_conditioned=task == "explained",
                 prompt=hashlib.sha256(prompt.encode()).hexdigest()[:16],
                 temperature=request.temperature, max_tokens=request.max_tokens,
-                tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
+                tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, seconds=answer.seconds)
 
 
 class Refused(InputError):

@@ -533,7 +533,7 @@ def main(argv=None):
     args, rest = parse_args(argv)
     if args.stage == "teacher":
         command = ["teacher", *rest, "--model", f"toy-{args.skill}", "--seed", str(args.seed)]
-        return generate.main(command, ask=ToyTeacher(args.skill, args.seed))
+        return generate.main(command, own_ask=ToyTeacher(args.skill, args.seed))
     return run_stage(dict(posts=write_posts, base=base, encoders=encoders)[args.stage], args)
 
 
