@@ -95,6 +95,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -802,7 +803,7 @@ class Refused(InputError):
 
 
 # ================================================================================================
-# §4 Tokens [needs: math, dataclass, replace, torch, InputError, explaining, §1, §2]
+# §4 Tokens [needs: copy, math, dataclass, torch, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
@@ -1090,6 +1091,10 @@ class Batch:
     targets: torch.Tensor  # (B, T)
     media: dict
 
+    def __post_init__(self):
+        padding = self.branch_ids == -1  # (B, T)
+        assert not (padding[:, :-1] & ~padding[:, 1:]).any(), "padding stands at the end of a row"
+
     def supervised(self, branch):
         """Where an answer token of this branch is to be predicted (B, T)."""
         return (self.targets != -100) & (self.branch_ids == branch)
@@ -1107,9 +1112,12 @@ class Batch:
         return at, attended.gather(1, at)
 
     def to(self, device):
-        tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        media = {k: v.to(device) for k, v in self.media.items()}
-        return replace(self, **tensors, media=media)
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(moved, name, value.to(device))
+        moved.media = {name: tensor.to(device) for name, tensor in self.media.items()}
+        return moved
 
 
 def collate(examples, pad_id):
@@ -1157,35 +1165,38 @@ def branch_mask(branch_ids, dtype):
 
 
 def training_branches(post, processor, max_answer=512, need_chain=True):
-    """(the training tasks of a labelled post: reasoning, then label; why it has none). The chain is
-    brought into the one written form; choice: one that contradicts its label is unfit. Without
-    `need_chain` the label task alone, whatever the chain."""
+    """The training tasks of a labelled post as branches: reasoning, then label; without
+    `need_chain` the label task alone. The chain is brought into the one written form. Raises
+    InputError that says why a post is unfit; choice: one whose chain contradicts its label is."""
     if post.label is None:
-        return None, "no label"
+        raise InputError("no label")
     label_task = (LABEL_FORMAT, render_label(post.label))
     if not need_chain:
-        return [label_task], None
+        return [label_task]
     if not post.cot:
-        return None, "no cot: run generate.py teacher first"
+        raise InputError("no cot: run generate.py teacher first")
     parsed, problem = check_answer(post.cot, post.label)
     if problem:
-        return None, f"chain unfit: {problem}"
+        raise InputError(f"chain unfit: {problem}")
     chain = render_reasoning(parsed.fields)
     if len(processor.text_ids(chain)) >= max_answer:  # with <|im_end|>
-        return None, f"chain longer than --max-answer {max_answer} tokens"
-    return [(REASON_FORMAT, chain), label_task], None
+        raise InputError(f"chain longer than --max-answer {max_answer} tokens")
+    return [(REASON_FORMAT, chain), label_task]
 
 
 def training_items(paths, images, branches_of):
-    """([(post, branches)], [(where, why it was set aside)]) of rows; branches_of(post) ->
-    (branches, None), (None, why not), or (None, None) where a row is left out on purpose."""
+    """([(post, branches)], [(where, why it was set aside)]) of rows. branches_of(post) -> branches;
+    it raises InputError with the reason to set a row aside, and returns [] to leave one out without
+    a word."""
     items, rejects = [], []
     for path in paths:
         for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
-            branches, problem = branches_of(post)
-            if problem:
-                rejects.append((f"{path}: {post.id}", problem))
-            elif branches is not None:
+            try:
+                branches = branches_of(post)
+            except InputError as e:
+                rejects.append((f"{path}: {post.id}", str(e)))
+                continue
+            if branches:
                 items.append((post, branches))
     report_rejects(rejects, "rows in all")
     if not items:
@@ -1537,8 +1548,13 @@ def confusion_scores(table):
 
 
 def default_dtype(device):
-    """Of a base on this device."""
-    return "bfloat16" if str(device).startswith("cuda") else "float32"
+    """Of a base on this device: bfloat16 where it is a GPU that has it, else float32."""
+    if not str(device).startswith("cuda"):
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    print("note       this GPU has no bfloat16, so the default is float32")
+    return "float32"
 
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
@@ -2635,5 +2651,5 @@ def run_stage(stage, args):
               "again", file=sys.stderr)
     except KeyboardInterrupt as e:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        return 143 if e.args else 130
+        return 128 + (e.args or [signal.SIGINT])[0]
     return 2

@@ -23,8 +23,10 @@ import argparse
 import copy
 import math
 import runpy
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -54,6 +56,7 @@ from mulcot import (
 # beside LoRA are made in build_model and saved in evaluate_and_save.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+SAVE_SECONDS = 600  # choice: a killed run loses ten minutes at most
 DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
 
 
@@ -130,7 +133,6 @@ def loop_flags(flag):
     flag("--scope", choices=("language", "all"), default="language",
          help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
     flag("--accumulate", type=int, default=20, help="micro-batches per step (MulCoT-RD: 20)")
-    flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
     flag("--schedule", choices=("plateau", "cosine"), default="plateau", help="plateau: halve at "
          "the 3rd epoch without better dev accuracy (MulCoT-RD: patience 2); cosine: to 0")
     flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (MulCoT-RD: 0)")
@@ -242,24 +244,25 @@ class ChainStage(Stage):
             self.soft_labels = open_soft_labels(args, processor)
 
     def branches_of(self, post):
-        """(branches, None), (None, why there are none) or (None, None): left out on purpose."""
-        args, source = self.args, post.columns.get("source")
+        """The training tasks of a post as branches; [] of rows that --no-augment leaves out. Raises
+        InputError where a row is to be set aside."""
+        args = self.args
         if post.split in ("dev", "test"):
-            return None, f"split {post.split} is not for training"
-        if args.stage == "student" and not args.augment and source == "assistant":
-            return None, None
+            raise InputError(f"split {post.split} is not for training")
+        by_assistant = post.columns.get("source") == "assistant"
+        if args.stage == "student" and not args.augment and by_assistant:
+            return []
         # rows without a chain have no soft labels: generate.py soft passes over them
         need_chain = args.reasoning or self.soft_labels is not None
-        branches, problem = training_branches(post, self.processor, args.max_answer, need_chain)
-        if branches and not args.reasoning:
-            branches = branches[-1:]  # the label task
-        return branches, problem
+        branches = training_branches(post, self.processor, args.max_answer, need_chain)
+        return branches if args.reasoning else branches[-1:]  # the last is the label task
 
     def loss(self, model, batch, examples, counts):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
         L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
-        losses, terms = {}, {}
+        losses = {}
+        terms = {}
         for task, branch in self.branch_of.items():
             sums = self.task_loss(model, hidden, batch, examples, branch, counts.tokens[branch])
             losses[task] = sums.pop("loss")
@@ -293,7 +296,8 @@ def open_soft_labels(args, processor):
 def label_scores(rows, posts):
     """{accuracy, macro F1} of predicted rows; a row without a prediction is wrong. paper: the best
     dev accuracy selects, macro F1 breaks ties (on MVSA weighted F1)."""
-    gold, predicted = [post.label for post in posts], [row["prediction"] for row in rows]
+    gold = [post.label for post in posts]
+    predicted = [row["prediction"] for row in rows]
     scores = confusion_scores(confusion_table(gold, predicted))
     return dict(accuracy=float(scores["accuracy"]), macro_f1=float(scores["macro_f1"]))
 
@@ -444,14 +448,15 @@ class TrainingState:
         for name, p in self.trained.items():
             group = groups[-1] if name.startswith("readout.") else groups[0]
             group["params"].append(p)
-        # choice: torch's weight decay, 0.01
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
+        # paper: AdamW; its betas, epsilon and weight decay (0.01) are torch's
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=0.5, patience=2, min_lr=1e-6,
             threshold=0)  # trap: the default threshold is relative, and -MAE is negative
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"]
-        self.step, self.sums = 0, Counter()
+        self.step = 0
+        self.sums = Counter()
         self.best = dict(step=0, metrics={}, rank=[])  # any rank is higher than []
         self.writer = None  # of log.jsonl
         self.restore()
@@ -471,8 +476,11 @@ class TrainingState:
     def restore(self):
         """Everything as it was, if there is something; log rows behind it are written anew."""
         log = Path(self.args.out, "log.jsonl")
-        if not self.file.exists():  # a run killed before its first resume point begins anew
-            return log.unlink(missing_ok=True)
+        if not self.file.exists():
+            if log.exists() and get_rank() == 0:
+                print("note       nothing had been saved when this run was stopped: it begins anew")
+                log.unlink()
+            return
         with explaining(f"{self.file} is damaged: delete it to train anew"):
             values = torch.load(self.file, weights_only=True, map_location="cpu")
             self.step, self.best = values["step"], values["best"]
@@ -597,43 +605,86 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     1 x 8 posts, 8 x 1 and two processes are the same step."""
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
-    began = time.time()
-    for step in step_loader(args, items, stage.processor, state.step):
-        set_learning_rate(args, state, total)
-        counts = step_counts(step)
-        for batch, examples in step:
-            loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
-            loss.backward()
-            values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
-            state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
-            state.sums["tokens"] += int((batch.branch_ids >= 0).sum())
-        all_reduce_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
-        if not math.isfinite(norm + state.sums["loss"]):
-            raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since last log "
-                             f"{state.sums['loss']}: training diverged; delete {args.out} and "
-                             "begin with a lower --lr or with --clip")
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.sums["steps"] += 1
-        state.sums["seconds"] += time.time() - began
-        began = time.time()
-        bar.update()
-        if state.step % args.log_every == 0 or state.step == total:
-            sums = sum_over_processes(state.sums)
-            speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
-            steps = sums.pop("steps") / get_world_size()
-            means = {name: value / steps for name, value in sums.items()}
-            state.log(step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
-                      lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
-            state.sums.clear()
-        if state.step % per_epoch == 0:
-            evaluate_and_save(args, stage, model, state, dev)
+    began = saved = time.time()
+    with StopRequest() as stop:
+        for step in step_loader(args, items, stage.processor, state.step):
+            set_learning_rate(args, state, total)
+            norm = backward(args, stage, model, state, step, parameters)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            state.sums.update(steps=1, seconds=time.time() - began)
             began = time.time()
-        if state.step % per_epoch == 0 or (args.save_every and state.step % args.save_every == 0):
-            state.save()
+            bar.update()
+            if state.step % args.log_every == 0 or state.step == total:
+                log_means(state, per_epoch, norm)
+            if state.step % per_epoch == 0:
+                evaluate_and_save(args, stage, model, state, dev)
+                began = time.time()
+            # all processes do as one: the first one's clock, anybody's signal
+            wishes = gather((time.time() - saved > SAVE_SECONDS, stop.signal))
+            stopped = max(number for _, number in wishes)
+            every = args.save_every and state.step % args.save_every == 0
+            if state.step % per_epoch == 0 or every or wishes[0][0] or stopped:
+                state.save()
+                saved = time.time()
+            if stopped and state.step < total:
+                say(f"saved at step {state.step}")
+                raise KeyboardInterrupt(stopped)
     bar.close()
+
+
+def backward(args, stage, model, state, step, parameters):
+    """The gradient of one optimiser step over all its micro-batches and processes, clipped; returns
+    its norm before that. Losses are added to the running sums."""
+    counts = step_counts(step)
+    for batch, examples in step:
+        loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
+        loss.backward()
+        values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
+        state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
+        state.sums["tokens"] += int((batch.branch_ids >= 0).sum())
+    all_reduce_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
+    if not math.isfinite(norm + state.sums["loss"]):
+        raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since last log "
+                         f"{state.sums['loss']}: training diverged; delete {args.out} and begin "
+                         "with a lower --lr or with --clip")
+    return norm
+
+
+def log_means(state, per_epoch, norm):
+    """The means since the last log line, over all processes, as a line of the log."""
+    sums = sum_over_processes(state.sums)
+    speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
+    steps = sums.pop("steps") / get_world_size()
+    means = {name: value / steps for name, value in sums.items()}
+    state.log(step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
+              lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
+    state.sums.clear()
+
+
+class StopRequest:
+    """Within the block the first Ctrl-C or SIGTERM only notes the number of the signal, so that the
+    loop can finish its step and save; the second one stops at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt(number)
+        self.signal = number
+        say("asked to stop: this step is finished and saved first; once more stops at once")
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def evaluate_and_save(args, stage, model, state, dev):
@@ -671,14 +722,15 @@ class ReadoutStage(Stage):
             self.selected_by, self.ties = "neg_mae", "corr"
 
     def branches_of(self, post):
-        """As ChainStage.branches_of."""
-        if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
-            return None, None
+        """The prompt of a post as a branch; [] of dev and test posts, which MOSI's and MOSEI's
+        label files hold too. Raises InputError where a row is to be set aside."""
+        if post.split in ("dev", "test"):
+            return []
         if getattr(post, self.args.target) is None:
-            return None, f"no {self.args.target}"
+            raise InputError(f"no {self.args.target}")
         if self.args.readout == "generative":
-            return [(SCORE_FORMAT, render_score(post.score))], None
-        return readout_branches(self.args.target), None
+            return [(SCORE_FORMAT, render_score(post.score))]
+        return readout_branches(self.args.target)
 
     def loss(self, model, batch, examples, counts):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
@@ -703,7 +755,8 @@ class ReadoutStage(Stage):
             rows += read_out(model, self.processor, part)
         if self.args.target == "label":
             return label_scores(rows, posts)
-        gold, scores = [post.score for post in posts], [row["score"] for row in rows]
+        gold = [post.score for post in posts]
+        scores = [row["score"] for row in rows]
         metrics = regression_metrics(gold, scores)
         parsed = len(gold) - metrics["unparsed"]
         # choice: no number is as far as can be
@@ -731,8 +784,10 @@ def ubm(args):
 
     def branches_of(post):
         if post.split in ("dev", "test"):
-            return None, None
-        return [], f"no {target}" if getattr(post, target) is None else None
+            return []
+        if getattr(post, target) is None:
+            raise InputError(f"no {target}")
+        return readout_branches(target)  # a UBM has no prompt: one branch says that a post is used
 
     items, rejects = training_items(args.data, args.images, branches_of)
     posts = [post for post, _ in items]
@@ -859,7 +914,8 @@ def train_member(args, k, model, posts, dev, classes):
     seed = args.seed * 1000 + k
     torch.manual_seed(seed)  # order and dropout depend on nothing else
     lengths = [len(post.text) for post in posts]
-    best, kept, log = -math.inf, None, []
+    best = -math.inf
+    log = []
     for epoch in range(args.epochs):
         began = time.time()
         steps = steps_of_epoch(lengths, args.batch, epoch, seed, window=16)
@@ -920,7 +976,12 @@ def main(argv=None):
     """Runs the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("--out", "--seed"):  # the whole road
-        return runpy.run_path(str(Path(__file__).with_name("tests") / "demo.py"))["main"](words)
+        road = Path(__file__).with_name("tests") / "demo.py"
+        if not road.exists():
+            print(f"error: the embedded default needs {road}; with the four files alone give a "
+                  "stage: python train.py --help", file=sys.stderr)
+            return 2
+        return runpy.run_path(str(road))["main"](words)
     args = parse_args(argv)
     return run_stage(ubm if args.stage == "ubm" else train, args)
 

@@ -27,7 +27,7 @@ from mulcot import (  # noqa: E402
     Help, InputError, read_posts, read_rows, refuse_ranks, regression_metrics, run_stage,
     write_json)
 
-SHORT = "--batch 16 --accumulate 1 --beta2 0.99"  # for models of half a million parameters
+SHORT = "--batch 16 --accumulate 1"  # for models of half a million parameters
 
 
 def run_commands(commands):
@@ -209,7 +209,7 @@ def ablate(args):
 OMNI_WARMUP = "--epochs 8 --lr 0.003 --schedule cosine"
 INPUTS = {"text": "--without frames audio", "text + frames": "--without audio",
           "text + frames + audio": ""}
-TOY_READOUT = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
+TOY_READOUT = ("--batch 8 --accumulate 1 --epochs 5 --lr 0.003 --head-lr 0.002 "
                "--dropout 0.05")
 
 
