@@ -223,7 +223,7 @@ class Output:
                 settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
             begun = self.path in files and any(map(os.path.getsize, files))  # not mktemp's file
-            check_settings(settings_file(args.out), settings, begun, run=args.run)
+            check_settings(sibling(args.out, "settings.json"), settings, begun, run=args.run)
             if not begun:  # --out was deleted: what an earlier run set aside is not done
                 Path(self.rejected).unlink(missing_ok=True)
             self.kept, self.aside = RowWriter(self.path), RowWriter(self.rejected)

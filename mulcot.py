@@ -2479,9 +2479,8 @@ def run_info(script, argv=None):
 
 
 def settings_file(out):
-    """Where a stage keeps what it was started with: in its folder, or beside its rows."""
-    if str(out).endswith(".jsonl"):
-        return sibling(out, "settings.json")
+    """Where a stage that fills a folder keeps what it was started with; rows have it beside them,
+    in NAME.settings.json."""
     return Path(out, "settings.json")
 
 

@@ -1,9 +1,15 @@
-"""Shared by all tests: the project on the path, no network, toy posts and random tiny models."""
+"""Shared by all tests: the project on the path, no network, toy posts and random tiny models, and
+the one fake server."""
 
+import json
 import os
 import signal
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # loaders must not wait for a network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers are those of a CPU in fp32
@@ -67,3 +73,76 @@ def posts(toy):
 def student(toy):
     """(random tiny student in eval mode, its Processor); tests must leave it as they found it."""
     return mulcot.load_model(toy / "student")
+
+
+# ---- the fake server
+
+KEY = "sk-secret-0123456789"
+
+
+def chat(content, finish="stop", tokens=None, **choice):
+    """The body of a chat-completions reply; `choice`: more of its only choice."""
+    choice |= dict(message=dict(content=content), finish_reason=finish)
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), tokens or ()))
+    return dict(choices=[choice], usage=usage)
+
+
+def torn(body):
+    """A reply that ends before the length that it announces."""
+    return 200, body, {"Content-Length": "99999"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as server.plan says."""
+
+    protocol_version = "HTTP/1.1"  # keeps connections open
+    disable_nagle_algorithm = True  # else each answer waits for the client's acknowledgement
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = SimpleNamespace(path=self.path, headers=dict(self.headers), body=body,
+                                prompt=body["messages"][-1]["content"][-1]["text"],
+                                connection=self.client_address, at=time.monotonic())
+        with self.server.lock:
+            self.server.asked.append(asked)
+            plan = self.server.plan
+            reply = plan if callable(plan) else plan.pop(0)
+        if callable(reply):
+            reply = reply(asked)
+        if reply is None:
+            self.close_connection = True
+            return
+        status, text, headers = (200, reply, {}) if isinstance(reply, dict) else (*reply, {})[:3]
+        data = text.encode() if isinstance(text, str) else json.dumps(text).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+        self.close_connection = "Content-Length" in headers
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(plan) -> a server on this machine; server.url ends in /v1, server.asked holds what was
+    asked. plan: a list of replies in turn, or one function for all. A reply: a body (an object),
+    (status, body, headers), None (the connection closes without a word) or a function of what was
+    asked, which gives one of these and may sleep. The environment holds KEY."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    servers = []
+
+    def start(plan):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.plan, server.asked, server.lock = plan, [], threading.Lock()
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,26 +1,33 @@
-"""The teacher: two stages with retries, the toy teacher, a real local server, resumed runs."""
+"""The teacher: the dialogue of its two stages, the client against a server on this machine, the
+stage with the toy teacher, resumed runs."""
 
 import base64
 import io
 import json
-import threading
+import shutil
+import time
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import KEY, chat, torn
 from PIL import Image, PngImagePlugin
 
 import generate
 import toy
-from mulcot import (FIELDS, Answer, Endpoint, InputError, Post, Refused, Request, build_messages,
-                    data_url, parse_reasoning, read_rows, render_reasoning, sibling, two_stage_cot)
+from generate import Endpoint
+from mulcot import (FIELDS, Answer, InputError, Post, Refused, Request, build_messages,
+                    parse_reasoning, read_rows, render_reasoning, sibling, two_stage_cot)
 
 POST = Post("1", "so lovely", None, "Rex", "positive")
 
 
 def chain(label):
     return render_reasoning({k: f"{k} says so" for k in FIELDS} | {"Prediction": label})
+
+
+def cut(text):
+    return Answer(text, "length")
 
 
 RIGHT, WRONG, PART = chain("positive"), chain("negative"), '"Text_analysis": "x"'
@@ -40,46 +47,57 @@ def drive(answers, **options):
     return asked, row
 
 
-def stages(asked):
-    """1 or 2 per request: 2 where the prompt holds the label."""
-    prompts = [r.messages[-1]["content"][-1]["text"] for r in asked]
-    return [2 if "Given sentiment: positive" in p else 1 for p in prompts]
-
-
 # ---- the dialogue
 
-
-def test_right_at_once():
-    """A right answer is kept after one question, and the question does not hold the label."""
-    asked, row = drive([RIGHT])
-    assert stages(asked) == [1] and asked[0].temperature == 0.0 and asked[0].post is POST
-    assert (row["stage"], row["tries"], row["problem"]) == (1, 1, None)
-    assert row["cot"] == row["raw"] == RIGHT and row["prediction"] == "positive"
-
-
-def test_wrong_goes_to_stage_two_at_once():
-    """A whole but wrong answer is not asked for again; the label is then given."""
-    asked, row = drive([WRONG, RIGHT])
-    assert stages(asked) == [1, 2] and [r.temperature for r in asked] == [0.0, 0.0]
-    assert (row["stage"], row["tries"], row["cot"]) == (2, 2, RIGHT)
-    assert row["attempts"][0]["problem"] == "predicts negative, label is positive"
-
-
-def test_incomplete_is_asked_again_with_more_heat():
-    """A retry changes something, and each stage has its own max_tries."""
-    asked, row = drive([PART, "", "no", PART, PART, RIGHT], max_tries=3)
-    assert stages(asked) == [1, 1, 1, 2, 2, 2]
-    assert [r.temperature for r in asked] == [0.0, 0.4, 0.8] * 2
-    assert (row["stage"], row["tries"], row["cot"]) == (2, 6, RIGHT)
+# answers, options -> per request: stage, temperature, token budget; what was said unaided
+DIALOGUES = {
+    "right at once": ([RIGHT], {}, [1], [0], [512], "positive"),
+    "wrong: the label is given": ([WRONG, RIGHT], {}, [1, 2], [0, 0], [512] * 2, "negative"),
+    "incomplete: asked again with more heat": (
+        [PART, "", "no", PART, PART, RIGHT], {}, [1, 1, 1, 2, 2, 2], [0, 0.4, 0.8] * 2, [512] * 6,
+        None),
+    "cut off, though it parses: twice the budget": (
+        [cut(RIGHT), cut(WRONG), RIGHT], dict(max_tokens=100), [1] * 3, [0, 0.4, 0.8],
+        [100, 200, 400], "positive"),
+    "the budget of stage 2 starts anew": (
+        [cut(PART), WRONG, RIGHT], dict(max_tokens=64), [1, 1, 2], [0, 0.4, 0], [64, 128, 64],
+        "negative"),
+    "stage 2 contradicts its label: asked again, set aside": (
+        [WRONG, WRONG, chain("neutral"), PART], {}, [1, 2, 2, 2], [0, 0, 0.4, 0.8], [512] * 4,
+        "negative"),
+    "each stage has its tries": ([PART, WRONG], dict(max_tries=1), [1, 2], [0, 0], [512] * 2, None),
+    "no stage 2": ([WRONG], dict(stage2=False), [1], [0], [512], "negative"),
+    "no stage 2, asked again": (
+        [PART, RIGHT], dict(stage2=False), [1, 1], [0, 0.4], [512] * 2, "positive")}
 
 
-def test_truncated_gets_twice_the_budget():
-    """A cut answer counts as bad even if it parses, right or wrong; the next may be longer."""
-    for cut in (RIGHT, WRONG, PART):
-        asked, row = drive([Answer(cut, "length"), Answer(cut, "length"), RIGHT], max_tokens=100)
-        assert stages(asked) == [1, 1, 1] and [r.max_tokens for r in asked] == [100, 200, 400]
-        assert all("truncated" in a["problem"] for a in row["attempts"][:2])
-        assert (row["cot"], row["stage"], row["tries"]) == (RIGHT, 1, 3)
+@pytest.mark.parametrize("answers, options, stages, temperatures, budgets, unaided",
+                         DIALOGUES.values(), ids=DIALOGUES)
+def test_dialogue(answers, options, stages, temperatures, budgets, unaided):
+    """What is asked, with what, and what is kept: only stage 2's questions hold the label, and
+    every attempt stays on record with what it predicted, right or wrong."""
+    asked, row = drive(answers, **options)
+    prompts = [request.messages[-1]["content"][-1]["text"] for request in asked]
+    assert [1 + ("Given sentiment: positive" in prompt) for prompt in prompts] == stages
+    assert [request.temperature for request in asked] == temperatures
+    assert [request.max_tokens for request in asked] == budgets
+    kept = answers[-1] == RIGHT
+    assert row["cot"] == (RIGHT if kept else None) and (row["problem"] is None) == kept
+    assert (row["stage"], row["tries"]) == (stages[-1], len(answers))
+    assert row["unaided_prediction"] == unaided
+    for attempt, answer, stage, heat in zip(row["attempts"], answers, stages, temperatures):
+        text = getattr(answer, "text", answer)
+        assert (attempt["raw"], attempt["stage"], attempt["temperature"]) == (text, stage, heat)
+        assert attempt["prediction"] == parse_reasoning(text).prediction
+
+
+def test_problems_are_named():
+    """Of each attempt; the row has the last one's."""
+    row = drive([WRONG, cut(RIGHT), chain("neutral"), PART])[1]
+    problems = [attempt["problem"] for attempt in row["attempts"]]
+    assert problems[:3] == ["predicts negative, label is positive", "truncated",
+                            "predicts neutral, label is positive"]
+    assert row["problem"] == problems[3] and "missing Image" in problems[3]
 
 
 def test_a_refused_retry_loses_nothing():
@@ -97,39 +115,11 @@ def test_a_refused_retry_loses_nothing():
         two_stage_cot([POST], ask, max_tokens=101)
 
 
-def test_budget_starts_anew_in_stage_two():
-    """The doubled budget is for the answers of one stage."""
-    asked, _ = drive([Answer(PART, "length"), WRONG, RIGHT], max_tokens=64)
-    assert [r.max_tokens for r in asked] == [64, 128, 64]
-
-
-def test_stage_two_contradiction_is_asked_again_then_set_aside():
-    """A chain that contradicts its given label is never kept; every attempt stays on record."""
-    asked, row = drive([WRONG, WRONG, chain("neutral"), PART], max_tries=3)
-    assert stages(asked) == [1, 2, 2, 2] and [r.temperature for r in asked[1:]] == [0.0, 0.4, 0.8]
-    assert row["cot"] is None and row["prediction"] is None and row["tries"] == 4
-    assert [a["raw"] for a in row["attempts"]] == [WRONG, WRONG, chain("neutral"), PART]
-    assert [a["stage"] for a in row["attempts"]] == [1, 2, 2, 2]
-    assert [a["temperature"] for a in row["attempts"]] == [0.0, 0.0, 0.4, 0.8]
-    assert [a["problem"] for a in row["attempts"][:3]] == [
-        f"predicts {x}, label is positive" for x in ("negative", "negative", "neutral")]
-    assert row["problem"] == row["attempts"][-1]["problem"] and "Image" in row["problem"]
-
-
-def test_without_stage_two():
-    """The ablation stops after stage 1 and never gives the label."""
-    asked, row = drive([WRONG], stage2=False)
-    assert stages(asked) == [1] and row["cot"] is None and row["stage"] == 1
-    assert drive([PART, RIGHT], stage2=False)[1]["cot"] == RIGHT
-
-
 def test_tokens_are_added_up():
     """What failed attempts cost counts too."""
     costs = ((PART, 10, 1), (WRONG, 20, 2), (RIGHT, 40, 4))
     row = drive([Answer(text, "stop", *cost) for text, *cost in costs])[1]
     assert (row["tokens_in"], row["tokens_out"]) == (70, 7)
-    row = drive([Answer(WRONG, "stop", 5, 3)], stage2=False)[1]
-    assert (row["tokens_in"], row["tokens_out"]) == (5, 3)
 
 
 def test_kept_chain_has_the_one_written_form():
@@ -147,16 +137,9 @@ def many(tmp_path_factory):
     return toy.toy_posts(tmp_path_factory.mktemp("many"), dict(train=500), seed=2)
 
 
-def ask_toy(teacher, posts, task="predict"):
-    """The texts of its answers."""
-    golds = [post.label if task == "explain" else None for post in posts]
-    answers = teacher([Request(post, build_messages(post, task, gold), 0.0, 512)
-                       for post, gold in zip(posts, golds)])
-    return [answer.text for answer in answers]
-
-
 def test_batched_equals_one_by_one(many):
-    """Many posts at once give the rows of each alone, and are asked about in batches."""
+    """Many posts at once give the rows of each alone, and are asked about in batches; a teacher
+    that answers too few requests is a broken invariant, not a shifted row."""
     posts, teacher, sizes = many[:60], toy.ToyTeacher(seed=1), []
 
     def ask(requests):
@@ -166,298 +149,238 @@ def test_batched_equals_one_by_one(many):
     together = two_stage_cot(posts, ask)
     assert sizes[0] == 60 > sizes[1] > 0
     assert together == [row for post in posts for row in two_stage_cot([post], ask)]
-
-
-def test_one_answer_for_each_request():
-    """A teacher that answers too few requests is a broken invariant, not a shifted row."""
     with pytest.raises(ValueError, match="shorter"):
-        two_stage_cot([POST, Post("2", "t", label="positive")], lambda requests: [Answer(RIGHT)])
+        two_stage_cot(posts, lambda requests: teacher(requests)[1:])
 
 
-def test_toy_teacher_is_right_as_its_skill_says(many):
-    """About 60 % right unaided; some answers are malformed."""
-    parsed = [parse_reasoning(text) for text in ask_toy(toy.ToyTeacher(), many)]
-    right = sum(r.complete and r.prediction == p.label for r, p in zip(parsed, many)) / len(many)
-    assert 0.52 < right < 0.68
+def test_toy_teacher_errs_as_it_says(many):
+    """Unaided about 60 % right, some answers malformed; given the label it sometimes contradicts
+    it. The same seed answers alike, another seed or skill does not."""
+    def ask(teacher, posts, task="predict"):
+        requests = [Request(p, build_messages(p, task, p.label if task == "explain" else None),
+                            0.0, 512) for p in posts]
+        return [answer.text for answer in teacher(requests)]
+
+    parsed = [parse_reasoning(text) for text in ask(toy.ToyTeacher(), many)]
+    assert 260 < sum(r.complete and r.prediction == p.label for r, p in zip(parsed, many)) < 340
     assert 5 < sum(not r.complete for r in parsed) < 60
-
-
-def test_toy_teacher_sometimes_contradicts_the_given_label(many):
-    """Given the label it nearly always follows it, but not always."""
-    parsed = [parse_reasoning(text) for text in ask_toy(toy.ToyTeacher(), many, "explain")]
-    odd = sum(r.complete and r.prediction != p.label for r, p in zip(parsed, many))
-    assert 5 < odd < 60
-
-
-def test_toy_teacher_is_deterministic(many):
-    """The same seed answers alike, another seed or skill does not."""
-    texts = {key: ask_toy(toy.ToyTeacher(*key), many[:50])
-             for key in ((0.6, 0), (0.6, 1), (1.0, 0))}
-    assert texts[0.6, 0] == ask_toy(toy.ToyTeacher(0.6, 0), many[:50])
-    assert len(set(map(tuple, texts.values()))) == 3
-    labels = [parse_reasoning(text).prediction for text in texts[1.0, 0]]
-    assert all(x in (p.label, None) for x, p in zip(labels, many))
-
-
-def test_toy_teacher_refuses_other_posts():
-    """It can only answer for posts whose drawn facts it knows."""
-    with pytest.raises(InputError, match="post 1: .*--endpoint"):
-        ask_toy(toy.ToyTeacher(), [POST])
+    parsed = [parse_reasoning(text) for text in ask(toy.ToyTeacher(), many, "explain")]
+    assert 5 < sum(r.complete and r.prediction != p.label for r, p in zip(parsed, many)) < 60
+    texts = [ask(toy.ToyTeacher(*key), many[:50]) for key in ((0.6, 0), (0.6, 1), (1.0, 0))]
+    assert texts[0] == ask(toy.ToyTeacher(0.6, 0), many[:50])
+    assert len(set(map(tuple, texts))) == 3
 
 
 # ---- a server on this machine
 
-KEY = "sk-secret-123456"
-GOOD = dict(choices=[dict(message=dict(content=RIGHT), finish_reason="stop")],
-            usage=dict(prompt_tokens=9, completion_tokens=4))
-
-
-def reply(content, finish="stop"):
-    return dict(choices=[dict(message=dict(content=content), finish_reason=finish)])
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers with the next item of server.script: (status, body[, headers]), "reset" or "half"."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.seen.append((self.path, dict(self.headers), body))
-        item = self.server.script.pop(0)
-        if item == "reset":
-            self.connection.close()
-            return
-        status, body, headers = (200, GOOD, {}) if item == "half" else (*item, {})[:3]
-        body = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if item == "half" else body)
-        self.close_connection = item == "half"
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(*script) -> (Endpoint, server); server.seen holds requests, server.waits pauses."""
-    servers, waits = [], []
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-    def start(*script, **options):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.script, server.seen, server.waits = list(script), [], waits
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        url = f"http://127.0.0.1:{server.server_port}/v1/"
-        endpoint = Endpoint(url, "big-model", timeout=5, **options)
-        endpoint.pause = waits.append
-        return endpoint, server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+GOOD = chat(RIGHT, tokens=(9, 4))
 
 
 def question(post=POST):
     return Request(post, build_messages(post, "predict"), 0.4, 77)
 
 
-def test_endpoint_request_and_answer(serve):
-    """One POST to chat/completions with the model, the prompt and the budget; tokens come back."""
-    endpoint, server = serve((200, GOOD))
+@pytest.fixture
+def connect(serve):
+    """connect(plan) -> (Endpoint, its server); endpoint.waits holds the pauses, none is made."""
+    def start(plan, **options):
+        server = serve(plan)
+        endpoint = Endpoint(server.url, "big-model", **(dict(timeout=5) | options))
+        endpoint.waits = []
+        endpoint.pause = endpoint.waits.append
+        return endpoint, server
+
+    return start
+
+
+@pytest.mark.parametrize("key", [KEY, ""])
+def test_request_and_answer(connect, monkeypatch, key):
+    """One POST to chat/completions with the model, the prompt and the budget; tokens come back. The
+    key travels in its header and nowhere else; a local server needs none."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    endpoint, server = connect([GOOD])
     assert endpoint(question()) == Answer(RIGHT, "stop", 9, 4)
-    (path, headers, body), = server.seen
-    sent = json.loads(body)
-    assert path == "/v1/chat/completions" and server.waits == []
-    assert (sent["model"], sent["temperature"], sent["max_tokens"]) == ("big-model", 0.4, 77)
-    assert sent["messages"] == question().messages
+    (asked,) = server.asked
+    assert asked.path == "/v1/chat/completions" and endpoint.waits == []
+    assert asked.body == dict(model="big-model", temperature=0.4, max_tokens=77,
+                              messages=question().messages)
+    assert asked.headers.pop("Authorization", "") == (f"Bearer {key}" if key else "")
+    assert KEY not in str(vars(asked))
 
 
 TROUBLE = {
     "too many": (429, "slow down"), "server error": (500, "oops"), "bad gateway": (502, "<html>"),
-    "conflict": (409, ""), "time-out": (408, ""), "reset": "reset", "half a body": "half",
-    "html page": (200, "<html>hello</html>"), "body twice": (200, json.dumps(GOOD) * 2),
-    "no body": (200, ""), "no choices": (200, {}),
-    "empty choices": (200, dict(choices=[])), "a list": (200, []), "null": (200, None),
+    "conflict": (409, ""), "time-out": (408, ""), "connection closed": None,
+    "half a body": torn(GOOD), "html page": (200, "<html>hello</html>"), "no body": (200, ""),
+    "no choices": (200, {}), "empty choices": chat("") | dict(choices=[]), "null": (200, None),
     "error with 200": (200, dict(error=dict(message="busy"))),
-    "null choice": (200, dict(choices=[None])),
-    "null message": (200, dict(choices=[dict(message=None)])),
-    "content as object": (200, reply(dict(a=1))), "content as number": (200, reply(5)),
-    "odd content parts": (200, reply([1, "a"])), "odd usage": (200, reply("x") | dict(usage=[1])),
-}
+    "null message": dict(choices=[dict(message=None)])}
 
 
 @pytest.mark.parametrize("trouble", TROUBLE.values(), ids=TROUBLE)
-def test_endpoint_asks_again(serve, trouble):
+def test_asked_again(connect, trouble):
     """A passing trouble costs one pause and one more request, nothing else."""
-    endpoint, server = serve(trouble, (200, GOOD))
-    assert endpoint(question()).text == RIGHT
-    assert len(server.seen) == 2 and len(server.waits) == 1 and 0.4 < server.waits[0] <= 1
+    endpoint, server = connect([trouble, GOOD])
+    assert endpoint(question()).text == RIGHT and sum(endpoint.retries.values()) == 1
+    assert len(server.asked) == 2 and len(endpoint.waits) == 1 and 0.4 < endpoint.waits[0] <= 1
 
 
-def test_endpoint_backs_off_and_gives_up(serve):
+def test_a_silent_server_is_asked_again(connect):
+    """After --timeout seconds without a byte."""
+    endpoint, server = connect([lambda asked: time.sleep(2.5), GOOD], timeout=1)
+    assert endpoint(question()).text == RIGHT and len(server.asked) == 2
+
+
+def test_back_off_and_giving_up(connect):
     """Pauses grow, their number is bounded, and the error says how to go on."""
-    endpoint, server = serve(*[(503, "full")] * 4, max_retries=3)
+    endpoint, server = connect([(503, "full")] * 4, max_retries=3)
     with pytest.raises(InputError, match="failed 4 times, last: HTTP 503: full; run again"):
         endpoint(question())
-    assert len(server.seen) == 4 and len(server.waits) == 3
-    assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(server.waits))
+    assert len(server.asked) == 4 and len(endpoint.waits) == 3
+    assert all(2**i / 2 - 0.1 <= wait <= 2**i for i, wait in enumerate(endpoint.waits))
 
 
-def test_endpoint_honours_retry_after(serve):
-    """The server's wish in seconds, or as a date, is the least that we wait."""
+def test_retry_after(connect):
+    """The server's wish in seconds, or as a date, is the least that we wait; hours are not waited
+    for."""
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)
-    wishes = ["17", "2.5", date, "soon"]
-    endpoint, server = serve(*[(429, "", {"Retry-After": w}) for w in wishes], (200, GOOD))
-    assert endpoint(question()).text == RIGHT
-    assert all(wait > least - 0.1 for wait, least in zip(server.waits, [17, 2.5, 80, 4]))
-    assert len(server.waits) == 4
+    plan = [(429, "", {"Retry-After": wish}) for wish in ("17", "2.5", date, "soon", "7200")]
+    endpoint, _ = connect([*plan[:4], GOOD])
+    assert endpoint(question()).text == RIGHT and len(endpoint.waits) == 4
+    assert all(wait > least - 0.1 for wait, least in zip(endpoint.waits, [17, 2.5, 80, 4]))
+    with pytest.raises(InputError, match="asks to wait 7200 s"):
+        connect(plan[4:])[0](question())
 
 
 @pytest.mark.parametrize("sent, text, finish", [
-    (reply(None), "", "stop"), (reply("cut", "length"), "cut", "length"),
-    (reply([dict(type="text", text="a"), dict(type="text", text="b")]), "ab", "stop"),
-    (reply("x", None), "x", "stop"), (dict(choices=[dict(message={})]), "", "stop")])
-def test_endpoint_reads_odd_replies(serve, sent, text, finish):
+    (chat(None), "", "stop"), (chat("cut", "length"), "cut", "length"),
+    (chat("x", None), "x", "stop"),
+    (chat([dict(type="text", text="a"), dict(type="text", text="b")]), "ab", "stop"),
+    (dict(choices=[dict(message={})]), "", "stop")])
+def test_odd_replies(connect, sent, text, finish):
     """Null content is an empty answer, parts are joined, and truncation is reported."""
-    answer = serve((200, sent))[0](question())
+    answer = connect([sent])[0](question())
     assert (answer.text, answer.finish, answer.tokens_in) == (text, finish, 0)
 
 
-@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 302])
-def test_endpoint_refusals_are_final(serve, status):
-    """A refusal ends the run with the server's words and without the key."""
-    words = f"no model big-model for key {KEY}"
-    endpoint, server = serve((status, dict(error=words), {"Location": "http://example.invalid"}))
-    with pytest.raises(InputError) as error:
+@pytest.mark.parametrize("status, kind", [
+    (400, Refused), (403, Refused), (401, InputError), (402, InputError), (404, InputError),
+    (302, InputError)])
+def test_refusals_are_final(connect, status, kind):
+    """The server's words come back; what no other post would change ends the run."""
+    refusal = (status, dict(error="no model big-model"), {"Location": "http://example.invalid"})
+    endpoint, server = connect([refusal])
+    with pytest.raises(InputError, match=f"HTTP {status}.*no model big-model") as error:
         endpoint(question())
-    assert f"HTTP {status}" in str(error.value) and "no model big-model" in str(error.value)
-    assert KEY not in str(error.value) and len(server.seen) == 1 and server.waits == []
+    assert type(error.value) is kind and len(server.asked) == 1 and endpoint.waits == []
 
 
-def test_extra_body_is_merged_and_null_removes(serve):
+def test_extra_body_is_merged_and_null_removes(connect):
     """What a reasoning model wants: other keys, and none of those it refuses."""
     extra = {"max_tokens": None, "max_completion_tokens": 900, "temperature": None,
              "chat_template_kwargs": {"enable_thinking": False}}
-    endpoint, server = serve((200, GOOD), extra_body=extra)
+    endpoint, server = connect([GOOD], extra_body=extra)
     endpoint(question())
-    sent = json.loads(server.seen[0][2])
+    sent = server.asked[0].body
     assert sent.keys() == {"model", "messages", "max_completion_tokens", "chat_template_kwargs"}
     assert sent["max_completion_tokens"] == 900
 
 
-@pytest.mark.parametrize("words", [
-    "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
-    "'max_completion_tokens' instead.",
-    "Unsupported value: 'temperature' does not support 0.4 with this model."])
-def test_what_a_reasoning_model_refuses_names_the_remedy(serve, words):
+@pytest.mark.parametrize("words, remedy", [
+    ("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+     "'max_completion_tokens' instead.", "--extra-body .*max_completion_tokens.*temperature"),
+    ("Unsupported value: 'temperature' does not support 0.4 with this model.", "--extra-body"),
+    ("Unsupported parameter: 'logprobs' is not supported with this model.", "say --no-logprobs")])
+def test_what_a_model_does_not_know_names_the_remedy(connect, words, remedy):
     """All posts would be refused alike, so the stage ends at the first, with what to type."""
-    endpoint, server = serve((400, dict(error=dict(message=words))))
-    with pytest.raises(InputError, match="max_completion_tokens.*temperature") as error:
-        endpoint(question())
-    assert type(error.value) is InputError and "--extra-body" in str(error.value)
+    with pytest.raises(InputError, match=remedy) as error:
+        connect([(400, dict(error=dict(message=words)))])[0](question())
+    assert type(error.value) is InputError
 
 
-def test_a_server_without_logprobs_is_not_told_of_reasoning_models(serve):
-    """The flag that helps depends on the parameter that the server does not know."""
-    words = "Unsupported parameter: 'logprobs' is not supported with this model."
-    endpoint, server = serve((400, dict(error=dict(message=words))))
-    with pytest.raises(InputError, match="--no-logprobs") as error:
-        endpoint(question())
-    assert "--extra-body" not in str(error.value)
+def test_the_key_comes_back_in_no_text(connect, monkeypatch):
+    """Not in an answer, its tokens or an error, which is shortened after the key is taken out. A
+    key like vLLM's EMPTY or x is no secret."""
+    token = dict(token=KEY, top_logprobs=[dict(token=KEY, logprob=-0.1)])
+    answer = connect([chat(f"key {KEY}", logprobs=dict(content=[token]))])[0](question())
+    assert answer.text == "key ***" and answer.logprobs == [("***", {"***": -0.1})]
+    for status, before in ((503, 0), (401, 0), (401, 285), (401, 290), (401, 297)):
+        with pytest.raises(InputError) as error:
+            connect([(status, "." * before + KEY)], max_retries=0)[0](question())
+        assert "sk-" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert connect([chat("exact")])[0](question()).text == "exact"
 
 
-def test_key_travels_in_its_header_only(serve):
-    """Authorization and nothing else: no other header, path or body."""
-    endpoint, server = serve((200, GOOD))
-    endpoint(question())
-    (path, headers, body), = server.seen
-    assert headers.pop("Authorization") == f"Bearer {KEY}"
-    assert KEY not in path + repr(headers) + body.decode()
-
-
-def test_no_key_no_header(serve, monkeypatch):
-    """Local servers need no key, and then none is sent."""
-    monkeypatch.delenv("OPENAI_API_KEY")
-    endpoint, server = serve((200, GOOD))
-    endpoint(question())
-    assert "Authorization" not in server.seen[0][1]
-
-
-@pytest.mark.parametrize("before", [285, 290, 297])
-def test_a_cut_error_text_shows_no_part_of_the_key(serve, before):
-    """The server's words are shortened after the key is removed, not before."""
-    endpoint, _ = serve((401, "." * before + KEY))
-    with pytest.raises(InputError) as error:
-        endpoint(question())
-    assert "sk-" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", [KEY + "\n", " " + KEY, KEY[:6] + "\n" + KEY[6:], KEY + "\u2026"])
-def test_malformed_key_is_not_shown(serve, monkeypatch, key):
-    """A key with a line break or an odd character never ends up in an error text."""
+@pytest.mark.parametrize("key", [KEY[:6] + "\n" + KEY[6:], KEY + "\u2026"])
+def test_a_malformed_key_is_not_shown(monkeypatch, key):
+    """A line break or an odd character within; blanks around a key do no harm."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    try:
-        serve((200, GOOD), max_retries=1)[0](question())
-    except InputError as error:
-        assert "sk-se" not in str(error) and "123456" not in str(error)
+    with pytest.raises(InputError) as error:
+        Endpoint("https://host.example/v1", "m")
+    assert "OPENAI_API_KEY" in str(error.value) and "sk-" not in str(error.value)
 
 
-def test_images_travel_upright_and_bare(serve, tmp_path):
-    """A data URL of the upright picture, without its EXIF (and so without GPS), shrunk."""
+def test_the_environment_gives_no_proxy_and_no_netrc(serve, monkeypatch, tmp_path):
+    """The key is sent to the endpoint alone, two questions over one connection; --proxy is used."""
+    proxy, server = serve([GOOD]), serve([GOOD, GOOD])
+    url = proxy.url.removesuffix("/v1")
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login evil password evil\n")
+    for name, value in dict(HOME=str(tmp_path), HTTP_PROXY=url, http_proxy=url, ALL_PROXY=url,
+                            OPENAI_API_KEY=f" {KEY}\n").items():
+        monkeypatch.setenv(name, value)
+    endpoint = Endpoint(server.url, "m")
+    assert endpoint(question()) == endpoint(question()) and proxy.asked == []
+    first, second = server.asked
+    assert first.headers["Authorization"] == f"Bearer {KEY}"
+    assert first.connection == second.connection
+    through = Endpoint("http://host.invalid/v1", "m", allow_http=True, proxy=url)
+    assert through(question()).text == RIGHT
+    assert proxy.asked[0].path == "http://host.invalid/v1/chat/completions"
+
+
+def test_images_travel_upright_and_bare(connect, tmp_path):
+    """Data URLs of the upright pictures, shrunk, without EXIF (and so GPS), a JPEG's comment or a
+    PNG's chunk behind the pixels."""
     exif, image = Image.Exif(), Image.new("RGB", (2000, 1000), "blue")
     image.paste("red", (0, 0, 1000, 1000))
-    exif[0x0112], exif[0x010F] = 6, "CameraMaker"
+    exif[0x0112], exif[0x010F] = 6, "at home"
     exif.get_ifd(0x8825)[1] = "N"
-    image.save(tmp_path / "x.jpg", exif=exif)
-    assert Image.open(tmp_path / "x.jpg").getexif().get_ifd(0x8825)
-    endpoint, server = serve((200, GOOD))
-    endpoint(question(Post("1", "t", str(tmp_path / "x.jpg"))))
-    part, words = json.loads(server.seen[0][2])["messages"][0]["content"]
-    start, _, data = part["image_url"]["url"].partition(",")
-    raw = base64.b64decode(data)
-    got = Image.open(io.BytesIO(raw))
-    assert (part["type"], words["type"], start) == ("image_url", "text", "data:image/jpeg;base64")
-    assert got.size == (560, 1120)
-    assert got.getpixel((280, 9))[0] > 200 > got.getpixel((280, 1100))[0]
-    assert not got.getexif() and b"Exif" not in raw and b"CameraMaker" not in raw
+    image.save(tmp_path / "a.jpg", exif=exif, comment=b"at home")
+    text = PngImagePlugin.PngInfo()
+    text.add(b"teXt", b"Comment\0at home", after_idat=True)
+    image.save(tmp_path / "b.png", pnginfo=text)
+    files = [tmp_path / "a.jpg", tmp_path / "b.png"]
+    assert all(b"at home" in file.read_bytes() for file in files)
+    endpoint, server = connect([GOOD])
+    endpoint(question(Post("1", "t", frames=list(map(str, files)))))
+    *parts, words = server.asked[0].body["messages"][0]["content"]
+    urls = [part["image_url"]["url"].partition(",") for part in parts]
+    assert words["type"] == "text" and {start for start, _, _ in urls} == {"data:image/jpeg;base64"}
+    raw = [base64.b64decode(data) for _, _, data in urls]
+    assert not any(b"at home" in data or b"Exif" in data for data in raw)
+    upright, wide = (Image.open(io.BytesIO(data)) for data in raw)
+    assert upright.size == (560, 1120) and wide.size == (1120, 560)
+    assert upright.getpixel((280, 9))[0] > 200 > upright.getpixel((280, 1100))[0]
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.1/v1", "http://host.example/v1", "ftp://host/v1",
-                                 "http://localhost.evil.example/v1", "host/v1", "",
-                                 "http://127.0.0.1@evil.example/v1", "file:///etc/hostname",
-                                 "https://[half", "https://", "http://localhost:port/v1",
-                                 "http://evil.example\\@127.0.0.1/v1"])
-def test_plain_http_to_others_is_refused(url):
+@pytest.mark.parametrize("url", ["http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1",
+                                 "ftp://host/v1", "", "https://"])
+def test_addresses_that_are_refused(url):
     """Posts and key go in the clear only to this machine, or when asked for."""
     with pytest.raises(InputError, match="--endpoint"):
         Endpoint(url, "m")
 
 
 @pytest.mark.parametrize("url", ["https://host.example/v1", "http://localhost:8000/v1",
-                                 "http://127.0.0.1/v1", "http://[::1]:8000/v1"])
-def test_allowed_urls(url):
+                                 "http://127.0.0.1/v1/", "http://[::1]:8000/v1"])
+def test_allowed_addresses(url):
     """https anywhere, http on this machine; --allow-http lifts the rule."""
-    assert Endpoint(url, "m").url == f"{url}/chat/completions"
+    assert Endpoint(url, "m").url == f"{url.rstrip('/')}/chat/completions"
     assert Endpoint("http://10.0.0.1/v1", "m", allow_http=True).url.startswith("http://10.")
 
 
 # ---- the stage
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """posts.jsonl with 150 training and 10 test posts, and one bad row."""
-    folder = tmp_path_factory.mktemp("data")
-    posts = toy.toy_posts(folder / "images", dict(train=150, test=10), seed=4)
-    lines = [json.dumps(p.row()) for p in posts]
-    (folder / "posts.jsonl").write_text("\n".join([*lines, '{"id": "bad"}']) + "\n")
-    return folder / "posts.jsonl"
 
 
 def teach(data, out, *more):
@@ -465,9 +388,22 @@ def teach(data, out, *more):
                      "--batch", "16", *more])
 
 
-def untimed(path):
-    """The rows without their seconds, order and key order included."""
-    return [json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in read_rows(path)]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """posts.jsonl with 150 training and 10 test posts, and one bad row."""
+    folder = tmp_path_factory.mktemp("data")
+    posts = toy.toy_posts(folder / "images", dict(train=150, test=10), seed=4)
+    lines = [json.dumps(p.columns | p.row()) for p in posts]
+    (folder / "posts.jsonl").write_text("\n".join([*lines, '{"id": "bad"}']) + "\n")
+    return folder / "posts.jsonl"
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A finished run's folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert teach(data, folder / "c.jsonl") == 0
+    return folder
 
 
 def test_stage_writes_chains_and_rejects(data, tmp_path, capsys):
@@ -483,8 +419,9 @@ def test_stage_writes_chains_and_rejects(data, tmp_path, capsys):
         assert parse_reasoning(row["cot"]).prediction == row["prediction"] == row["label"]
         assert (row["source"], row["model"], row["problem"]) == ("teacher", "toy-0.6", None)
         assert row["stage"] in (1, 2) and row["tries"] == row["stage"] and row["raw"]
+        assert (row["unaided_prediction"] == row["label"]) == (row["stage"] == 1)
     assert all(a["raw"] and a["problem"] for r in refused for a in r["attempts"])
-    assert all("cot" not in r and r["problem"] for r in refused)
+    assert all("cot" not in r and r["problem"] and "unaided_prediction" in r for r in refused)
     last = capsys.readouterr().out.strip().split("\n")[-1]
     assert last == f"wrote {len(kept)} rows to {out} ({len(aside)} set aside)"
 
@@ -498,68 +435,43 @@ def test_stage_all_splits_and_single_stage(data, tmp_path):
     assert {r["stage"] for r in read_rows(tmp_path / "one")} == {1}
 
 
-def test_stage_resumes(data, tmp_path):
-    """Run again it adds nothing; cut anywhere and run again it ends with the same rows."""
-    out, aside = tmp_path / "c.jsonl", tmp_path / "c.rejects.jsonl"
-    assert teach(data, out) == 0
-    whole, refused, raw = untimed(out), untimed(aside), out.read_bytes()
-    assert teach(data, out) == 0
-    assert out.read_bytes() == raw and untimed(aside) == refused
-    for cut in (len(raw) // 3, len(raw) - 1, 10, 0):
-        out.write_bytes(raw[:cut])
-        assert teach(data, out) == 0
-        assert untimed(out) == whole and untimed(aside) == refused
-
-
-def test_stage_resumes_lost_rejects(data, tmp_path):
-    """A run killed before its first reject was on disk writes the same rejects again."""
-    out, aside = tmp_path / "c.jsonl", tmp_path / "c.rejects.jsonl"
-    assert teach(data, out) == 0
-    whole, refused, raw = untimed(out), untimed(aside), aside.read_bytes()
-    aside.write_bytes(raw[: len(raw) // 2])
-    assert teach(data, out) == 0
-    assert untimed(out) == whole and untimed(aside) == refused
-
-
-def test_stage_keeps_ids_unique(data, tmp_path):
-    """Files that share ids give each id one row (or are refused): ids name posts later on."""
-    out = tmp_path / "c.jsonl"
-    code = toy.main(["teacher", "--data", str(data), str(data), "--out", str(out)])
-    ids = [r["id"] for r in read_rows(out)]
-    assert code == 2 or (code == 0 and len(ids) == len(set(ids)) > 100)
+@pytest.mark.parametrize("name, share", [("c.jsonl", 1.0), ("c.jsonl", 0.3), ("c.jsonl", 0.999),
+                                         ("c.jsonl", 0.0), ("c.rejects.jsonl", 0.5)])
+def test_stage_resumes(data, whole, tmp_path, name, share):
+    """Run again it adds nothing; either file cut anywhere it ends with the same rows."""
+    for file in whole.glob("c.*"):
+        shutil.copy(file, tmp_path)
+    raw = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(raw[: int(share * len(raw))])
+    assert teach(data, tmp_path / "c.jsonl") == 0
+    for file in ("c.jsonl", "c.rejects.jsonl"):
+        want, got = ([dict(r, seconds=0) for r in read_rows(folder / file)]
+                     for folder in (whole, tmp_path))
+        assert json.dumps(got) == json.dumps(want)  # key order too
+    assert share < 1 or (tmp_path / name).read_bytes() == raw
 
 
 def test_stage_needs_posts_it_can_use(data, tmp_path, capsys):
-    """No post of the split, or posts that the toy teacher cannot know: one line, exit code 2."""
-    assert teach(data, tmp_path / "c", "--split", "dev") == 2
-    assert "no post of split 'dev'" in capsys.readouterr().err
+    """No post of the split, ids that two files share, posts that the toy teacher cannot know: one
+    line, exit code 2."""
     own = tmp_path / "own.jsonl"
     own.write_text('{"id": 1, "text": "t", "label": "neutral"}\n')
-    assert teach(own, tmp_path / "d") == 2
-    assert "the toy teacher only knows toy posts" in capsys.readouterr().err
+    for files, more, problem in (([data], ["--split", "dev"], "no post of split 'dev'"),
+                                 ([data, data], [], "occurs in two --data files"),
+                                 ([own], [], "the toy teacher only knows toy posts")):
+        argv = ["teacher", "--data", *map(str, files), "--out", f"{tmp_path}/c", *more]
+        assert toy.main(argv) == 2 and problem in capsys.readouterr().err
 
 
-def test_stage_over_the_wire(serve, tmp_path):
+def test_stage_over_the_wire(serve, tmp_path, monkeypatch):
     """The whole stage against a server: a wrong answer, then the label is sent and explained."""
-    endpoint, server = serve((200, reply(WRONG)), (429, "wait"), (200, GOOD))
+    monkeypatch.setattr("random.uniform", lambda *_: 0.01)
+    server = serve([chat(WRONG), (429, "wait"), GOOD])
     own = tmp_path / "own.jsonl"
     own.write_text('{"id": 1, "text": "t", "label": "positive"}\n')
-    url = endpoint.url.removesuffix("/chat/completions")
-    args = ["teacher", "--data", str(own), "--model", "m", "--out", str(tmp_path / "c")]
-    assert generate.main([*args, "--endpoint", url]) == 0
-    row, = read_rows(tmp_path / "c")
+    assert generate.main(["teacher", "--data", str(own), "--model", "m", "--endpoint", server.url,
+                          "--out", f"{tmp_path}/c"]) == 0
+    (row,) = read_rows(tmp_path / "c")
     assert (row["stage"], row["tries"], row["tokens_in"], row["tokens_out"]) == (2, 2, 9, 4)
-    assert [b"Given sentiment" in body for _, _, body in server.seen] == [False, True, True]
-    assert KEY not in (tmp_path / "c").read_text()
-
-
-def test_no_comment_travels_with_an_image(tmp_path):
-    """A JPEG's comment, a PNG's chunk behind the pixels."""
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", comment=b"at home")
-    text = PngImagePlugin.PngInfo()
-    text.add(b"teXt", b"Comment\0at home", after_idat=True)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png", pnginfo=text)
-    for name in ("a.jpg", "b.png"):
-        assert b"at home" in (tmp_path / name).read_bytes()
-        sent = data_url(tmp_path / name).partition("base64,")[2]
-        assert b"at home" not in base64.b64decode(sent)
+    assert (row["label_conditioned"], row["unaided_prediction"]) == (True, "negative")
+    assert ["Given sentiment" in asked.prompt for asked in server.asked] == [False, True, True]
