@@ -212,8 +212,11 @@ FREE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endp
 
 
 class Output:
-    """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. `done`: ids to skip.
-    Only the first process writes. `model`: who answers, if it is at hand."""
+    """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. Only the first process
+    writes. `model`: who answers, if it is at hand.
+
+    Done again after a kill: posts whose id is in neither file. `done` are the others; a torn last
+    line counts as not written. --out may not go on with other settings or another model."""
 
     def __init__(self, args, rejects, model=None):
         self.path, self.rejected, done = args.out, sibling(args.out, "rejects.jsonl"), set()
@@ -425,7 +428,8 @@ class Endpoint:
                 say(f"asked again: post {request.post.id}: {problem}")
             seconds = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
             ready_at = time.monotonic() + seconds
-            self.waiting = f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in {seconds:.0f} s"
+            self.waiting = (f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in "
+                            f"{seconds:.0f} s")
         error = Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: {problem}")
         error.kind = kind
         raise error
@@ -713,9 +717,9 @@ def soft(args):
     for start in starts:
         examples = [encode(*item, processor) for item in items[start : start + args.batch]]
         names = [SoftLabels.names(example) for example in examples]
-        if not all(soft_labels.parts.keys() >= set(own) for own in names):
+        if not soft_labels.parts.keys() >= set(itertools.chain(*names)):
             soft_labels.write_part(soft_entries(model, processor, examples, names))
-        count += sum(len(own) for own in names)
+        count += sum(map(len, names))
         bar.update()
     bar.close()
     print(f"wrote {sum(gather(count))} entries to {args.out}")
@@ -728,8 +732,8 @@ def soft_entries(model, processor, examples, names):
     entries = {}
     for branch in range(1, int(batch.branch_ids.max()) + 1):
         supervised = batch.supervised(branch)  # (B, T)
-        for row, own in enumerate(names):
-            entries[own[branch - 1]] = hidden[row, supervised[row]].cpu()
+        for row, of_branches in enumerate(names):
+            entries[of_branches[branch - 1]] = hidden[row, supervised[row]].cpu()
     return entries
 
 
@@ -829,9 +833,9 @@ def export(args):
     for name in ("processor_config.json", "video_preprocessor_config.json"):
         file = cached_file(base_of(args.model), name, _raise_exceptions_for_missing_entries=False)
         if file:
-            own = read_json(file)
-            own.pop("image_processor", None)  # it would stand before the sizes of training
-            write_json(Path(part, name), own)
+            config = read_json(file)
+            config.pop("image_processor", None)  # it would stand before the sizes of training
+            write_json(Path(part, name), config)
     os.replace(part, args.out)
     print(f"wrote {args.out}: {count_parameters(model):,} weights in {model.dtype}")
 

@@ -32,7 +32,7 @@ way back to theirs where there is one
     `--max-answer 8192` in train.py and in generate.py soft.
  5. The prompts are our own wording; field names and their order are the paper's. Ours ask the
     teacher for two to four sentences a field and for nothing behind the Prediction.
- 6. MVSA's published files are not read: bring its posts as rows with `split`.
+ 6. MVSA is read in CLMLF's split, the one in print. Their files of it are not released.
   Tokens
  7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
  8. The label's answer is quoted, `"Prediction": "positive"`, as the prompt shows it. Theirs is not.
@@ -441,7 +441,7 @@ def _open_rows(path, images):
     if path.suffix == ".jsonl":
         return _lines(path), json.loads, images
     if path.suffix == ".json":
-        return _json_rows(path), lambda row: row, images
+        return _json_rows(path), lambda row: _json_row(path.stem, row), images
     if path.suffix == ".tsv":
         return _lines(path)[1:], lambda line: _tsv_row(path.stem, line), images
     raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json, .tsv or .csv")
@@ -456,12 +456,26 @@ def _lines(path):
 
 
 def _json_rows(path):
-    """The authors' release: a list of rows."""
+    """A list of rows: the authors' release, or a file of CLMLF's split of MVSA."""
     with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
     if not isinstance(rows, list):
         raise InputError(f"{path} must be a list of rows, as in the authors' release")
+    known = {"label", "emotion_label", "score", *FILES}
+    if not known & set().union(*(row for row in rows if isinstance(row, dict))):
+        print(f"note       {path}: no row has a label or an image ({', '.join(sorted(known))})")
     return [(f"{path}[{n}]", row) for n, row in enumerate(rows)]
+
+
+def _json_row(stem, row):
+    """A row of the authors' release as it is; of MVSA with its label (0 positive, 1 neutral, 2
+    negative), its picture and the split, which is the file's name."""
+    if not isinstance(row, dict) or "emotion_label" not in row:
+        return row
+    if row["emotion_label"] not in (0, 1, 2):
+        raise InputError(f"emotion_label must be 0, 1 or 2, got {row['emotion_label']!r}")
+    label = ("positive", "neutral", "negative")[row["emotion_label"]]
+    return row | dict(label=label, image=f"{row.get('id')}.jpg", split=stem)
 
 
 def _tsv_row(stem, line):
@@ -535,6 +549,14 @@ def _csv_rows(path, folder):
             row["audio"] = f"audio/{name}.wav"
         return row
 
+    # CH-SIMS has scores in [-1, 1], and one of each modality, which MOSI's file may leave empty
+    by_modality = {"label_T", "label_A", "label_V"} <= set(header)
+    if by_modality and len(lines) > 1:
+        rows = [dict(zip(header, next(csv.reader([line.decode("utf-8", "replace")]))))
+                for _, line in lines[1:]]
+        if all(row.get("label_T") and abs(float(row["label"])) <= 1 for row in rows):
+            raise InputError(f"{path} looks like CH-SIMS, with scores in [-1, 1]: prompts and bins "
+                             "here are of [-3, 3]. Multiply its column label by 3 and empty label_T")
     return lines[1:], parse, folder
 
 
@@ -615,7 +637,9 @@ class Reasoning:
     problem: str | None
 
 
-_NAME = "|".join(FIELDS)
+# choice: models write `Text_Analysis`, `text analysis` or `Text-analysis` as well
+_NAME = "(?i:" + "|".join(name.replace("_", "[_ -]") for name in FIELDS) + ")"
+_FIELD_OF = {name.lower(): name for name in FIELDS}
 # A field opens at the start of a line, in Markdown, list or JSON markup, or behind { or , when its
 # name is quoted. Within a sentence its name is text. Bounded repeats keep this linear on any input.
 _HEADING = re.compile(
@@ -636,7 +660,7 @@ def parse_reasoning(text):
     ends = [heading.start() for heading in headings[1:]] + [len(text)]
     fields = {}
     for heading, end in zip(headings, ends):
-        name = heading[1] or heading[2]
+        name = _FIELD_OF[re.sub("[ -]", "_", (heading[1] or heading[2]).lower())]
         value = _clean(text[heading.end() : end], quoted='"' in heading[0])
         fields[name] = value or fields.get(name, "")  # an empty heading takes nothing back
     answer = fields.get("Prediction", "")
@@ -807,6 +831,20 @@ class Refused(InputError):
 # ================================================================================================
 
 
+# How a post becomes a row of tokens, of Qwen2.5-VL (| is where one piece ends):
+#
+#   prefix     <|im_start|>system⏎You are a helpful assistant.<|im_end|>⏎<|im_start|>user⏎
+#              <|vision_start|><|image_pad|> … <|vision_end|> | Judge … Text: so dismal …
+#   branch 1   Answer with these five fields … | <|im_end|>⏎<|im_start|>assistant⏎ |
+#              "Text_analysis": … "Prediction": "positive"<|im_end|>
+#   branch 2   Answer with this field only … | <|im_end|>⏎<|im_start|>assistant⏎ |
+#              "Prediction": "positive"<|im_end|>
+#
+# A *turn* is what the chat template writes around the user's words and the answer; a *branch* is a
+# question with its answer behind the shared prefix. The *shift*: the position before a token is
+# where that token is predicted, so the answer's targets stand one position before the answer.
+
+
 # ---- model families: how an image enters the prompt; all else is common code
 
 # placeholder: an image's token in the chat template, and the token of each of its features; grid:
@@ -955,13 +993,13 @@ class Processor:
         with explaining("the tokenizer's chat template cannot be used"):
             asked = render(messages[:1], add_generation_prompt=True, **options)
             before, tail = asked.split(user)
-            told, end = render(messages, **options).split(answer)
+            answered, end = render(messages, **options).split(answer)
             tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
             cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
         # trap: SmolVLM2 puts a space after "Assistant:"; other templates leave out empty thoughts
-        lead = told.removeprefix(asked) if told.startswith(asked) else ""
+        lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
         return Turn(before[:cut], before[cut:], tail, lead, end)
 
     def text_ids(self, text):
@@ -1108,8 +1146,9 @@ class Batch:
         (B, T'), and which of them are no padding (B, T')."""
         attended = self.attended(branch)
         width = int(attended.sum(1).max())
-        at = attended.int().argsort(dim=1, stable=True)[:, -width:]  # the unattended stand first
-        return at, attended.gather(1, at)
+        order = attended.int().argsort(dim=1, stable=True)  # the unattended stand first
+        places = order[:, -width:]
+        return places, attended.gather(1, places)
 
     def to(self, device):
         moved = copy.copy(self)
@@ -1126,19 +1165,19 @@ def collate(examples, pad_id):
     input_ids, position_ids = torch.full((B, T), pad_id), torch.zeros(3, B, T, dtype=torch.long)
     branch_ids, targets = torch.full((B, T), -1), torch.full((B, T), -100)
     for b, example in enumerate(examples):
-        at = len(example.prefix)
-        input_ids[b, :at] = torch.tensor(example.prefix)
-        position_ids[:, b, :at] = example.position_ids
-        branch_ids[b, :at] = 0
-        first = int(example.position_ids.max()) + 1  # where every branch starts
-        for k, (ids, n_answer) in enumerate(example.branches, 1):
-            end = at + len(ids)
-            input_ids[b, at:end] = torch.tensor(ids)
-            position_ids[:, b, at:end] = torch.arange(first, first + len(ids))
-            branch_ids[b, at:end] = k
+        start = len(example.prefix)
+        input_ids[b, :start] = torch.tensor(example.prefix)
+        position_ids[:, b, :start] = example.position_ids
+        branch_ids[b, :start] = 0
+        position = int(example.position_ids.max()) + 1  # where every branch begins
+        for branch, (ids, n_answer) in enumerate(example.branches, 1):
+            end = start + len(ids)
+            input_ids[b, start:end] = torch.tensor(ids)
+            position_ids[:, b, start:end] = torch.arange(position, position + len(ids))
+            branch_ids[b, start:end] = branch
             if n_answer:  # the only shift in the house: position t learns to predict token t + 1
                 targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
-            at = end
+            start = end
     media = join_media(example.media for example in examples)
     if media.pop("audio", None) is not None:  # sounds are padded instead
         clips = [example.media["audio"] for example in examples if "audio" in example.media]
@@ -1740,13 +1779,13 @@ def _branch_by_branch(model, batch, cache):
     last = int(batch.branch_ids.max())
     hidden = None  # (B, T, D)
     for branch in range(1, last + 1):
-        at, real = batch.alone(branch)  # (B, T')
-        positions = batch.position_ids.gather(2, at.expand(3, -1, -1))
-        own = run_model(model, batch.input_ids.gather(1, at), positions, real.long(),
-                        cache if branch == last else None, **batch.media)  # (B, T', D)
+        places, real = batch.alone(branch)  # (B, T')
+        positions = batch.position_ids.gather(2, places.expand(3, -1, -1))
+        alone = run_model(model, batch.input_ids.gather(1, places), positions, real.long(),
+                          cache if branch == last else None, **batch.media)  # (B, T', D)
         if hidden is None:
-            hidden = own.new_zeros(*batch.input_ids.shape, own.shape[-1])
-        packed = torch.zeros_like(hidden).scatter(1, at[..., None].expand_as(own), own)
+            hidden = alone.new_zeros(*batch.input_ids.shape, alone.shape[-1])
+        packed = torch.zeros_like(hidden).scatter(1, places[..., None].expand_as(alone), alone)
         hidden = torch.where(batch.attended(branch)[..., None], packed, hidden)
     return hidden
 

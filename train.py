@@ -437,7 +437,10 @@ def micro_batches(processor, size, items):
 class TrainingState:
     """All that a killed run needs to go on as if nothing had happened: trained weights, optimiser,
     schedule, the step and the best so far, every process's random numbers and running sums. The
-    order of the data is a function of seed and step (steps_of_epoch)."""
+    order of the data is a function of seed and step (steps_of_epoch).
+
+    Done again after a kill: the steps since the last `save` (an epoch's end, ten minutes, a
+    signal), with the same posts and draws; their log rows are written anew."""
 
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
@@ -466,9 +469,9 @@ class TrainingState:
         cuda = None
         if str(self.args.device).startswith("cuda"):
             cuda = torch.cuda.get_rng_state(self.args.device)
-        own = gather((torch.get_rng_state(), cuda, dict(self.sums)))
+        processes = gather((torch.get_rng_state(), cuda, dict(self.sums)))
         trained = {name: p.detach().cpu() for name, p in self.trained.items()}
-        values = dict(step=self.step, best=self.best, processes=own, trained=trained,
+        values = dict(step=self.step, best=self.best, processes=processes, trained=trained,
                       optimizer=self.optimizer.state_dict(), plateau=self.plateau.state_dict())
         if get_rank() == 0:
             write_atomic(self.file, lambda part: torch.save(values, part))
