@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import chat
 
 import generate
 import mulcot
@@ -55,18 +54,15 @@ def test_every_case_of_the_route(u, m, a):
     assert ("HTTP 400" in reason) == (fell_back or (m == "failed" and u != "sure"))
 
 
-def test_the_surer_answer_stays():
-    """Asking again failed: the lower uncertainty of the two decides."""
-    ubm, mllm = verdict("positive", 0.6), verdict("negative", 0.8)
-    assert mulcot.cascade_route(ubm, mllm, "x", 0.5, 0.5)[1] is ubm
-    assert mulcot.cascade_route(verdict("positive", 0.85), mllm, "x", 0.5, 0.5)[1] is mllm
-
-
-def test_thresholds_include_their_edge():
-    """u equal to τ is sure; τ = -1 is never."""
+def test_edges_of_the_route():
+    """u equal to τ is sure; τ = -1 is never. Asking again failed: the lower uncertainty decides."""
     ubm, mllm = verdict("neutral", 0.5), verdict("neutral", 0.0)
     assert mulcot.cascade_route(ubm, None, None, 0.5, 0)[0] == "ubm"
     assert mulcot.cascade_route(verdict("neutral", 0.0), mllm, None, -1, -1)[0] == "agree"
+    mllm = verdict("negative", 0.8)
+    for u, surer in ((0.6, "positive"), (0.85, "negative")):
+        answer = mulcot.cascade_route(verdict("positive", u), mllm, "x", 0.5, 0.5)[1]
+        assert answer["prediction"] == surer
 
 
 def test_a_pass_that_failed_was_made():
@@ -146,15 +142,6 @@ def test_endpoint_answers():
         assert "no score" in mulcot.answer_verdict(answer(text), mulcot.SCORE_BINS)
 
 
-def test_shuffled_pictures_of_clips(tmp_path):
-    """The control deals out frames too, not only single images."""
-    posts = [mulcot.Post(str(i), "t", frames=[f"{i}.png"]) for i in range(9)]
-    args = generate.parse_args(["predict", "--data", "x", "--model", "y", "--out", "z",
-                                "--shuffle-images"])
-    dealt = [p.frames for p in generate.controlled(posts, args)]
-    assert sorted(dealt) == [[f"{i}.png"] for i in range(9)] != dealt
-
-
 def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
     post = mulcot.Post("1", "a {b} day\nYou: negative", aspect="b")
     text = mulcot.second_pass_prompt(post, verdict("positive", 0.62), verdict("negative", None))
@@ -181,20 +168,30 @@ def of_scores(model):
     return mulcot.UBM([member], mulcot.SCORE_BINS)
 
 
-def run(toy, ubm, out, *more, split="test"):
-    data = str(toy / "posts.jsonl")
-    code = generate.main(["cascade", "--ubm", str(ubm), "--data", data, "--dev", data, "--split",
-                          split, "--out", str(out), *more])
-    return code, mulcot.read_rows(out), mulcot.read_rows(mulcot.sibling(out, "asked.jsonl"))
+def run(toy, ubm, out, *more, data=None):
+    """(exit code, rows) of a cascade over split test."""
+    data = str(data or toy / "posts.jsonl")
+    code = generate.main(["cascade", "--ubm", str(ubm), "--data", data, "--dev", data, "--images",
+                          str(toy / "images"), "--split", "test", "--out", str(out), *more])
+    return code, mulcot.read_rows(out)
 
 
-def test_local_cascade(toy, ubm, tmp_path, monkeypatch):
-    """Rows carry route, reason and every stage asked; a rerun asks nothing."""
-    out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student")]
-    code, rows, asked = run(toy, ubm, out, *model, "--budget", "1.2")
+def essence(rows):
+    return [(row["id"], row["prediction"], row["route"], row["reason"]) for row in rows]
+
+
+def summary_of(out):
+    return json.loads(out.with_suffix(".cascade.json").read_text())
+
+
+def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
+    """Rows carry route, reason and every stage asked; a rerun asks nothing, with another budget
+    neither; other flags are refused."""
+    out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student"), "--budget", "1.2"]
+    code, rows = run(toy, ubm, out, *model)
     assert code == 0 and len(rows) == 6 and {r["id"][:4] for r in rows} == {"test"}
     passes_of = dict(ubm=0, mllm=1, agree=1, second_pass=2)
-    summary = json.loads((tmp_path / "rows.cascade.json").read_text())
+    summary = summary_of(out)
     for row in rows:
         stages = [row["stages"].get(k) for k in ("ubm", "mllm", "second_pass")]
         route, answer, reason = mulcot.cascade_route(*stages, *summary["taus"])
@@ -204,141 +201,117 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch):
         assert all(stage["tokens"] > 0 for stage in row["stages"].values())
     passes = sum(passes_of[r["route"]] for r in rows) / 6
     assert summary["costs"]["passes"] == pytest.approx(passes)
-    monkeypatch.setattr(generate, "load_trained", None)  # would fail if anything were asked
-    assert run(toy, ubm, out, *model, "--budget", "1.2")[2] == asked
-    essence = lambda rows: [(r["id"], r["prediction"], r["route"], r["reason"]) for r in rows]
-    assert essence(mulcot.read_rows(out)) == essence(rows)
+    monkeypatch.setattr(mulcot, "score_labels", None)  # would fail if anything were asked
+    monkeypatch.setattr(generate, "score_labels", None)
+    assert essence(run(toy, ubm, out, *model)[1]) == essence(rows)
+    assert run(toy, ubm, out, *model, "--budget", "0")[0] == 0
+    capsys.readouterr()
+    assert run(toy, ubm, out, *model, "--max-pixels", "3136")[0] == 2
+    assert "begun with max_pixels = 0, not 3136" in capsys.readouterr().err
 
 
 def test_killed_and_rerun(toy, ubm, tmp_path):
-    """A torn file of answers: what is whole is kept, the rest is asked anew, the rows are equal."""
+    """A torn file of answers: what is whole is kept, the rest is asked anew, the rows are equal.
+    What was answered under other settings is not used."""
     out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student"), "--batch", "1"]
-    _, rows, asked = run(toy, ubm, out, *model)
-    file = tmp_path / "rows.asked.jsonl"
+    rows, file = run(toy, ubm, out, *model)[1], tmp_path / "rows.asked.jsonl"
+    asked = mulcot.read_rows(file)
     file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
     out.unlink()
-    _, again, asked_again = run(toy, ubm, out, *model)
-    essence = lambda rows: [(r["id"], r["prediction"], r["route"]) for r in rows]
-    assert essence(again) == essence(rows)
-    assert {r["key"] for r in asked} == {r["key"] for r in asked_again}
-    out.unlink()  # what was answered under other settings is not used
-    anew = run(toy, ubm, out, *model, "--max-pixels", "3136")[2]
-    assert len(anew) >= 2 * len(asked) - 1 and len({r["key"] for r in anew}) == len(anew)
+    assert essence(run(toy, ubm, out, *model)[1]) == essence(rows)
+    again = mulcot.read_rows(file)
+    assert {row["key"] for row in again} == {row["key"] for row in asked}
+    out.unlink()
+    assert run(toy, ubm, out, *model, "--max-pixels", "3136")[0] == 0
+    anew = mulcot.read_rows(file)
+    assert len(anew) >= 2 * len(asked) - 1 and len({row["key"] for row in anew}) == len(anew)
 
 
-def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path):
-    """Other labels on the test posts change no threshold."""
-    out, model = tmp_path / "a.jsonl", ["--mllm", str(toy / "student")]
-    run(toy, ubm, out, *model)
-    rows = [json.loads(x) for x in (toy / "posts.jsonl").read_text().splitlines()]
-    for row in rows:
-        if row["split"] == "test":
-            row["label"] = "neutral"
-    other = tmp_path / "posts.jsonl"
-    other.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert generate.main(["cascade", "--ubm", str(ubm), *model, "--data", str(other), "--images",
-                          str(toy / "images"), "--dev", str(other), "--split", "test", "--out",
-                          str(tmp_path / "b.jsonl")]) == 0
-    taus = [json.loads((tmp_path / f"{x}.cascade.json").read_text())["taus"] for x in "ab"]
-    assert taus[0] == taus[1]
+def relabelled(toy, tmp_path, change):
+    """A copy of the toy posts, each row changed by change(number, row)."""
+    rows, file = mulcot.read_rows(toy / "posts.jsonl"), tmp_path / "posts.jsonl"
+    mulcot.write_rows(file, [row | change(n, row) for n, row in enumerate(rows)])
+    return file
 
 
-def test_thresholds_are_not_fitted_on_the_judged(toy, ubm, tmp_path, capsys):
-    """An unsplit file as both --data and --dev."""
-    row = dict(id="1", text="a day", label="neutral")
-    mulcot.write_rows(tmp_path / "p.jsonl", [row])
-    data = str(tmp_path / "p.jsonl")
-    assert generate.main(["cascade", "--ubm", str(ubm), "--mllm", str(toy / "student"), "--data",
-                          data, "--dev", data, "--out", str(tmp_path / "rows.jsonl")]) == 2
+def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path, capsys):
+    """Other labels on the test posts change no threshold; an unsplit file as both --data and --dev
+    is refused."""
+    a, b, model = tmp_path / "a.jsonl", tmp_path / "b.jsonl", ["--mllm", str(toy / "student")]
+    data = relabelled(toy, tmp_path, lambda n, row: dict(label="neutral") if row["split"] == "test"
+                      else {})
+    assert run(toy, ubm, a, *model)[0] == run(toy, ubm, b, *model, data=data)[0] == 0
+    assert summary_of(a)["taus"] == summary_of(b)["taus"]
+    mulcot.write_rows(tmp_path / "p.jsonl", [dict(id="1", text="a day", label="neutral")])
+    assert generate.main(["cascade", "--ubm", str(ubm), *model, "--data", f"{tmp_path}/p.jsonl",
+                          "--dev", f"{tmp_path}/p.jsonl", "--out", f"{tmp_path}/c.jsonl"]) == 2
     assert "post 1 is in --dev and in --data" in capsys.readouterr().err
 
 
-def test_other_labels_are_refused(toy, ubm, tmp_path, capsys):
-    """A UBM as MLLM, a student as MLLM of scores, dev posts without scores."""
+@pytest.fixture(scope="module")
+def ubm_of_scores(ubm, tmp_path_factory):
+    """A UBM of seven bins over the same text encoder."""
+    torch.manual_seed(1)
+    folder, model = tmp_path_factory.mktemp("scores"), mulcot.load_ubm(ubm)
+    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
+    mulcot.save_ubm(mulcot.UBM([member], mulcot.SCORE_BINS), folder)
+    return folder
+
+
+def test_what_does_not_fit_is_refused(toy, ubm, ubm_of_scores, tmp_path, capsys):
+    """A UBM as MLLM, dev posts without scores."""
     out = tmp_path / "rows.jsonl"
     assert run(toy, ubm, out, "--mllm", str(ubm))[0] == 2
     assert "cannot be loaded" in capsys.readouterr().err
-    model = mulcot.load_ubm(ubm)
-    mulcot.save_ubm(of_scores(model), tmp_path / "scores")
-    for stage in ("student", "dpo"):
-        (tmp_path / "config.json").write_text(json.dumps(dict(stage=stage)))
-        assert run(toy, tmp_path / "scores", out, "--mllm", str(tmp_path / "best"))[0] == 2
-        assert "trained for other answers" in capsys.readouterr().err
-    assert run(toy, tmp_path / "scores", out, "--mllm", str(toy / "student"))[0] == 2
+    assert run(toy, ubm_of_scores, out, "--mllm", str(toy / "student"))[0] == 2
     assert "with a score" in capsys.readouterr().err
 
 
-def test_scores_run_through(toy, ubm, tmp_path):
+def test_scores_run_through(toy, ubm_of_scores, tmp_path):
     """Seven bins: the MLLM scores "-3" … "3"; rows hold predicted scores of every stage."""
-    model = mulcot.load_ubm(ubm)
-    torch.manual_seed(1)
-    mulcot.save_ubm(of_scores(model), tmp_path / "scores")
-    rows = [json.loads(x) for x in (toy / "posts.jsonl").read_text().splitlines()]
-    for n, row in enumerate(rows):
-        row["score"] = n % 7 - 3.0
-    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    out, data = tmp_path / "rows.jsonl", str(tmp_path / "posts.jsonl")
-    assert generate.main(["cascade", "--ubm", str(tmp_path / "scores"), "--data", data, "--dev",
-                          data, "--images", str(toy / "images"), "--split", "test", "--out",
-                          str(out), "--mllm", str(toy / "student"), "--budget", "2"]) == 0
-    for row in mulcot.read_rows(out):
+    data = relabelled(toy, tmp_path, lambda n, row: dict(score=n % 7 - 3.0))
+    code, rows = run(toy, ubm_of_scores, tmp_path / "rows.jsonl", "--mllm", str(toy / "student"),
+                     "--budget", "2", data=data)
+    assert code == 0 and len(rows) == 6
+    for row in rows:
         assert -3 <= row["predicted_score"] <= 3
         for stage in row["stages"].values():
             mean = sum(p * c for p, c in zip(stage["bin_probs"], mulcot.SCORE_BINS))
             assert stage["predicted_score"] == pytest.approx(mean, abs=1e-4)
 
 
-class Server(BaseHTTPRequestHandler):
-    """Says positive, unsurely; refuses posts that mention a word; is busy once, or for some."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"][-1]["text"]
-        self.server.asked.append(text)
-        status, reply = 200, dict(
-            choices=[dict(message=dict(content='"Prediction": "positive"'), finish_reason="stop",
-                          logprobs=dict(content=[dict(token="positive", top_logprobs=[
-                              dict(token="positive", logprob=-0.7),
-                              dict(token="negative", logprob=-0.8)])]))],
-            usage=dict(prompt_tokens=10, completion_tokens=5))
-        if len(self.server.asked) == 1 or self.server.down in text:
-            status = 503
-        elif self.server.bad in text:
-            status = 400
-        data = json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_endpoint_cascade(toy, ubm, tmp_path, posts, monkeypatch):
+def test_endpoint_cascade(toy, ubm, tmp_path, posts, serve, monkeypatch):
     """Busy once: asked again. One post refused: the UBM's answer stays and says why. Log-
-    probabilities become uncertainties. Nothing is paid twice."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(mulcot.random, "uniform", lambda *_: 0.01)
-    bad = [p for p in posts if p.split == "test"][0]
-    server.asked, server.bad, server.down = [], f"Text: {bad.text}\n", "no such text"
-    out = tmp_path / "rows.jsonl"
-    more = ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m", "--workers",
-            "2", "--budget", "2"]
-    code, rows, _ = run(toy, ubm, out, *more)
+    probabilities become uncertainties. Nothing is paid or kept twice; half of dev gives no
+    thresholds."""
+    monkeypatch.setattr("random.uniform", lambda *_: 0.01)
+    bad, down = next(p for p in posts if p.split == "test"), []
+    likely = [dict(token="positive", logprob=-0.7), dict(token="negative", logprob=-0.8)]
+    answer = chat('"Prediction": "positive"', tokens=(10, 5), logprobs=dict(
+        content=[dict(token="positive", top_logprobs=likely)]))
+
+    def plan(request):
+        if len(server.asked) == 1 or any(text in request.prompt for text in down):
+            return 503, ""
+        return (400, "") if f"Text: {bad.text}\n" in request.prompt else answer
+
+    server, out = serve(plan), tmp_path / "rows.jsonl"
+    more = ["--endpoint", server.url, "--model", "m", "--workers", "2", "--budget", "2"]
+    code, rows = run(toy, ubm, out, *more)
     assert code == 0 and len(rows) == 6
     calls = len(server.asked)
-    taus = json.loads((tmp_path / "rows.cascade.json").read_text())["taus"]
+    assert len(mulcot.read_rows(tmp_path / "rows.calls.jsonl")) >= 11
+    assert not (tmp_path / "rows.asked.jsonl").exists()
     for row in rows:
         mllm = row["stages"].get("mllm")
         if row["id"] == bad.id and mllm is not None:
             assert "HTTP 400" in mllm and row["route"] == "ubm" and "HTTP 400" in row["reason"]
         elif mllm is not None:
             assert mllm["uncertainty"] > 0.5 and mllm["tokens"] == 15
-    assert run(toy, ubm, out, *more)[0] == 0 and len(server.asked) == calls
-    server.down = f"Text: {[p for p in posts if p.split == 'dev'][0].text}\n"
-    assert run(toy, ubm, tmp_path / "b.jsonl", *more)[0] == 2  # no thresholds from half of dev
-    assert mulcot.read_rows(tmp_path / "b.jsonl") == []
-    server.shutdown()
-    assert taus == json.loads((tmp_path / "rows.cascade.json").read_text())["taus"]
+    taus = summary_of(out)["taus"]
+    code, again = run(toy, ubm, out, *more)
+    refused = [request for request in server.asked[calls:] if bad.text in request.prompt]
+    assert code == 0 and len(server.asked) - calls == len(refused) <= 1
+    assert essence(again) == essence(rows) and summary_of(out)["taus"] == taus
+    down += [f"Text: {p.text}\n" for p in posts if p.split == "dev"][:1]
+    assert run(toy, ubm, tmp_path / "b.jsonl", *more) == (2, [])

@@ -1,0 +1,177 @@
+"""What happens to researchers: two runs on one --out, signals, a full disk or GPU, NaN, broken rows
+and copies."""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import eval as scores
+import generate
+import mulcot
+import train
+from mulcot import InputError, read_rows, write_rows
+
+# ---- one run per --out, and signals
+
+
+@contextlib.contextmanager
+def another_run(out):
+    """A process that is at work on this --out."""
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import mulcot, argparse\n"
+            "def stage(args): print('on', flush=True); time.sleep(60)\n"
+            f"sys.exit(mulcot.run_stage(stage, argparse.Namespace(out={str(out)!r})))")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_run_is_refused(tmp_path, capsys, monkeypatch):
+    """One line, exit 2 and nothing done while another process runs, also through a link; after its
+    kill -9 the stage runs, within another stage too. Dry runs lock nothing; a system without locks
+    says so."""
+    out, link, ran = tmp_path / "new/out", tmp_path / "link", []
+    link.symlink_to(out)
+    with another_run(out):
+        assert mulcot.run_stage(ran.append, Namespace(out=str(link))) == 2 and not ran
+        assert capsys.readouterr().err.startswith("error: another run is at work on --out")
+        assert mulcot.run_stage(ran.append, Namespace(out=str(out), dry_run=True)) == 0 and ran
+    nested = lambda args: mulcot.run_stage(ran.append, args)  # as tests/demo.py runs stages
+    assert mulcot.run_stage(nested, Namespace(out=str(out))) == 0 and len(ran) == 2
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert mulcot.run_stage(ran.append, Namespace(out=str(out))) == 0 and len(ran) == 3
+    assert "nothing keeps a second run from --out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_is_as_ctrl_c(tmp_path, number, status):
+    with another_run(tmp_path / "out") as process:
+        process.send_signal(number)
+        err = process.communicate(timeout=20)[1]
+    assert process.returncode == status
+    assert err == "\ninterrupted; run the same command again to go on\n"
+
+
+# ---- full
+
+
+def test_a_full_gpu_is_one_line(tmp_path, capsys):
+    """What to lower stands beside torch's own words."""
+    def stage(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    assert mulcot.run_stage(stage, Namespace(out=str(tmp_path / "x"))) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: CUDA out of memory") and "lower --batch" in err
+
+
+def test_a_full_disk_is_one_line(toy, tmp_path, monkeypatch, capsys):
+    """Also where a library calls it something else; and a path that cannot be written."""
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    argv = ["--model", str(toy / "student"), "--out"]
+    assert generate.main(["export", *argv, str(tmp_path / "out")]) == 2
+    assert "cannot be written: No space left" in capsys.readouterr().err
+    argv += ["/proc/nowhere/x.jsonl", "--data", str(toy / "posts.jsonl"), "--no-chain"]
+    assert generate.main(["predict", *argv]) == 2 and "error: " in capsys.readouterr().err
+
+
+# ---- numbers
+
+
+def test_no_file_holds_nan(tmp_path):
+    """Rows name their post; the file is as it was."""
+    file, row = tmp_path / "x.jsonl", dict(id="7", probs=[float("nan")])
+    writer = mulcot.RowWriter(file)
+    for write in (writer.write, lambda row: write_rows(file, [row])):
+        with pytest.raises(InputError, match="x.jsonl.*post 7 .*is a model damaged"):
+            write(row)
+    with pytest.raises(InputError, match="x.jsonl"):
+        mulcot.write_json(file, row)
+    assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("how", [["--no-chain"], ["--max-new-tokens", "2"],
+                                 ["--decode", "greedy", "--max-new-tokens", "2"]])
+def test_a_model_that_yields_nan_stops(how, toy, tmp_path, capsys, monkeypatch):
+    """Never "negative" and exit 0; the post or its batch is named."""
+    model, processor = mulcot.load_model(toy / "student")
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    monkeypatch.setattr(generate, "load_trained", lambda *_: (model, processor))
+    out, argv = tmp_path / "p.jsonl", ["predict", "--model", "x", *how]
+    assert generate.main([*argv, "--data", str(toy / "posts.jsonl"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "damaged?" in error and read_rows(out) == []
+    assert "x on the posts" in error or "a row of post" in error
+    assert generate.main([*argv, "--text", "so dismal"]) == 2
+
+
+@pytest.mark.parametrize("probs, prediction", [
+    ([0.2, 0.2, 0.2], "neutral"), ([-0.1, 0.6, 0.5], "neutral"), ([0.5, 0.5], "neutral"),
+    ("abc", "neutral"), ([0.2, 0.3, 0.5], "neutral")])
+def test_probs_that_cannot_be(tmp_path, capsys, probs, prediction):
+    """eval.py refuses what is no distribution, and what contradicts its prediction."""
+    write_rows(tmp_path / "gold.jsonl", [dict(id="1", text="t", label="neutral")])
+    write_rows(tmp_path / "p.jsonl", [dict(id="1", prediction=prediction, probs=probs)])
+    assert scores.main([f"{tmp_path}/p.jsonl", "--gold", f"{tmp_path}/gold.jsonl", "--out",
+                        str(tmp_path)]) == 2
+    assert "p.jsonl:1: probs " in capsys.readouterr().err
+
+
+# ---- rows and runs
+
+
+@pytest.mark.parametrize("line", [b"5", b"null", b'{"id": "b"', b"\xff"])
+def test_a_broken_row_is_named(tmp_path, line):
+    """In the middle of a file of ours, as an editor or a bad copy leaves it."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": "a"}\n' + line + b'\n{"id": "c"}\n')
+    for read in (read_rows, mulcot.RowWriter):
+        with pytest.raises(InputError, match="a.jsonl:2: "):
+            read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("more", [["t" * 10_001], [" "], ["$T$ " * 99, "--aspect", "y" * 200],
+                                  ["t", "--image", "nowhere.png"]], ids=lambda more: more[0][:4])
+def test_a_single_post_is_checked_as_one_in_a_file(toy, capsys, more):
+    assert generate.main(["predict", "--model", str(toy / "student"), "--text", *more]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory):
+    """(a finished run of a readout of labels, its command)."""
+    folder, data = tmp_path_factory.mktemp("run") / "run", str(toy / "posts.jsonl")
+    argv = ["readout", "--data", data, "--dev", data, "--model", str(toy / "student"), "--target",
+            "label", "--epochs", "1", "--batch", "6", "--accumulate", "1", "--log-every", "1"]
+    assert train.main([*argv, "--out", str(folder)]) == 0
+    return folder, argv
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("best", None, "best"), ("best/head.json", None, "head.json"),
+    ("best/adapter_model.safetensors", b"", "adapter_model"),
+    ("state.pt", b"PK", "state.pt is damaged: delete it"),
+    ("log.jsonl", b'{"step": 1}\n{"step": 2, "lo', None), ("log.jsonl", None, None)])
+def test_a_finished_run_must_be_whole(run, tmp_path, capsys, name, data, message):
+    """Without its best/ or with half of its state it is not, and says so; without its log, or with
+    a torn last line in it, it is."""
+    out = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(out / name) if name == "best" else (out / name).unlink()
+    if data is not None:
+        (out / name).write_bytes(data)
+    assert train.main([*run[1], "--out", str(out)]) == (2 if message else 0)
+    if message:
+        assert message in capsys.readouterr().err
+    else:
+        assert read_rows(out / name) == [dict(step=1)] * bool(data)
