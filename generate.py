@@ -41,16 +41,16 @@ import torch
 
 from mulcot import (
     FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
-    RowWriter, SoftLabels, barrier, base_of, build_messages, cascade_route, check_answer,
+    RowWriter, SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
     digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather,
     generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
-    load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, post_prompt, predict,
-    progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
+    load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, passes_asked, post_prompt,
+    predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
     render_reasoning, report_rejects, row_text, run_info, run_stage, say, score_labels,
-    score_verdict, select_split, settings_file, settings_of, sibling, stages_asked, to_json,
-    to_post, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict,
-    write_json, write_rows)
+    score_verdict, select_split, settings_file, settings_of, sibling, to_json, to_post,
+    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -763,7 +763,7 @@ def responder(args):
 
     def respond(posts, _=0):
         if processor is None:
-            return [verdict(probs, model.classes) for probs in model.probs(posts)]
+            return [verdict(p, model.classes).row(cost=False) for p in model.probs(posts)]
         if hasattr(model, "readout"):
             return read_out(model, processor, posts)
         rows = predict(model, processor, posts, args.chain, args.decode, args.max_new_tokens)
@@ -861,47 +861,38 @@ def cascade(args):
     if hasattr(mllm, "readout"):
         raise InputError(f"--mllm {args.mllm} is a readout, which writes no label to score")
     output = Output(args, rejects, mllm)
-    steps = CascadeSteps(args, ubm, mllm, processor)
+    passes = CascadePasses(args, ubm, mllm, processor)
 
-    def error(answer, n):  # of scores their distance, 6 for none
+    def error(answer, n):  # of scores their distance
         if ubm.target == "label":
-            return float(answer is None or answer["prediction"] != dev[n].label)
-        return abs(answer["predicted_score"] - dev[n].score) if answer else 6.0
+            return float(answer.prediction != dev[n].label)
+        return abs(answer.predicted_score - dev[n].score)
 
-    grid = threshold_grid(steps.verdicts(dev, -1, -1), error)
-    passes, dev_error, *taus = best_thresholds(grid, args.budget)
-    print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
+    grid = threshold_grid(passes.verdicts(dev, -1, -1), error)
+    dev_passes, dev_error, *taus = best_thresholds(grid, args.budget)
+    print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {dev_passes:.2f} MLLM passes a post, "
           f"error {dev_error:.3f}, on {len(dev)} dev posts")
-    rows = []
-    for post, verdicts in zip(posts, steps.verdicts(posts, *taus)):
-        rows.append(new_row(post, args, "cascade", cascade_fields(verdicts, taus)))
-    routes = Counter(row["route"] for row in rows)
+    rows, routes = [], Counter()
     costs = dict(passes=0.0, seconds=0.0)  # of a post
-    for row in rows:
-        costs["passes"] += (len(row["stages"]) - 1) / len(rows)
-        for answer in row["stages"].values():
-            if isinstance(answer, dict):
-                costs["seconds"] += answer["seconds"] / len(rows)
+    for post, verdicts in zip(posts, passes.verdicts(posts, *taus)):
+        route, answer, reason = cascade_route(*verdicts, *taus)
+        asked = verdicts[: passes_asked(verdicts, *taus)]
+        by_pass = {name: each.row() for name, each in zip(("ubm", "mllm", "second_pass"), asked)}
+        fields = answer.row(cost=False) | dict(route=route, reason=reason, passes=by_pass)
+        rows.append(new_row(post, args, "cascade", fields))
+        routes[route] += 1
+        costs["passes"] += (len(asked) - 1) / len(posts)
+        costs["seconds"] += sum(each.seconds for each in asked) / len(posts)
     write_json(sibling(args.out, "cascade.json"), dict(
-        taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
+        taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=dev_passes,
         dev_error=dev_error, routes=routes, costs=costs))
     write_rows(args.out, rows)
     print(f"routes     {row_text(routes)}\na post     {row_text(costs)}")
     output.close()
 
 
-def cascade_fields(verdicts, taus):
-    """The answer, its route and why, and the verdict (or failure) of every stage that this route
-    asked, as fields of a row."""
-    route, answer, reason = cascade_route(*verdicts, *taus)
-    asked = stages_asked(verdicts, *taus)
-    fields = dict(answer or dict(prediction=None), route=route, reason=reason,
-                  stages=dict(zip(("ubm", "mllm", "second_pass")[:asked], verdicts)))
-    return {key: x for key, x in fields.items() if key not in ("tokens", "seconds")}  # the stages'
-
-
-class CascadeSteps:
-    """Asks the stages for their verdicts. The MLLM's are kept as they come, a local model's in
+class CascadePasses:
+    """Asks the passes for their verdicts. The MLLM's are kept as they come, a local model's in
     NAME.asked.jsonl, an endpoint's answers in the journal of paid calls: killed and rerun, also
     with another --budget, nothing is asked twice."""
 
@@ -909,75 +900,67 @@ class CascadeSteps:
         self.args, self.ubm, self.mllm, self.processor = args, ubm, mllm, processor
         prompt = LABEL_FORMAT if ubm.classes == LABELS else BIN_FORMAT
         self.branches = label_branches(ubm.classes, prompt)
-        self.cache, self.file = {}, None
+        self.known, self.file = {}, None
         if mllm is not None:
             self.settings = settings_of(args, FREE), fingerprint(mllm), ubm.classes
             self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
-            self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
+            for row in read_rows(self.file.path):
+                self.known[row["key"]] = Verdict(**row["verdict"])
 
     def verdicts(self, posts, tau1, tau2):
         """[[UBM, MLLM, second pass], …] on posts, asking no more than the routes at these
         thresholds want (-1: nobody is ever sure)."""
         verdicts = [[self.ask_ubm(post), None, None] for post in posts]
-        for stage, wanted in ((1, "ask mllm"), (2, "ask second_pass")):
+        for number, wanted in ((1, "ask mllm"), (2, "ask second_pass")):
             questions = []  # (number of the post, post, prompt)
-            for i, (post, own) in enumerate(zip(posts, verdicts)):
-                if cascade_route(*own, tau1, tau2)[0] == wanted:
-                    prompt = post_prompt(post) if stage == 1 else second_pass_prompt(post, *own[:2])
+            for i, post in enumerate(posts):
+                if cascade_route(*verdicts[i], tau1, tau2)[0] == wanted:
+                    prompt = post_prompt(post)
+                    if number == 2:
+                        prompt = second_pass_prompt(post, *verdicts[i][:2])
                     questions.append((i, post, prompt))
             ask = self.ask_endpoint if self.args.endpoint else self.ask_model
             for i, answer in ask(questions):
-                verdicts[i][stage] = answer
-            if any(verdicts[i][stage] is None for i, _, _ in questions):
+                verdicts[i][number] = answer
+            if any(verdicts[i][number] is None for i, _, _ in questions):
                 raise InputError("the server did not answer all questions: run the same command "
                                  "again, what was answered is kept")
         return verdicts
 
     def ask_ubm(self, post):
-        """The UBM's verdict, or why it has none."""
+        """The UBM's Verdict."""
         began = time.time()
-        try:
-            answer = verdict(self.ubm.probs([post])[0], self.ubm.classes)
-        except InputError as e:
-            return str(e)
-        tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
-        return answer | dict(tokens=tokens, seconds=round(time.time() - began, 4))
+        answer = verdict(self.ubm.probs([post])[0], self.ubm.classes)
+        answer.tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
+        answer.seconds = round(time.time() - began, 4)
+        return answer
 
     def ask_model(self, questions):
-        """(number, verdict or why there is none) of [(number, post, prompt), …]: a local model
-        scores all answers, so that its distribution is exact."""
+        """(number, Verdict) of [(number, post, prompt), …]: a local model scores all answers, so
+        that its distribution is exact."""
         new = []
         for i, post, prompt in questions:
             key = digest(self.settings, post.id, files_digest(post), prompt)
-            if key in self.cache:
-                yield i, self.cache[key]
+            if key in self.known:
+                yield i, self.known[key]
             else:
                 new.append((i, post, prompt, key))
         new.sort(key=lambda question: len(question[2]))
         bar = progress(len(new), "mllm", "post")
         for part in chunks(new, self.args.batch):
-            for (i, _, _, key), answer in zip(part, self.score(part)):
-                self.file.write(dict(key=key, verdict=answer))
+            began = time.time()
+            examples = [encode(post, self.branches, self.processor, prompt)
+                        for _, post, prompt, _ in part]
+            batch = collate(examples, self.processor.pad_id).to(self.args.device)
+            probs = score_labels(self.mllm, batch).exp().cpu()
+            seconds = round((time.time() - began) / len(part), 4)
+            for (i, _, _, key), example, p in zip(part, examples, probs):
+                answer = verdict(p, self.ubm.classes)
+                answer.tokens, answer.seconds = len(example), seconds
+                self.file.write(dict(key=key, verdict=answer.row()))
                 yield i, answer
             bar.update(len(part))
         bar.close()
-
-    def score(self, questions):
-        """[verdict or why there is none] of some questions at once, in their order."""
-        began, answers, examples = time.time(), {}, {}
-        for i, post, prompt, _ in questions:
-            try:
-                examples[i] = encode(post, self.branches, self.processor, prompt)
-            except InputError as e:
-                answers[i] = str(e)
-        if examples:
-            batch = collate(list(examples.values()), self.processor.pad_id).to(self.args.device)
-            probs = score_labels(self.mllm, batch).exp().cpu()
-            seconds = round((time.time() - began) / len(examples), 4)
-            for (i, example), p in zip(examples.items(), probs):
-                answers[i] = verdict(p, self.ubm.classes)
-                answers[i] |= dict(tokens=len(example), seconds=seconds)
-        return [answers[i] for i, _, _, _ in questions]
 
     def ask_endpoint(self, questions):
         """The same from an endpoint, with the teacher stage's client, retries and stops."""
@@ -987,14 +970,12 @@ class CascadeSteps:
             messages = build_messages(post, "label")
             messages[-1]["content"][-1]["text"] = by_id[post.id][1] + self.branches[0][0]
             (answer,) = ask([Request(post, messages, 0.0, 32, self.args.logprobs)])
-            return dict(verdict=answer_verdict(answer, self.ubm.classes), seconds=answer.seconds,
-                        tokens=answer.tokens_in + answer.tokens_out)
+            return answer_verdict(answer, self.ubm.classes)
 
         posts = [post for _, post, _ in questions]
-        for post, result in from_endpoint(self.args, posts, set(), dialogue):
-            answer = result.get("verdict", result.get("problem"))
-            if isinstance(answer, dict):
-                answer |= dict(tokens=result["tokens"], seconds=result["seconds"])
+        for post, answer in from_endpoint(self.args, posts, set(), dialogue):
+            if not isinstance(answer, Verdict):  # the server refused
+                answer = Verdict(failed=answer["problem"])
             yield by_id[post.id][0], answer
 
 
@@ -1006,34 +987,37 @@ def second_pass_prompt(post, ubm, mllm):
 
 
 def _in_words(answer):
-    words = answer["prediction"]
-    if "predicted_score" in answer:
-        words = f"{answer['predicted_score']:+.1f}"
-    if answer["uncertainty"] is None:
+    words = answer.prediction
+    if answer.predicted_score is not None:
+        words = f"{answer.predicted_score:+.1f}"
+    if answer.uncertainty is None:
         return words
-    return f"{words} (uncertainty {answer['uncertainty']:.2f} of 1)"
+    return f"{words} (uncertainty {answer.uncertainty:.2f} of 1)"
 
 
 def answer_verdict(answer, classes):
-    """What an endpoint's Answer says, as entries of a row, or a str: why it says nothing. Its
-    uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
+    """The Verdict of an endpoint's Answer. Its uncertainty is None without log-probabilities, and
+    for scores, whose signs are tokens apart."""
+    found = Verdict(failed=f"no label in {answer.text[:80]!r}")
     parsed = parse_reasoning(answer.text)
     if tuple(classes) != LABELS:
         text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
         numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
-        if len(numbers) != 1 or not classes[0] <= float(numbers[0]) <= classes[-1]:
-            return f"no score in {answer.text[:80]!r}"
-        return score_verdict(float(numbers[0]), None)
-    if parsed.prediction is None:
-        return f"no label in {answer.text[:80]!r}"
-    for token, likely in reversed(answer.logprobs or []):
-        if _label_of_token(token) == parsed.prediction:  # where the label begins
-            mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
-            for other, log_p in likely.items():
-                mass[_label_of_token(other)] += math.exp(log_p)
-            probs = torch.tensor([mass[label] for label in LABELS])
-            return verdict(probs / probs.sum(), LABELS)  # choice: their largest is the prediction
-    return dict(prediction=parsed.prediction, uncertainty=None)
+        found.failed = f"no score in {answer.text[:80]!r}"
+        if len(numbers) == 1 and classes[0] <= float(numbers[0]) <= classes[-1]:
+            found = score_verdict(float(numbers[0]), None)
+    elif parsed.prediction:
+        found = Verdict(parsed.prediction)
+        for token, likely in reversed(answer.logprobs or []):
+            if _label_of_token(token) == parsed.prediction:  # where the label begins
+                mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
+                for other, log_p in likely.items():
+                    mass[_label_of_token(other)] += math.exp(log_p)
+                probs = torch.tensor([mass[label] for label in LABELS])
+                found = verdict(probs / probs.sum(), LABELS)  # choice: the largest is the answer
+                break
+    found.tokens, found.seconds = answer.tokens_in + answer.tokens_out, answer.seconds
+    return found
 
 
 def _label_of_token(token):
@@ -1045,15 +1029,15 @@ def _label_of_token(token):
 
 def threshold_grid(verdicts, error):
     """[(passes per post, mean error, τ1, τ2), …] for `verdicts`, a list of (ubm, mllm, second_pass)
-    of posts that were all asked, at all pairs of the quantiles of u. error(answer or None, n): what
-    an answer to post n costs."""
+    of posts that were all asked, at all pairs of the quantiles of u. error(Verdict, n): what an
+    answer to post n costs."""
     grid = []
-    levels = [_uncertainty_levels([v[stage] for v in verdicts]) for stage in (0, 1)]
+    levels = [_uncertainty_levels([v[number] for v in verdicts]) for number in (0, 1)]
     for tau1, tau2 in itertools.product(*levels):
         passes = wrong = 0.0
-        for n, stages in enumerate(verdicts):
-            passes += stages_asked(stages, tau1, tau2) - 1
-            _, answer, _ = cascade_route(*stages, tau1, tau2)
+        for n, of_post in enumerate(verdicts):
+            passes += passes_asked(of_post, tau1, tau2) - 1
+            _, answer, _ = cascade_route(*of_post, tau1, tau2)
             wrong += error(answer, n)
         grid.append((passes / len(verdicts), wrong / len(verdicts), tau1, tau2))
     return grid
@@ -1061,8 +1045,7 @@ def threshold_grid(verdicts, error):
 
 def _uncertainty_levels(answers):
     """Nobody is sure (-1), and the 5 % quantiles of the answers' uncertainties."""
-    u = sorted(a["uncertainty"] for a in answers
-               if isinstance(a, dict) and a["uncertainty"] is not None)
+    u = sorted(each.uncertainty for each in answers if each and each.uncertainty is not None)
     if not u:
         return [-1.0]
     return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(21)})

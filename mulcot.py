@@ -2180,8 +2180,8 @@ def regression_metrics(gold, predicted):
 
 
 # ================================================================================================
-# §10 UBM and cascade (arXiv 2509.04459) [needs: math, re, Path, np, torch, Image, nn, LABELS,
-#    InputError, explaining, read_json, read_tensors, §1]
+# §10 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
+#    LABELS, InputError, explaining, read_json, read_tensors, §1]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2340,9 +2340,32 @@ def load_ubm(folder, device="cpu"):
     return model.to(device).eval()
 
 
-# ---- verdicts: what a stage of the cascade says, and how sure it is
+# ---- verdicts: what a pass of the cascade says, and how sure it is
 
 POLARITY_EPSILON = 0.5  # choice: a score nearer to 0 than half a bin takes no side
+
+
+@dataclass
+class Verdict:
+    """What a pass says of a post: the label, of scores the polarity, as `prediction`; `uncertainty`
+    from 0 to 1, None where unknown; of labels `probs` in their order, of scores the expectation
+    `predicted_score` and the bins' `bin_probs`. `failed`: why it says nothing. What it cost:
+    `tokens`, `seconds`."""
+
+    prediction: str | None = None
+    uncertainty: float | None = None
+    probs: list | None = None
+    predicted_score: float | None = None
+    bin_probs: list | None = None
+    failed: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def row(self, cost=True):
+        """The fields that are known, for a row; without what it cost if asked so."""
+        left_out = () if cost else ("tokens", "seconds")
+        return {name: value for name, value in vars(self).items()
+                if value is not None and name not in left_out}
 
 
 def uncertainty(probs):
@@ -2352,65 +2375,57 @@ def uncertainty(probs):
 
 
 def verdict(probs, classes):
-    """What a distribution (C,) over `classes` says, as entries of a row: prediction, probs and
-    uncertainty; of a score the polarity, predicted_score (its expectation) and bin_probs."""
+    """The Verdict of a distribution (C,) over `classes` (LABELS or SCORE_BINS)."""
     u = round(uncertainty(probs).item(), 6)
     probs = [round(p, 6) for p in probs.tolist()]
     if tuple(classes) == LABELS:
-        return dict(prediction=LABELS[probs.index(max(probs))], probs=probs, uncertainty=u)
+        return Verdict(LABELS[probs.index(max(probs))], u, probs)
     expectation = sum(p * c for p, c in zip(probs, classes))
-    return score_verdict(expectation, u) | dict(bin_probs=probs)
+    return score_verdict(expectation, u, probs)
 
 
-def score_verdict(score, u):
-    """The entries of a predicted score with uncertainty u (None where unknown)."""
+def score_verdict(score, u, bin_probs=None):
+    """The Verdict of a score with uncertainty u (None where unknown)."""
     polarity = "neutral"
     if abs(score) > POLARITY_EPSILON:
         polarity = "positive" if score > 0 else "negative"
-    return dict(prediction=polarity, predicted_score=round(score, 6), uncertainty=u)
+    return Verdict(polarity, u, predicted_score=round(score, 6), bin_probs=bin_probs)
 
 
-# ---- the cascade: who settles a post
+# ---- the cascade: which pass settles a post
 
 
 def cascade_route(ubm, mllm, second_pass, tau1, tau2):
-    """How far a post is settled -> (route, answer, reason). `ubm`, `mllm`, `second_pass`: the
-    stages' verdicts, None where a stage was not asked, a str (why) where it failed. Routes "ask
-    mllm" and "ask second_pass" want the next stage; "ubm", "mllm", "agree", "second_pass" settle
-    the post; "none": all failed.
+    """How far a post is settled -> (route, Verdict or None, reason). `ubm`, `mllm`, `second_pass`:
+    the passes' Verdicts, None where a pass was not asked yet. Routes "ask mllm" and "ask
+    second_pass" want the next pass; "ubm", "mllm", "agree" and "second_pass" settle the post.
 
     paper: keep what the UBM is sure of; accept the MLLM if it is sure or of the UBM's polarity;
-    else ask it a second time. choice: sure is u <= τ, an unknown u never; a failed stage leaves the
-    surest earlier answer."""
-    ubm_failed = isinstance(ubm, str)
-    mllm_failed = isinstance(mllm, str)
-    if not ubm_failed and ubm["uncertainty"] <= tau1:
-        return "ubm", ubm, f"sure: uncertainty {ubm['uncertainty']:.2f} <= {tau1:.2f}"
+    else ask it a second time. choice: sure is u <= τ, an unknown u never is; where a pass failed
+    the surest earlier answer stands."""
+    if ubm.uncertainty <= tau1:
+        return "ubm", ubm, f"sure: uncertainty {ubm.uncertainty:.2f} <= {tau1:.2f}"
     if mllm is None:
-        return "ask mllm", None, f"UBM failed: {ubm}" if ubm_failed else "the UBM is unsure"
-    if ubm_failed and mllm_failed:
-        return "none", None, f"UBM failed: {ubm}; MLLM failed: {mllm}"
-    if mllm_failed:
-        return "ubm", ubm, f"unsure, but the MLLM failed: {mllm}"
-    if mllm["uncertainty"] is not None and mllm["uncertainty"] <= tau2:
-        return "mllm", mllm, f"sure: uncertainty {mllm['uncertainty']:.2f} <= {tau2:.2f}"
-    if ubm_failed:
-        return "mllm", mllm, f"unsure, but the UBM failed: {ubm}"
-    if mllm["prediction"] == ubm["prediction"]:
+        return "ask mllm", None, "the UBM is unsure"
+    if mllm.failed:
+        return "ubm", ubm, f"unsure, but the MLLM failed: {mllm.failed}"
+    if mllm.uncertainty is not None and mllm.uncertainty <= tau2:
+        return "mllm", mllm, f"sure: uncertainty {mllm.uncertainty:.2f} <= {tau2:.2f}"
+    if mllm.prediction == ubm.prediction:
         return "agree", _mean_verdict(ubm, mllm), "the MLLM is unsure and agrees with the UBM"
     if second_pass is None:
         return "ask second_pass", None, "the MLLM is unsure and contradicts the UBM"
-    if not isinstance(second_pass, str):
+    if not second_pass.failed:
         return "second_pass", second_pass, "asked again with both answers in the prompt"
-    surer = ("mllm", mllm)  # choice: also where its uncertainty is unknown
-    if mllm["uncertainty"] is not None and ubm["uncertainty"] < mllm["uncertainty"]:
-        surer = ("ubm", ubm)
-    return *surer, f"the surer of two; the second pass failed: {second_pass}"
+    reason = f"the surer of two; the second pass failed: {second_pass.failed}"
+    if mllm.uncertainty is not None and ubm.uncertainty < mllm.uncertainty:
+        return "ubm", ubm, reason
+    return "mllm", mllm, reason  # choice: also where its uncertainty is unknown
 
 
-def stages_asked(verdicts, tau1, tau2):
-    """How many of a post's three stages (1 to 3) its route asks; `verdicts` (ubm, mllm,
-    second_pass) may hold more of them. The MLLM passes are one less."""
+def passes_asked(verdicts, tau1, tau2):
+    """How many of a post's three passes (1 to 3) its route asks; `verdicts` (ubm, mllm,
+    second_pass) may hold more of them. Those of the MLLM are one less."""
     ubm, mllm, _ = verdicts
     if cascade_route(ubm, None, None, tau1, tau2)[0] != "ask mllm":
         return 1
@@ -2422,10 +2437,10 @@ def stages_asked(verdicts, tau1, tau2):
 def _mean_verdict(ubm, mllm):
     """Two answers of one polarity as one: for scores their mean, weighted by 1 - u (paper: v1; an
     unknown u counts as 0.5); the label is the same."""
-    if "predicted_score" not in mllm:
+    if mllm.predicted_score is None:
         return mllm
-    u = np.array([0.5 if x["uncertainty"] is None else x["uncertainty"] for x in (ubm, mllm)])
-    scores = np.array([x["predicted_score"] for x in (ubm, mllm)])
+    u = np.array([0.5 if x.uncertainty is None else x.uncertainty for x in (ubm, mllm)])
+    scores = np.array([ubm.predicted_score, mllm.predicted_score])
     weights = 1 - u + 1e-6
     return score_verdict(float(np.average(scores, weights=weights)),
                          float(np.average(u, weights=weights)))
