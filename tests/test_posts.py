@@ -5,14 +5,13 @@ import os
 import struct
 import zlib
 from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from conftest import noise_image
 from PIL import Image
 
-from mulcot import (LABELS, InputError, Post, load_image, mvsa_label, parse_reasoning, read_posts,
+from mulcot import (LABELS, InputError, Post, load_image, parse_reasoning, read_posts,
                     select_split)
 from toy import TOY_TEST_TEMPLATES, toy_posts, toy_warmup
 
@@ -41,26 +40,31 @@ def png_header(path, width, height):
     return path
 
 
-# ---- the four formats
+# ---- the formats
 
 
 def test_jsonl_columns(folder):
-    """Known columns become fields, unknown ones are kept, and nothing missing is invented."""
+    """Known columns become fields, unknown ones stay with the post and in no row that it writes,
+    and nothing missing is invented."""
     row = dict(id=7, text="hi", image="good.png", aspect=" Rex ", label=" Positive ", score=0.5,
-               split="dev", cot="why", likes=3, tags=["a"], folder="f")
-    post, bare = read_posts(jsonl(folder / "p.jsonl", row, b"", dict(id="b", text="t")))
+               split="dev", cot="why")
+    odd = dict(likes=3, tags=["a"], folder="f", raw="what a model said")
+    post, bare = read_posts(jsonl(folder / "p.jsonl", row | odd, b"", dict(id="b", text="t")))
     assert (post.id, post.aspect, post.label, post.score) == ("7", "Rex", "positive", 0.5)
     assert (post.split, post.cot) == ("dev", "why")
-    assert post.columns == row
+    assert post.columns == row | odd
     assert post.image == os.path.realpath(folder / "images" / "good.png")
     assert post.row() == row | dict(id="7", aspect="Rex", label="positive")
     assert bare.row() == dict(id="b", text="t")
+    again = read_posts(jsonl(folder / "again.jsonl", post.row()))[0]
+    assert again.row() == post.row() and again.image == post.image
 
 
-def test_jsonl_byte_order_mark_and_crlf(folder):
-    """A file saved by a Windows editor reads like any other."""
-    lines = b'\xef\xbb\xbf{"id": 1, "text": "a"}\r\n{"id": 2, "text": "b"}'
-    (folder / "p.jsonl").write_bytes(lines)
+@pytest.mark.parametrize("start, end", [(b"\xef\xbb\xbf", b"\r\n"), (b"", b"\r")])
+def test_line_ends(folder, start, end):
+    """A file saved by a Windows editor or an old spreadsheet reads like any other."""
+    lines = [b'{"id": 1, "text": "a"}', b'{"id": 2, "text": "b"}']
+    (folder / "p.jsonl").write_bytes(start + end.join(lines))
     assert [p.text for p in read_posts(folder / "p.jsonl")] == ["a", "b"]
 
 
@@ -75,12 +79,14 @@ def test_images_default_to_the_folder_beside_the_file(tmp_path):
     assert read_posts(path, images=tmp_path)[0].image == os.path.realpath(tmp_path / "x.png")
 
 
-def test_splits_by_other_names(tmp_path):
-    """valid, Validation and Test are not trained on by mistake."""
+def test_splits(tmp_path):
+    """valid, Validation and Test are not trained on by mistake; rows without a split are taken
+    where no row has one."""
     names = dict(a="valid", b=" Validation", c="Test", d="train", e=None)
     rows = [dict(id=i, text="t", split=split) for i, split in names.items()]
     posts = read_posts(jsonl(tmp_path / "p.jsonl", *rows))
     assert [post.split for post in posts] == ["dev", "dev", "test", "train", None]
+    assert select_split(posts, "dev") == posts[:2] and select_split(posts[4:], "dev") == posts[4:]
 
 
 def test_authors_json(folder):
@@ -97,26 +103,19 @@ def test_authors_json(folder):
 
 
 def test_tsv(folder):
-    """$T$ is filled in, 0/1/2 are the labels, and a stray quote joins no lines."""
+    """$T$ is filled in, 0/1/2 are the labels, and a stray quote joins no lines; a line with a cell
+    too few or a foreign label is set aside."""
     lines = ["index\t#1 ImageID\t#2 String\t#2 String", '1\t0\tgood.png\t"so $T$ !\tRex',
-             "2\t1\tgood.png\tb $T$ $T$\tMia Ray", '3\t2\tgood.png\tc" $T$\tNova', ""]
-    (folder / "dev.tsv").write_text("\n".join(lines))
-    posts = read_posts(folder / "dev.tsv")
-    assert [p.text for p in posts] == ['"so Rex !', "b Mia Ray Mia Ray", 'c" Nova']
-    assert [p.label for p in posts] == list(LABELS)
-    assert [p.id for p in posts] == ["dev-1", "dev-2", "dev-3"]
-    assert {p.split for p in posts} == {"dev"}
-
-
-def test_tsv_bad_line(folder):
-    """A line with a cell too few or a foreign label is set aside; its neighbours stay."""
-    lines = ["head", "1\t0\tgood.png\ta\tR", "2\t5\tgood.png\tb\tR", "3\t1\tgood.png",
-             "4\t2\tgood.png\td\tR"]
-    (folder / "mine.tsv").write_text("\n".join(lines) + "\n")
-    rejects = []
-    posts = read_posts(folder / "mine.tsv", rejects=rejects)
-    assert [p.id for p in posts] == ["mine-1", "mine-4"] and {p.split for p in posts} == {None}
-    assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["3", "4"]
+             "2\t1\tgood.png\tb $T$ $T$\tMia Ray", '3\t2\tgood.png\tc" $T$\tNova',
+             "4\t5\tgood.png\tb\tR", "5\t1\tgood.png", ""]
+    for name, split in (("dev", "dev"), ("mine", None)):
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+        rejects = []
+        posts = read_posts(folder / f"{name}.tsv", rejects=rejects)
+        assert [p.text for p in posts] == ['"so Rex !', "b Mia Ray Mia Ray", 'c" Nova']
+        assert [p.label for p in posts] == list(LABELS) and {p.split for p in posts} == {split}
+        assert [p.id for p in posts] == [f"{name}-{n}" for n in (1, 2, 3)]
+        assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["5", "6"]
 
 
 @pytest.mark.parametrize("name, rows, counts", [
@@ -131,63 +130,6 @@ def test_real_posts(twitter, name, rows, counts):
     assert counts is None or tuple(found[x] for x in LABELS) == counts
 
 
-# ---- MVSA
-
-
-def mvsa(folder, table):
-    """A folder as downloaded, from {id: pairs of text,image labels}."""
-    (folder / "data").mkdir(parents=True)
-    lines = ["ID\ttext,image"]
-    for name, pairs in table.items():
-        (folder / "data" / f"{name}.txt").write_text(f"words of {name}\n")
-        Image.new("RGB", (4, 4)).save(folder / "data" / f"{name}.jpg")
-        lines.append("\t".join([str(name), *pairs]))
-    (folder / "labelResultAll.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.mark.parametrize("pairs, label", [
-    ("positive,positive", "positive"), ("neutral,negative", "negative"),
-    ("positive,neutral", "positive"), ("neutral,neutral", "neutral"),
-    ("positive,negative", None), ("negative,positive", None),
-    ("positive,neutral positive,neutral negative,negative", "positive"),
-    ("positive,neutral neutral,neutral negative,neutral", None),
-    ("neutral,negative neutral,negative positive,positive", "negative"),
-    ("neutral,negative neutral,neutral neutral,positive", None),
-    ("positive,neutral negative,neutral", None),
-    ("positive,negative positive,negative neutral,neutral", None)])
-def test_mvsa_rule(pairs, label):
-    """Majority per modality; positive against negative drops out; a polar label beats neutral."""
-    assert mvsa_label([tuple(p.split(",")) for p in pairs.split()]) == label
-
-
-def test_mvsa_folder(tmp_path):
-    """Single and Multiple read alike; what the rule drops is set aside with its line."""
-    three = ("positive,neutral", "positive,positive", "negative,positive")
-    table = {1: three, 2: ("positive,negative",) * 3, 3: ("neutral,neutral",), 4: ("happy,sad",)}
-    folder, rejects = mvsa(tmp_path / "m", table), []
-    (folder / "data" / "3.txt").write_bytes("caf\xe9".encode("latin-1"))
-    post, = read_posts(folder, rejects=rejects)
-    assert (post.id, post.text, post.label) == ("1", "words of 1", "positive")
-    assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["3", "4", "5"]
-    words = ("MVSA rule", "UTF-8", "pairs")
-    assert all(word in reason for word, (_, reason) in zip(words, rejects))
-
-
-def test_mvsa_split(tmp_path):
-    """The split is a function of the id alone: any order, any other rows; about 80 / 10 / 10."""
-    names = list(range(300))
-    posts = read_posts(mvsa(tmp_path / "a", {n: ("neutral,positive",) for n in names}))
-    fewer = read_posts(mvsa(tmp_path / "b", {n: ("neutral,positive",) for n in names[:50:-1]}))
-    splits = {p.id: p.split for p in posts}
-    assert all(splits[p.id] == p.split for p in fewer) and len(fewer) == 249
-    for name, split in splits.items():
-        bucket = int(sha256(f"mvsa:{name}".encode()).hexdigest(), 16) % 10
-        assert split == {0: "test", 1: "dev"}.get(bucket, "train")
-    counts = Counter(splits.values())
-    assert 20 <= counts["test"] <= 40 and 20 <= counts["dev"] <= 40
-
-
 # ---- bad rows
 
 WRONG = {
@@ -197,22 +139,16 @@ WRONG = {
     "missing image": (dict(image="none.png"), "No such file"),
     "garbage image": (dict(image="garbage.jpg"), "cannot be read: cannot identify"),
     "truncated image": (dict(image="cut.jpg"), "cannot be read: image file is truncated"),
-    "broken chunk": (dict(image="chunk.png"), "cannot be read: broken PNG"),
     "image is a folder": (dict(image="."), "cannot be read"),
-    "format": (dict(image="scan.tif"), "cannot be read: cannot identify"),
     "pixel bomb": (dict(image="bomb.png"), "shrink it"),
-    "huge pixel bomb": (dict(image="huge.png"), "cannot be read"),
     "absolute path": (dict(image="/etc/hostname"), "no absolute path"),
-    "drive": (dict(image="C:\\x.png"), "plain name inside"),
     "url": (dict(image="http://h/x.png"), "no URL"),
-    "data url": (dict(image="data:image/png;base64,AA"), "no URL"),
     "dots": (dict(image="../secret.png"), "leads outside"),
-    "dots inside": (dict(image="a/../good.png"), "leads outside"),
     "link": (dict(image="link.png"), "leads outside"),
+    "endless name": (dict(image="x" * 5000), "cannot be read"),
     "image number": (dict(image=5), "image must be a string"),
-    "null byte": (dict(image="a\0.png"), ""),
-    "lone surrogate in name": (dict(image="\ud83d.png"), ""),
     "label": (dict(label="happy"), "use one of negative, neutral, positive"),
+    "half an emoji": (dict(text="so \ud83d sad"), "surrogates not allowed"),
     "empty text": (dict(text=" \n"), "empty text"),
     "no text": (dict(text=None), "empty text"),
     "text number": (dict(text=4), "text must be a string"),
@@ -220,11 +156,9 @@ WRONG = {
     "score": (dict(score="high"), "score must be a number"),
     "no id": (dict(id=None), "every row needs an id"),
     "id twice": (dict(id="a"), "duplicate id 'a'"),
-    "list for a split": (dict(split=["train"]), "split"),
     "object for a chain": (dict(cot={"Prediction": "neutral"}), "cot"),
     "list": ([1, 2], "expected an object"),
     "not JSON": (b'{"id": "x", "text": ', "not a row"),
-    "too deep": (b"[" * 200_000, "not a row"),
     "not UTF-8": (b'{"id": "x", "text": "caf\xe9"}', "not a row: 'utf-8' codec"),
 }
 
@@ -236,17 +170,12 @@ def wrong_images(tmp_path_factory):
     images = root / "images"
     images.mkdir()
     Image.new("RGB", (8, 8)).save(images / "good.png")
-    Image.new("RGB", (8, 8)).save(images / "scan.tif")
     Image.new("RGB", (8, 8)).save(root / "secret.png")
     (images / "link.png").symlink_to(root / "secret.png")
     (images / "garbage.jpg").write_bytes(b"not a picture" * 9)
     whole = Path(noise_image(images / "cut.jpg", (64, 48))).read_bytes()
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    chunk = bytearray(Path(noise_image(images / "chunk.png", (64, 48))).read_bytes())
-    chunk[35] = 0  # of the length of its pixels
-    (images / "chunk.png").write_bytes(chunk)
     png_header(images / "bomb.png", 9000, 8000)
-    png_header(images / "huge.png", 60000, 60000)
     return root
 
 
@@ -266,23 +195,6 @@ def test_bad_row(wrong_images, tmp_path, change, reason):
     assert f"{path}:2" in str(error.value) and reason in str(error.value)
 
 
-def test_no_pixel_of_a_bomb_is_decoded(tmp_path):
-    """The size is judged from the header, before memory is asked for."""
-    with pytest.raises(InputError, match="the cap is 50,000,000"):
-        load_image(png_header(tmp_path / "b.png", 7100, 7100))
-    with pytest.raises(InputError, match="cannot be read"):  # small enough, but nothing in it
-        load_image(png_header(tmp_path / "s.png", 100, 100))
-
-
-def test_lone_surrogate_in_text_does_no_harm(folder):
-    """JSON can spell half of an emoji, which no tokenizer and no file takes: it may be replaced or
-    set aside, but a post that is kept can be written as UTF-8."""
-    path = jsonl(folder / "p.jsonl", dict(id="a", text="so \ud83d sad"), dict(id="b", text="t"))
-    posts = read_posts(path, rejects=[])
-    assert posts[-1].id == "b"
-    json.dumps([p.row() for p in posts], ensure_ascii=False).encode("utf-8")
-
-
 @pytest.mark.parametrize("name, content, reason", [
     ("none.jsonl", None, "does not exist"), ("p.txt", b"a,b", "use .jsonl, .json, .tsv or .csv"),
     ("p.csv", b"a,b", "must have the columns"),
@@ -299,12 +211,6 @@ def test_bad_file(tmp_path, name, content, reason):
     assert reason in str(error.value) and name in str(error.value)
 
 
-def test_folder_without_mvsa_table(tmp_path):
-    """A folder that is not MVSA's is refused with what is expected in it."""
-    with pytest.raises(InputError, match="labelResultAll.txt"):
-        read_posts(tmp_path)
-
-
 # ---- images
 
 
@@ -319,10 +225,10 @@ def test_exif_orientation_is_applied(tmp_path):
     assert upright.getpixel((10, 2)) == (255, 0, 0) and upright.getpixel((10, 38)) == (0, 0, 255)
 
 
-@pytest.mark.parametrize("typed", [(0x011A, 2), (0x0100, 2)], ids=["rational", "short"])
-def test_broken_exif_costs_at_most_its_row(tmp_path, typed):
+def test_broken_exif_costs_at_most_its_row(tmp_path):
     """EXIF whose entries have the wrong type: the picture is read or set aside, never a crash."""
-    entries = struct.pack("<HHI4s", *typed, 4, b"abc\0") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    entries = struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    entries += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     tiff = b"II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + tiff)
     rows = [dict(id="x", text="t", image="x.jpg"), dict(id="y", text="t")]
@@ -330,19 +236,15 @@ def test_broken_exif_costs_at_most_its_row(tmp_path, typed):
     assert posts[-1].id == "y"
 
 
-def test_first_frame_of_an_animation(tmp_path):
-    """An animated GIF is its first frame."""
-    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert load_image(tmp_path / "x.gif").getpixel((4, 4)) == (255, 0, 0)
-
-
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    """Grey, palette, transparent and print colours all come out as RGB."""
+    """Grey, palette, transparent and print colours; of an animation the first frame."""
     name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (8, 6)).save(name)
     assert (load_image(name).mode, load_image(name).size) == ("RGB", (8, 6))
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "x.gif").getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_transparent_is_white(tmp_path):
@@ -354,30 +256,17 @@ def test_transparent_is_white(tmp_path):
     assert read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((1, 1)) == (127, 127, 127)
 
 
-def test_unsplit_rows_beside_split_ones_are_no_dev_set():
-    """Rows without a split are taken where no row has one."""
-    some, none = Post("a", "t", split="train"), Post("b", "t")
-    assert select_split([some, none], "dev") == [] and select_split([none], "dev") == [none]
-
-
-# ---- rows and toy posts
-
-
-def test_rows_round_trip(toy, posts, tmp_path):
-    """What row() writes, read_posts reads back unchanged, extras included."""
-    path = jsonl(tmp_path / "again.jsonl", *(p.row() for p in posts))
-    assert read_posts(path, toy / "images") == posts and len(posts) == 24
-    assert all(p.columns["facts"] for p in posts)
+# ---- toy posts
 
 
 def test_toy_posts_follow_their_seed(tmp_path):
-    """The same seed draws the same rows and the same image bytes; another seed draws others."""
-    sizes = dict(train=8, test=4)
-    made = {n: toy_posts(tmp_path / n, sizes, seed) for n, seed in (("a", 1), ("b", 1), ("c", 2))}
-    rows = {n: [p.row() for p in ps] for n, ps in made.items()}
-    pixels = {n: [open(p.image, "rb").read() for p in ps] for n, ps in made.items()}
-    assert rows["a"] == rows["b"] and pixels["a"] == pixels["b"]
-    assert rows["a"] != rows["c"] and pixels["a"] != pixels["c"]
+    """The same seed draws the same posts and the same image bytes; another seed draws others."""
+    def drawn(name, seed):
+        posts = toy_posts(tmp_path / name, dict(train=8, test=4), seed)
+        return [p.columns | p.row() for p in posts], [Path(p.image).read_bytes() for p in posts]
+
+    (rows, pixels), again, (others, pictures) = drawn("a", 1), drawn("b", 1), drawn("c", 2)
+    assert (rows, pixels) == again and rows != others and pixels != pictures
 
 
 def test_toy_test_split_is_unseen(tmp_path):
@@ -440,8 +329,3 @@ def chi_square(xs, ys):
     both, x, y, n = Counter(zip(xs, ys)), Counter(xs), Counter(ys), len(xs)
     assert len(x) == len(y) == 3
     return sum((both[a, b] - x[a] * y[b] / n) ** 2 / (x[a] * y[b] / n) for a in x for b in y)
-
-
-def test_post_without_image_has_no_image_column():
-    """Text alone is a post."""
-    assert Post("1", "hi").row() == dict(id="1", text="hi")

@@ -13,7 +13,6 @@ import pytest
 from conftest import KEY, chat, torn
 from PIL import Image, PngImagePlugin
 
-import generate
 import toy
 from generate import Endpoint
 from mulcot import (FIELDS, Answer, InputError, Post, Refused, Request, build_messages,
@@ -85,19 +84,13 @@ def test_dialogue(answers, options, stages, temperatures, budgets, unaided):
     assert row["cot"] == (RIGHT if kept else None) and (row["problem"] is None) == kept
     assert (row["stage"], row["tries"]) == (stages[-1], len(answers))
     assert row["unaided_prediction"] == unaided
+    problems = {WRONG: "predicts negative, label is positive", PART: "missing Image_analysis"}
     for attempt, answer, stage, heat in zip(row["attempts"], answers, stages, temperatures):
         text = getattr(answer, "text", answer)
+        problem = "truncated" if isinstance(answer, Answer) else problems.get(text, "")
+        assert (attempt["problem"] or "").startswith(problem)
         assert (attempt["raw"], attempt["stage"], attempt["temperature"]) == (text, stage, heat)
         assert attempt["prediction"] == parse_reasoning(text).prediction
-
-
-def test_problems_are_named():
-    """Of each attempt; the row has the last one's."""
-    row = drive([WRONG, cut(RIGHT), chain("neutral"), PART])[1]
-    problems = [attempt["problem"] for attempt in row["attempts"]]
-    assert problems[:3] == ["predicts negative, label is positive", "truncated",
-                            "predicts neutral, label is positive"]
-    assert row["problem"] == problems[3] and "missing Image" in problems[3]
 
 
 def test_a_refused_retry_loses_nothing():
@@ -115,18 +108,14 @@ def test_a_refused_retry_loses_nothing():
         two_stage_cot([POST], ask, max_tokens=101)
 
 
-def test_tokens_are_added_up():
-    """What failed attempts cost counts too."""
-    costs = ((PART, 10, 1), (WRONG, 20, 2), (RIGHT, 40, 4))
-    row = drive([Answer(text, "stop", *cost) for text, *cost in costs])[1]
-    assert (row["tokens_in"], row["tokens_out"]) == (70, 7)
-
-
 def test_kept_chain_has_the_one_written_form():
-    """A chain in Markdown is kept as trained on, its raw text untouched."""
+    """A chain in Markdown is kept as trained on, its raw text untouched. What failed attempts cost
+    counts too."""
     raw = "\n\n".join(f"### {k}\n{v}" for k, v in parse_reasoning(RIGHT).fields.items())
-    row = drive([raw])[1]
+    costs = ((PART, 10, 1), (WRONG, 20, 2), (raw, 40, 4))
+    row = drive([Answer(text, "stop", *cost) for text, *cost in costs])[1]
     assert row["cot"] == RIGHT and row["raw"] == raw
+    assert (row["tokens_in"], row["tokens_out"]) == (70, 7)
 
 
 # ---- the toy teacher
@@ -185,7 +174,7 @@ def connect(serve):
     """connect(plan) -> (Endpoint, its server); endpoint.waits holds the pauses, none is made."""
     def start(plan, **options):
         server = serve(plan)
-        endpoint = Endpoint(server.url, "big-model", **(dict(timeout=5) | options))
+        endpoint = Endpoint(server.url, "big-model", timeout=2, **options)
         endpoint.waits = []
         endpoint.pause = endpoint.waits.append
         return endpoint, server
@@ -210,8 +199,9 @@ def test_request_and_answer(connect, monkeypatch, key):
 
 TROUBLE = {
     "too many": (429, "slow down"), "server error": (500, "oops"), "bad gateway": (502, "<html>"),
-    "conflict": (409, ""), "time-out": (408, ""), "connection closed": None,
-    "half a body": torn(GOOD), "html page": (200, "<html>hello</html>"), "no body": (200, ""),
+    "conflict": (409, ""), "time-out": (408, ""), "silent": lambda asked: time.sleep(3),
+    "connection closed": None, "half a body": torn(GOOD), "no body": (200, ""),
+    "html page": (200, "<html>hello</html>"),
     "no choices": (200, {}), "empty choices": chat("") | dict(choices=[]), "null": (200, None),
     "error with 200": (200, dict(error=dict(message="busy"))),
     "null message": dict(choices=[dict(message=None)])}
@@ -223,12 +213,6 @@ def test_asked_again(connect, trouble):
     endpoint, server = connect([trouble, GOOD])
     assert endpoint(question()).text == RIGHT and sum(endpoint.retries.values()) == 1
     assert len(server.asked) == 2 and len(endpoint.waits) == 1 and 0.4 < endpoint.waits[0] <= 1
-
-
-def test_a_silent_server_is_asked_again(connect):
-    """After --timeout seconds without a byte."""
-    endpoint, server = connect([lambda asked: time.sleep(2.5), GOOD], timeout=1)
-    assert endpoint(question()).text == RIGHT and len(server.asked) == 2
 
 
 def test_back_off_and_giving_up(connect):
@@ -310,15 +294,11 @@ def test_the_key_comes_back_in_no_text(connect, monkeypatch):
         assert "sk-" not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     assert connect([chat("exact")])[0](question()).text == "exact"
-
-
-@pytest.mark.parametrize("key", [KEY[:6] + "\n" + KEY[6:], KEY + "\u2026"])
-def test_a_malformed_key_is_not_shown(monkeypatch, key):
-    """A line break or an odd character within; blanks around a key do no harm."""
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(InputError) as error:
-        Endpoint("https://host.example/v1", "m")
-    assert "OPENAI_API_KEY" in str(error.value) and "sk-" not in str(error.value)
+    for key in (KEY[:6] + "\n" + KEY[6:], KEY + "\u2026"):  # no header takes it
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(InputError, match="OPENAI_API_KEY") as error:
+            Endpoint("https://host.example/v1", "m")
+        assert "sk-" not in str(error.value)
 
 
 def test_the_environment_gives_no_proxy_and_no_netrc(serve, monkeypatch, tmp_path):
@@ -364,19 +344,15 @@ def test_images_travel_upright_and_bare(connect, tmp_path):
     assert upright.getpixel((280, 9))[0] > 200 > upright.getpixel((280, 1100))[0]
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1",
-                                 "ftp://host/v1", "", "https://"])
-def test_addresses_that_are_refused(url):
-    """Posts and key go in the clear only to this machine, or when asked for."""
-    with pytest.raises(InputError, match="--endpoint"):
-        Endpoint(url, "m")
-
-
-@pytest.mark.parametrize("url", ["https://host.example/v1", "http://localhost:8000/v1",
-                                 "http://127.0.0.1/v1/", "http://[::1]:8000/v1"])
-def test_allowed_addresses(url):
-    """https anywhere, http on this machine; --allow-http lifts the rule."""
-    assert Endpoint(url, "m").url == f"{url.rstrip('/')}/chat/completions"
+def test_addresses():
+    """https anywhere, http on this machine: posts and key go in the clear only when asked for."""
+    for url in ("https://host.example/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1/",
+                "http://[::1]:8000/v1"):
+        assert Endpoint(url, "m").url == f"{url.rstrip('/')}/chat/completions"
+    for url in ("http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1", "ftp://host/v1", "",
+                "https://"):
+        with pytest.raises(InputError, match="--endpoint"):
+            Endpoint(url, "m")
     assert Endpoint("http://10.0.0.1/v1", "m", allow_http=True).url.startswith("http://10.")
 
 
@@ -461,17 +437,3 @@ def test_stage_needs_posts_it_can_use(data, tmp_path, capsys):
                                  ([own], [], "the toy teacher only knows toy posts")):
         argv = ["teacher", "--data", *map(str, files), "--out", f"{tmp_path}/c", *more]
         assert toy.main(argv) == 2 and problem in capsys.readouterr().err
-
-
-def test_stage_over_the_wire(serve, tmp_path, monkeypatch):
-    """The whole stage against a server: a wrong answer, then the label is sent and explained."""
-    monkeypatch.setattr("random.uniform", lambda *_: 0.01)
-    server = serve([chat(WRONG), (429, "wait"), GOOD])
-    own = tmp_path / "own.jsonl"
-    own.write_text('{"id": 1, "text": "t", "label": "positive"}\n')
-    assert generate.main(["teacher", "--data", str(own), "--model", "m", "--endpoint", server.url,
-                          "--out", f"{tmp_path}/c"]) == 0
-    (row,) = read_rows(tmp_path / "c")
-    assert (row["stage"], row["tries"], row["tokens_in"], row["tokens_out"]) == (2, 2, 9, 4)
-    assert (row["label_conditioned"], row["unaided_prediction"]) == (True, "negative")
-    assert ["Given sentiment" in asked.prompt for asked in server.asked] == [False, True, True]

@@ -97,6 +97,7 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     for row in read_rows(out):
         assert {"stage", "tries", "model", "tokens_in", "seconds", "prompt"} <= row.keys()
         assert row["label_conditioned"] == (row["stage"] == 2) and "attempts" not in row
+        assert (row["unaided_prediction"] == row["label"]) == (row["stage"] == 1)
 
 
 def test_killed_and_rerun_pays_for_nothing_twice(serve, world, tmp_path, capsys):

@@ -1,13 +1,12 @@
 """How far a reader walks: which of our functions one training step, one predicted batch and the
 teacher stage go through. `python -m pytest -s tests/test_walk.py` prints them."""
 
-import json
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import chat
 
 import generate
 import mulcot
@@ -37,9 +36,9 @@ class Walk:
         threading.setprofile(None)
 
     def check(self, name, about):
-        """Prints the functions; about as many as when this was written, or the house has grown."""
+        """Prints the functions; as many as when this was written, or the house has grown."""
         print(f"\n{name}: {len(self.functions)} functions\n  " + "\n  ".join(self.functions))
-        assert about / 1.5 <= len(self.functions) <= 1.5 * about
+        assert about - 5 <= len(self.functions) <= about + 1, sorted(self.functions)
 
 
 @pytest.fixture(scope="module")
@@ -69,42 +68,22 @@ def test_a_training_step(toy, chains):
         for batch, examples in step:
             loss, _ = stage.loss(model, batch, examples, counts)
             loss.backward()
-    walk.check("a student's training step", 31)
+    walk.check("a student's training step", 41)
 
 
 def test_a_predicted_batch(student, posts):
     """Labels by scoring and chains, from posts to rows."""
     with Walk() as walk:
         generate.predict(*student, posts[:3], max_new_tokens=4)
-    walk.check("a predicted batch", 27)
+    walk.check("a predicted batch", 39)
 
 
-class Teacher(BaseHTTPRequestHandler):
-    """A whole chain, positive whatever the post."""
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        fields = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
-        message = dict(content=json.dumps(fields))
-        data = json.dumps(dict(choices=[dict(message=message)])).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_the_teacher_stage(toy, tmp_path, monkeypatch):
+def test_the_teacher_stage(toy, serve, tmp_path):
     """The whole command against an endpoint on this machine, both stages."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Teacher) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with Walk() as walk:
-            code = generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
-                                  "--endpoint", f"http://127.0.0.1:{server.server_port}/v1",
-                                  "--max-tries", "1", "--out", f"{tmp_path}/chains.jsonl"])
-        server.shutdown()
-    assert code == 0
-    walk.check("the teacher stage", 71)
+    chain = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
+    server = serve(lambda request: chat(mulcot.render_reasoning(chain)))
+    with Walk() as walk:
+        assert generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
+                              "--endpoint", server.url, "--max-tries", "1", "--out",
+                              f"{tmp_path}/chains.jsonl"]) == 0
+    walk.check("the teacher stage", 77)
