@@ -42,7 +42,6 @@ def parse_args(argv=None):
     p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot")
     p.add_argument("--chains", help="the teacher's rows, for their statistics")
     p.add_argument("--cards", type=int, default=200, help="posts in the report, wrong ones first")
-    p.add_argument("--all-columns", action="store_true", help="print more than ten columns")
     p.add_argument("--baseline", metavar="NAME", help="column p: accuracy against this run's")
     p.add_argument("--wordnet", metavar="DIR", help="WordNet 3.0's files, for METEOR's synonyms")
     p.add_argument("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")
@@ -205,6 +204,7 @@ def tokenize(text, rules):
     return text.split()
 
 
+@cache
 def treebank_tokens(text):
     """Penn Treebank tokens of the lower-cased text."""
     return tokenize(text.lower(), _TREEBANK)
@@ -215,12 +215,18 @@ def ngrams(tokens, n):
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
+@cache
+def tokens_13a(text):
+    """sacrebleu's default tokens of a text."""
+    return tokenize(text.rstrip(), _13A)
+
+
 def bleu4(prediction, reference):
     """Sentence BLEU-4 in [0, 1] (Papineni et al. 2002): 13a tokens, no smoothing, no effective
     order (the authors' way: a pair without a common 4-gram scores 0). Equal to sacrebleu's sentence
     BLEU with smooth_method="none"."""
-    prediction = tokenize(prediction.rstrip(), _13A)
-    reference = tokenize(reference.rstrip(), _13A)
+    prediction = tokens_13a(prediction)
+    reference = tokens_13a(reference)
     precisions = []
     for n in range(1, 5):
         common = Counter(ngrams(prediction, n)) & Counter(ngrams(reference, n))
@@ -373,14 +379,17 @@ def read_wordnet(folder):
 def match(prediction, reference, alternatives=lambda word: (word,)):
     """Pairs of positions (i, j) where alternatives(prediction[i]) hold reference[j], from the end,
     each position once; removes them from both {position: word}."""
+    places = defaultdict(list)  # of each word of the reference, rising
+    for j, word in reference.items():
+        places[word].append(j)
     pairs = []
     for i in list(reversed(prediction)):
-        words = alternatives(prediction[i])
-        for j in reversed(reference):
-            if reference[j] in words:
-                pairs.append((i, j))
-                del prediction[i], reference[j]
-                break
+        free = [places[word][-1] for word in alternatives(prediction[i]) if places.get(word)]
+        if free:
+            j = max(free)
+            places[reference[j]].pop()
+            pairs.append((i, j))
+            del prediction[i], reference[j]
     return pairs
 
 
@@ -418,31 +427,35 @@ def load_embedder(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name).eval()
 
+    @cache
     @torch.no_grad()
+    def embed(text):
+        inputs = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+        return model(**inputs).last_hidden_state[0].mean(0)  # (D,)
+
     def similarity(prediction, reference):
-        means = []
-        for text in (prediction, reference):
-            inputs = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
-            means.append(model(**inputs).last_hidden_state[0].mean(0))  # (D,)
-        return torch.cosine_similarity(*means, dim=0).item() if prediction else 0.0
+        if not prediction:
+            return 0.0
+        return torch.cosine_similarity(embed(prediction), embed(reference), dim=0).item()
 
     return similarity
 
 
 # ---- chains ------------------------------------------------------------------------------------
 
-SIGNATURES = {  # how each text metric is computed: its name is not enough to compare papers by
+SIGNATURES = {  # how a metric is computed: its name is not enough to compare papers by
+    "n": "n: gold posts of split {split}; 95 %: interval; bold: beats the next best, p < 0.05",
+    "accuracy_agree": "acc. =, acc. ≠: accuracy where chain=label, and where not",
+    "chains": "chains: raw text against raw reference, names and quotes included; missing chain = "
+              "empty text",
+    "bleu4_floor": "(in brackets): floor, the same chains against the next post's reference, of "
+                   "another tweet where there is one",
     "bleu4": "BLEU-4|13a|per post, unsmoothed, mean|= sacrebleu sentence BLEU, smoothing none",
     "rouge_l": "ROUGE-L F|sentences at full stops, union LCS, distinct words|= rouge 1.0.1",
     "meteor": "METEOR|Treebank tokens in lower case|exact, Porter, {synonyms}|= nltk 3.10",
     "sim": "Sim|cosine, mean-pooled {embedder}|first 256 pieces|= sentence-transformers",
     "distinct_1": "Distinct-1|Treebank tokens in lower case|per text, mean",
     "distinct_2": "Distinct-2|Treebank tokens in lower case|per text, mean"}
-
-
-def chain_text(parsed):
-    """What the text metrics compare: the fields' texts, in order, without names and quotes."""
-    return " ".join(parsed.fields[name] for name in FIELDS if name in parsed.fields)
 
 
 def names_only(parsed, label):
@@ -456,37 +469,58 @@ def means(values):
     return {name: float(np.nanmean(of_posts)) for name, of_posts in values.items()}
 
 
-def chain_metrics(rows, references, wordnet=None, similarity=None):
+def exchanged_references(posts):
+    """For each post with a chain (`cot`) the chain of the next such post, in their order and
+    wrapping round, that is of another tweet (has another text); of the next one where all are of
+    one tweet. None for a post without a chain."""
+    own = [post for post in posts if post.cot]
+    chains = {}
+    for i, post in enumerate(own):
+        others = own[i + 1 :] + own[:i] + [post]
+        foreign = (other.cot for other in others if other.text != post.text)
+        chains[post.id] = next(foreign, others[0].cot)
+    return [chains.get(post.id) for post in posts]
+
+
+def text_metrics(texts, references, wordnet=None, similarity=None):
+    """{metric: (n,) values} of n generated texts against n references (texts, or None), nan where
+    there is no reference. paper: the released script compares the text as it came with the chain
+    as it stands in the file."""
+    values = defaultdict(lambda: np.full(len(texts), np.nan))
+    for i, (text, reference) in enumerate(zip(texts, references)):
+        if reference:
+            values["bleu4"][i] = bleu4(text, reference)
+            values["rouge_l"][i] = rouge_l(text, reference)
+            values["meteor"][i] = meteor(text, reference, wordnet)
+            if similarity:
+                values["sim"][i] = similarity(text, reference)
+    return values
+
+
+def chain_metrics(rows, references, others=(), wordnet=None, similarity=None):
     """(metrics, values {metric: (n,), nan where a post has none}) of n prediction rows beside n
     reference chains (texts, or None). parse_rate: `raw`, the row's chain, has five fields and a
     label; agreement: its Prediction is the row's label; concludes: its Final_conclusion names that
-    label alone. A chain that is unparsed or not there scores 0 against its reference and counts in
-    `unparsed_chains`."""
-    values = defaultdict(lambda: np.full(len(rows), np.nan))
-    texts, reference_texts = [], []
-    for i, (row, reference) in enumerate(zip(rows, references)):
-        parsed = parse_reasoning(row.get("raw", ""))
-        texts.append(chain_text(parsed) if parsed.complete else "")
+    label alone. The text metrics take every chain as it came, a missing one as an empty text; their
+    floors (`meteor_floor`, …) are the same against the `others`, references of other posts."""
+    texts = [row.get("raw", "") for row in rows]
+    own_references = list(filter(None, references))
+    values = text_metrics(texts, references, wordnet, similarity)
+    floors = means(text_metrics(texts, others, wordnet, similarity))
+    for i, row in enumerate(rows):
+        parsed = parse_reasoning(texts[i])
         label = row.get("prediction")
         values["parse_rate"][i] = parsed.complete
         values["agreement"][i] = label is not None and parsed.prediction == label
         values["concludes"][i] = names_only(parsed, label)
-        reference = chain_text(parse_reasoning(reference or ""))
-        if reference:
-            reference_texts.append(reference)
-            values["bleu4"][i] = bleu4(texts[i], reference)
-            values["rouge_l"][i] = rouge_l(texts[i], reference)
-            values["meteor"][i] = meteor(texts[i], reference, wordnet)
-            if similarity:
-                values["sim"][i] = similarity(texts[i], reference)
-    whole = list(filter(None, texts))
-    metrics = dict(chains=len(texts), unparsed_chains=texts.count(""),
-                   distinct_1=distinct_n(whole, 1), distinct_2=distinct_n(whole, 2))
-    if reference_texts:
+    metrics = dict(chains=len(texts), distinct_1=distinct_n(texts, 1),
+                   distinct_2=distinct_n(texts, 2))
+    if own_references:
         # choice: Distinct is of the predictions; the authors' script measures the references.
-        metrics |= dict(referenced=len(reference_texts),
-                        distinct_1_references=distinct_n(reference_texts, 1),
-                        distinct_2_references=distinct_n(reference_texts, 2))
+        metrics |= dict(referenced=len(own_references),
+                        distinct_1_references=distinct_n(own_references, 1),
+                        distinct_2_references=distinct_n(own_references, 2))
+    metrics |= {f"{name}_floor": value for name, value in floors.items()}
     return metrics | means(values), values
 
 
@@ -559,12 +593,12 @@ def diagnose(runs, teacher={}):
 
 # ---- runs and table ----------------------------------------------------------------------------
 
-COLUMNS = dict(
-    n="n", accuracy="accuracy, 95 %", p="p", macro_f1="macro F1", weighted_f1="weighted F1",
-    parse_rate="parsed", agreement="chain=label", accuracy_agree="acc. =",
-    accuracy_disagree="acc. ≠", meteor="METEOR", rouge_l="ROUGE-L", sim="Sim", mae="MAE",
-    corr="Corr", acc7="Acc-7", acc2_non0="Acc-2", unparsed="unparsed", ece="ECE", aurc="AURC",
-    bleu4="BLEU-4")
+COLUMNS = dict(  # the most wanted first: a terminal shows as many as fit
+    n="n", accuracy="accuracy, 95 %", p="p", macro_f1="macro F1", mae="MAE", corr="Corr",
+    acc2_non0="Acc-2", acc7="Acc-7", parse_rate="parsed", agreement="chain=label", meteor="METEOR",
+    rouge_l="ROUGE-L", sim="Sim", bleu4="BLEU-4", weighted_f1="weighted F1",
+    accuracy_agree="acc. =", accuracy_disagree="acc. ≠", unparsed="unparsed", ece="ECE",
+    aurc="AURC")
 REFERENCED = {"meteor", "rouge_l", "sim", "bleu4"}  # of posts with a reference chain
 # Names of no run, because metrics.json has its own entries of these names.
 RESERVED = {"", *"majority teacher command versions signatures comparisons diagnosis date split n "
@@ -622,7 +656,7 @@ def read_gold(args):
     own = [post for post in posts if post.id in references]
     require(own or not args.references, "--references hold no judged post: are these the ids of "
             "--gold, and is this the right --split?")
-    known = sum(bool(chain_text(parse_reasoning(post.cot or ""))) for post in posts)
+    known = sum(bool(post.cot) for post in posts)
     if known:
         print(f"references: chains of {known} of {len(posts)} judged posts")
     return posts, split
@@ -683,7 +717,8 @@ def run_metrics(rows, posts, wordnet=None, similarity=None):
     metrics |= dict(missing=own.count({}), source=next(iter(rows.values())).get("source"))
     values = {}
     if any("raw" in row for row in own):
-        of_chains, values = chain_metrics(own, [post.cot for post in posts], wordnet, similarity)
+        of_chains, values = chain_metrics(own, [post.cot for post in posts],
+                                          exchanged_references(posts), wordnet, similarity)
         add_faithfulness(values, own, posts)
         metrics |= of_chains | means(values)
     probs = [(post.label, row["probs"]) for post, row in zip(posts, own) if row.get("probs")]
@@ -722,6 +757,8 @@ def cell(metrics, key, is_best=False):
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     if key in metrics.get("deviation", {}):
         text += f" ± {metrics['deviation'][key]:.3f}"
+    if f"{key}_floor" in metrics:
+        text += f" ({metrics[f'{key}_floor']:.3f})"
     if is_best:
         text = f"**{text}**"
     if key == "accuracy" and "intervals" in metrics:
@@ -729,28 +766,30 @@ def cell(metrics, key, is_best=False):
     return text
 
 
-def table(runs, tests, skipped=()):
-    """{name: metrics} -> columns of cells, their titles first, but the skipped and the empty ones;
-    **bold** is a best value that is significantly better than the next."""
+def table(runs, tests):
+    """{name: metrics} -> columns of cells, their titles first, but the empty ones; **bold** is a
+    best value that is significantly better than the next."""
     columns = [["run", *runs]]
     for key, title in COLUMNS.items():
         best = tests[key]["best"] if key in tests and tests[key]["p"] < 0.05 else None
         cells = [cell(metrics, key, name == best) for name, metrics in runs.items()]
-        if any(cells) and key not in skipped:
+        if any(cells):
             columns.append([title, *cells])
     return columns
 
 
-def markdown(columns, notes):
-    """A table of columns, padded so that it reads well as plain text too, and notes under it."""
-    padded = []
+def markdown(columns, width=np.inf):
+    """A table of columns, padded so that it reads well as plain text too; the first of them alone
+    that fit into so many characters."""
+    lines = ["|"] * (1 + len(columns[0]))
     for column in columns:
-        cells = [cell.replace("|", "&#124;") for cell in column]
-        width = max(2, *map(len, cells))
-        cells.insert(1, "-" * (width - 1) + ":")
-        padded.append([cell.rjust(width) for cell in cells])
-    lines = ["|" + " |".join(row) + " |" for row in zip(*padded)]
-    return "\n- ".join(["\n".join(lines) + "\n", *notes]) + "\n"
+        cells = [text.replace("|", "&#124;") for text in column]
+        longest = max(2, *map(len, cells))
+        cells.insert(1, "-" * (longest - 1) + ":")
+        if len(lines[0]) + longest + 1 > width:
+            break
+        lines = [f"{line}{text.rjust(longest)}|" for line, text in zip(lines, cells)]
+    return "\n".join(lines) + "\n"
 
 
 def evaluate(args):
@@ -784,7 +823,7 @@ def evaluate(args):
     about = args.info | dict(
         date=time.strftime("%Y-%m-%d %H:%M"), split=split, n=len(posts), seed=settings.get("seed"),
         warnings=warnings, diagnosis=diagnose(runs, teacher), comparisons=tests, teacher=teacher,
-        signatures={key: text.format(synonyms=synonyms, embedder=args.embedder)
+        signatures={key: text.format(split=split, synonyms=synonyms, embedder=args.embedder)
                     for key, text in SIGNATURES.items() if key in used})
     write_results(about, runs, posts, rows_of, args)
 
@@ -792,21 +831,17 @@ def evaluate(args):
 def write_results(about, runs, posts, rows_of, args):
     """The table in the console and in table.md, report.html, metrics.json. about: metrics.json's
     entries that are no run; rows_of: {name: {id: row} of its first file}."""
-    # paper: macro F1 on Twitter-2015 and -2017, weighted F1 on MVSA, which is a folder
-    f1 = "weighted_f1" if Path(args.gold).is_dir() else "macro_f1"
-    hidden = {"macro_f1", "weighted_f1", "unparsed", "ece", "aurc", "bleu4"} - {f1}
-    short = table(runs, about["comparisons"], hidden)[:11]
-    full = table(runs, about["comparisons"])
-    notes = [f"n: gold posts of split {about['split']}", "acc. =, ≠: where chain=label, where not",
-             "bold: beats the next best, p < 0.05", *about["signatures"].values()]
+    columns = table(runs, about["comparisons"])
+    notes = list(about["signatures"].values())
     lines = [*map("warning: {}".format, about["warnings"]),
              *map("diagnosis: {}".format, about["diagnosis"])]
-    text = markdown(full if args.all_columns else short, notes + lines)
+    below = "\n- ".join(["", *notes, *lines]) + "\n"
     if about["teacher"]:
-        print(f"teacher: {about['teacher']}")
-    print(text)
-    write_text(Path(args.out, "table.md"), text)
-    page = report(about, runs, (short, full), (notes, lines), f1, posts, rows_of, args.cards)
+        numbers = [f"{name} {cell(about['teacher'], name)}" for name in about["teacher"]]
+        print("teacher:", ", ".join(numbers))
+    print(markdown(columns, width=100) + below)
+    write_text(Path(args.out, "table.md"), markdown(columns) + below)
+    page = report(about, runs, columns, (notes, lines), posts, rows_of, args.cards)
     write_text(Path(args.out, "report.html"), page)
     metrics = dict(about)
     for name, of_run in runs.items():  # base/student becomes {"base": {"student": …}}
@@ -983,11 +1018,11 @@ def card(post, shown):
             f"{chain_fields(texts)}</div></article>\n")
 
 
-def report(about, runs, tables, notes, f1, posts, rows_of, most):
-    """The self-contained page. runs: {name: metrics}; tables: their columns, the short one and the
-    full; about: metrics.json's other entries; notes: (how numbers are computed, what is wrong);
-    rows_of: {name: {id: row}}, of the first two so many posts are shown. Every string from data is
-    escaped, and the page's policy lets nothing run but SCRIPT, and nothing load."""
+def report(about, runs, columns, notes, posts, rows_of, most):
+    """The self-contained page. runs: {name: metrics}; columns: of their table; about:
+    metrics.json's other entries; notes: (how numbers are computed, what is wrong); rows_of: {name:
+    {id: row}}, of the first two so many posts are shown. Every string from data is escaped, and the
+    page's policy lets nothing run but SCRIPT, and nothing load."""
     pair = dict(list(rows_of.items())[:2])
     name = next(iter(pair))
     metrics = runs[name]
@@ -1007,21 +1042,22 @@ def report(about, runs, tables, notes, f1, posts, rows_of, most):
     if metrics.get("ece") is not None:
         charts = chart("accuracy by confidence, area: posts; ECE", curves, "reliability", "ece")
         charts += chart("error rate by coverage; AURC", curves, "risk_coverage", "aurc")
-    short, full = tables
     computed, lines = ("<p class=note>".join(["", *map(escape, each)]) for each in notes)
     seeds = metrics.get("seeds", [metrics])
+    # paper: macro F1 on Twitter-2015 and -2017, weighted F1 on MVSA
+    headline = [key for key in ("accuracy", "macro_f1", "weighted_f1") if key in metrics]
+    lead = " ".join(f"{COLUMNS[key]}&nbsp;<b>{cell(metrics, key)}</b>" for key in headline)
     made = [about["date"], f"seed {about['seed']}", *map(" ".join, about["versions"].items())]
     nonce = secrets.token_urlsafe()
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=\
 device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; \
 style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'">
 <title>MulCoT-RD: {escape(name)}</title><style>{STYLE}</style><h1>MulCoT-RD: {escape(name)}</h1>
-<p class=lead>{COLUMNS["accuracy"]}&nbsp;<b>{cell(metrics, "accuracy")}</b> {COLUMNS[f1]}&nbsp;<b>\
-{cell(metrics, f1)}</b> n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
+<p class=lead>{lead} n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
 <p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}
 <div class=pair>{error_tables(seeds[0], posts, pair[name])}</div><h2>Runs</h2>
-{html_table(zip(*short), "runs")}<details><summary>all columns, and how they are computed</summary>
-{html_table(zip(*full), "runs")}{computed}</details><div class=pair>{charts}</div>
+{html_table(zip(*columns), "runs")}<details><summary>how the columns are computed</summary>{computed}
+</details><div class=pair>{charts}</div>
 <h2>{min(most, len(posts))} of {len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
 <output name=left></output></form>{cards}<script nonce={nonce}>{SCRIPT}</script></html>
