@@ -42,7 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot")
     p.add_argument("--chains", help="the teacher's rows, for their statistics")
     p.add_argument("--cards", type=int, default=200, help="posts in the report, wrong ones first")
-    p.add_argument("--baseline", metavar="NAME", help="column p: accuracy against this run's")
+    p.add_argument("--baseline", metavar="NAME", help="columns p: accuracy, F1 against this run's")
     p.add_argument("--wordnet", metavar="DIR", help="WordNet 3.0's files, for METEOR's synonyms")
     p.add_argument("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")
     p.add_argument("--out", required=True, help="folder for metrics.json, table.md, report.html")
@@ -149,25 +149,62 @@ def intervals(samples):
     return {k: np.nanpercentile(values, [2.5, 97.5]).tolist() for k, values in samples.items()}
 
 
-def p_value(a, b, posts=np.inf):
-    """Two-sided p of the paired bootstrap (Berg-Kirkpatrick et al. 2012) from two runs' samples of
-    one metric (SAMPLES,): how often their difference strays from its mean by as much as that is
-    from 0; never below the least p of a sign test over so many `posts`."""
-    difference = (a - b)[~np.isnan(a - b)]
-    center = difference.mean()
-    strays = (abs(difference - center) >= abs(center)).sum()
-    return max(float(1 + strays) / (1 + len(difference)), 0.5 ** (posts - 1))
+def welch(value, seeds, variance):
+    """(p, margin) of a mean over seeds, or of the difference of two such means: the two-sided p
+    that it is 0 in truth, and half the width of its 95 % interval, by Welch's t with the variance
+    of the posts added.
+
+    value: that mean or difference; seeds: for each setting its seeds' values, two at least;
+    variance: of `value` when other posts are drawn, taken as known, with infinitely many degrees of
+    freedom. With variance 0 equal to scipy's ttest_ind(equal_var=False)."""
+    parts = [np.var(values, ddof=1) / len(values) for values in seeds]
+    total = sum(parts) + variance
+    if total == 0:
+        return float(value == 0), 0.0
+    # Welch-Satterthwaite: 1 / df; 10,000 degrees of freedom are as good as any more
+    inverse = sum(part**2 / (len(values) - 1) for part, values in zip(parts, seeds)) / total**2
+    df = 1 / max(inverse, 1e-4)
+    # t = √df tan(angle) has a density in proportion to cos(angle)^(df - 1)
+    angle = np.linspace(np.pi / 2, 0, 4001)
+    density = np.cos(angle) ** (df - 1)
+    tail = np.append(0, np.cumsum(density[1:] + density[:-1]))  # of |T|, by the trapezoidal rule
+    tail /= tail[-1]
+    p = np.interp(-np.arctan(abs(value) / (df * total) ** 0.5), -angle, tail)
+    limit = np.tan(np.interp(0.05, tail, angle)) * df**0.5
+    return float(p), float(limit * total**0.5)
+
+
+def p_value(a, b, key):
+    """Two-sided p of a metric's difference between two settings (metrics, samples) over the same
+    posts. Of two runs the paired bootstrap's (Berg-Kirkpatrick et al. 2012): how often their
+    difference strays from its mean by as much as that is from 0. Of two settings of several seeds
+    `welch`'s; None of a run against several seeds, since its deviation is not known. Never below
+    the least p of a sign test over the posts."""
+    (first, first_samples), (second, second_samples) = a, b
+    if ("seeds" in first) != ("seeds" in second):
+        return None
+    difference = first_samples[key] - second_samples[key]
+    difference = difference[~np.isnan(difference)]
+    if "seeds" in first:
+        seeds = [[seed[key] for seed in metrics["seeds"]] for metrics in (first, second)]
+        p, _ = welch(first[key] - second[key], seeds, difference.var())
+    else:
+        center = difference.mean()
+        strays = (abs(difference - center) >= abs(center)).sum()
+        p = float(1 + strays) / (1 + len(difference))
+    posts = first["referenced"] if key in REFERENCED else first["n"]
+    return max(p, 0.5 ** (posts - 1))
 
 
 def group_seeds(runs):
     """[(metrics, samples), …] of one setting's seeds -> one such pair. Numbers become means (None
     where a seed lacks it); `deviation` holds their sample deviations, `seeds` the seeds' own
-    metrics; what is no number is the first seed's. A grouped sample is the mean of as many seeds,
-    drawn with replacement, over the same posts."""
+    metrics; what is no number is the first seed's. A grouped sample is the mean of the seeds' over
+    the same posts; intervals are `welch`'s, within [0, 1]."""
     if len(runs) == 1:
         return runs[0]
     seeds, samples = zip(*runs)
-    grouped, deviation, mixed = dict(seeds[0]), {}, {}
+    grouped, deviation, means_of, limits = dict(seeds[0]), {}, {}, {}
     for name, value in seeds[0].items():
         values = [seed.get(name) for seed in seeds]
         if is_number(value) and None in values:
@@ -175,11 +212,12 @@ def group_seeds(runs):
         elif is_number(value):
             grouped[name] = value if len(set(values)) == 1 else float(np.mean(values))
             deviation[name] = float(np.std(values, ddof=1))
-    pick = np.random.default_rng(0).integers(len(runs), size=(len(runs), SAMPLES))
-    for name in sorted(deviation.keys() & samples[0].keys()):
-        of_seeds = np.stack([sample[name] for sample in samples])  # (seeds, SAMPLES)
-        mixed[name] = np.take_along_axis(of_seeds, pick, axis=0).mean(0)
-    return grouped | dict(deviation=deviation, seeds=list(seeds), intervals=intervals(mixed)), mixed
+            if name in samples[0]:
+                means_of[name] = np.mean([sample[name] for sample in samples], axis=0)
+                _, margin = welch(grouped[name], [values], np.nanvar(means_of[name]))
+                ends = [grouped[name] - margin, grouped[name] + margin]
+                limits[name] = np.clip(ends, 0, 1).tolist()
+    return grouped | dict(deviation=deviation, seeds=list(seeds), intervals=limits), means_of
 
 
 # ---- BLEU, ROUGE, Distinct ---------------------------------------------------------------------
@@ -445,6 +483,9 @@ def load_embedder(name):
 
 SIGNATURES = {  # how a metric is computed: its name is not enough to compare papers by
     "n": "n: gold posts of split {split}; 95 %: interval; bold: beats the next best, p < 0.05",
+    "seeds": "seeds: mean ± deviation; p and interval: Welch's t on the seeds, with the posts' "
+             "variance; none of one run against several seeds",
+    "p_accuracy": "p: against {baseline}",
     "accuracy_agree": "acc. =, acc. ≠: accuracy where chain=label, and where not",
     "chains": "chains: raw text against raw reference, names and quotes included; missing chain = "
               "empty text",
@@ -594,7 +635,7 @@ def diagnose(runs, teacher={}):
 # ---- runs and table ----------------------------------------------------------------------------
 
 COLUMNS = dict(  # the most wanted first: a terminal shows as many as fit
-    n="n", accuracy="accuracy, 95 %", p="p", macro_f1="macro F1", mae="MAE", corr="Corr",
+    n="n", accuracy="accuracy, 95 %", p_accuracy="p acc.", macro_f1="macro F1", p_macro_f1="p F1", mae="MAE", corr="Corr",
     acc2_non0="Acc-2", acc7="Acc-7", parse_rate="parsed", agreement="chain=label", meteor="METEOR",
     rouge_l="ROUGE-L", sim="Sim", bleu4="BLEU-4", weighted_f1="weighted F1",
     accuracy_agree="acc. =", accuracy_disagree="acc. ≠", unparsed="unparsed", ece="ECE",
@@ -733,19 +774,17 @@ def run_metrics(rows, posts, wordnet=None, similarity=None):
     return metrics | dict(intervals=intervals(samples)), samples
 
 
-def best_against_next(runs, samples):
-    """{metric: best run, next best, difference, p} over the runs of `samples`, which cover the same
-    posts."""
+def best_against_next(settings):
+    """{metric: best setting, next best, difference, p} over {name: (metrics, samples)}, which cover
+    the same posts."""
     tests = {}
     for key in COLUMNS:
-        names = [name for name in samples if key in samples[name]]
+        names = [name for name in settings if key in settings[name][1]]
         if len(names) > 1 and not key.startswith("accuracy_"):  # those are of other posts
-            best, after, *_ = sorted(names, key=lambda name: -runs[name][key])
-            posts = runs[best]["n"]
-            if key in REFERENCED:
-                posts = runs[best]["referenced"]
-            tests[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
-                              p=p_value(samples[best][key], samples[after][key], posts))
+            names.sort(key=lambda name: -settings[name][0][key])
+            best, after = (settings[name] for name in names[:2])
+            tests[key] = dict(best=names[0], next=names[1], difference=best[0][key] - after[0][key],
+                              p=p_value(best, after, key))
     return tests
 
 
@@ -771,7 +810,8 @@ def table(runs, tests):
     best value that is significantly better than the next."""
     columns = [["run", *runs]]
     for key, title in COLUMNS.items():
-        best = tests[key]["best"] if key in tests and tests[key]["p"] < 0.05 else None
+        test = tests.get(key, dict(best=None, p=None))
+        best = test["best"] if test["p"] is not None and test["p"] < 0.05 else None
         cells = [cell(metrics, key, name == best) for name, metrics in runs.items()]
         if any(cells):
             columns.append([title, *cells])
@@ -802,7 +842,7 @@ def evaluate(args):
     commonest = Counter(labels).most_common(1)[0][0]
     majority = classification_metrics(labels, [commonest] * len(labels))
     runs = dict(majority=majority | dict(label=commonest))
-    samples, rows_of, warnings = {}, {}, []
+    settings, rows_of, warnings = {}, {}, []
     for name, paths in specs.items():
         seeds = []
         for path in paths:
@@ -810,20 +850,23 @@ def evaluate(args):
             warnings += coverage_warnings(path, rows, posts)
             seeds.append(run_metrics(rows, posts, args.wordnet, similarity))
             rows_of.setdefault(name, rows)
-        runs[name], samples[name] = group_seeds(seeds)
-    tests = best_against_next(runs, samples)
-    if args.baseline:
-        base = samples[args.baseline]["accuracy"]
-        for name in samples.keys() - {args.baseline}:
-            runs[name]["p"] = p_value(samples[name]["accuracy"], base, len(posts))
+        settings[name] = group_seeds(seeds)
+        runs[name], _ = settings[name]
+    for name in settings:
+        if args.baseline not in (None, name):
+            for key in ("accuracy", "macro_f1"):
+                p = p_value(settings[name], settings[args.baseline], key)
+                runs[name][f"p_{key}"] = p
+    tests = best_against_next(settings)
     teacher = teacher_metrics(args.chains) if args.chains else {}
-    settings = read_json(sibling(next(iter(specs.values()))[0], "settings.json"), {})
+    made = read_json(sibling(next(iter(specs.values()))[0], "settings.json"), {})
     synonyms = "WordNet 3.0 synonyms" if args.wordnet else "no synonyms"
     used = set().union(*runs.values())  # names of metrics
     about = args.info | dict(
-        date=time.strftime("%Y-%m-%d %H:%M"), split=split, n=len(posts), seed=settings.get("seed"),
+        date=time.strftime("%Y-%m-%d %H:%M"), split=split, n=len(posts), seed=made.get("seed"),
         warnings=warnings, diagnosis=diagnose(runs, teacher), comparisons=tests, teacher=teacher,
-        signatures={key: text.format(split=split, synonyms=synonyms, embedder=args.embedder)
+        signatures={key: text.format(split=split, synonyms=synonyms, embedder=args.embedder,
+                                     baseline=args.baseline)
                     for key, text in SIGNATURES.items() if key in used})
     write_results(about, runs, posts, rows_of, args)
 

@@ -241,13 +241,14 @@ def evaluate(gold, *files, more=()):
 
 
 def test_baseline(gold, tmp_path, capsys):
-    """p of each other run's accuracy against the named one; an unknown name is refused."""
+    """p of each other run's accuracy and macro F1 against the named one; an unknown name is refused."""
     same = predictions(tmp_path / "same.jsonl", ALL)
     none = predictions(tmp_path / "none.jsonl", [None] * 6)
     files = [f"a={same}", same, none]
     code, metrics, _ = evaluate(gold, *files, more=["--baseline", "a"])
-    assert code == 0 and "p" not in metrics["a"]
-    assert metrics["same"]["p"] == 1 and metrics["none"]["p"] < 0.1
+    assert code == 0 and not {"p_accuracy", "p_macro_f1"} & metrics["a"].keys()
+    assert metrics["same"]["p_accuracy"] == metrics["same"]["p_macro_f1"] == 1
+    assert metrics["none"]["p_accuracy"] < 0.1 and metrics["none"]["p_macro_f1"] < 0.1
     assert evaluate(gold, *files, more=["--baseline", "x"])[0] == 2
     assert "--baseline 'x' is none of the runs" in capsys.readouterr().err
 
@@ -472,7 +473,7 @@ def test_few_posts_are_never_significant(tmp_path):
     right = predictions(tmp_path / "a.jsonl", ["positive"] * 4)
     wrong = predictions(tmp_path / "b.jsonl", ["negative"] * 4)
     metrics = evaluate(gold, right, wrong, more=["--baseline", "a"])[1]
-    assert metrics["b"]["p"] == metrics["comparisons"]["accuracy"]["p"] == 1 / 8
+    assert metrics["b"]["p_accuracy"] == metrics["comparisons"]["accuracy"]["p"] == 1 / 8
 
 
 def test_a_number_that_one_seed_lacks_is_no_ones():

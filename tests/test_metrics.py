@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import nltk
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics as sk
 import torch
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -22,7 +23,7 @@ import eval as scores
 from eval import (
     bootstrap, calibration_metrics, diagnose, group_seeds, intervals,
     lcs, load_embedder, meteor, names_only, p_value, read_wordnet, regression_metrics, stem,
-    treebank_tokens)
+    treebank_tokens, welch)
 from mulcot import FIELDS, LABELS, InputError, parse_reasoning, render_reasoning
 
 PIECES = ['"', "'", "''", "``", "'s", "n't", "'ll", "can", "not", "cannot", "gimme", "wanna",
@@ -425,18 +426,23 @@ def test_intervals_equal_a_plain_bootstrap():
     assert alone == pytest.approx([0.7, 0.7])  # draws without that post say nothing
 
 
+def setting(gold, *runs):
+    """(metrics, samples) of one run's predictions, or of several seeds'."""
+    return group_seeds([(scores.classification_metrics(gold, predicted),
+                         bootstrap(gold, predicted, {})) for predicted in runs])
+
+
 def test_paired_bootstrap():
     """The same answers: p = 1. Better on the same posts: small. The posts are drawn in pairs, so
     a gain on 8 posts of 200 is seen although each interval covers both runs."""
     gold, predicted = random_labels(200, 2, 0.5)
     wrong = [i for i, (g, p) in enumerate(zip(gold, predicted)) if g != p]
     better = [g if i in wrong[:8] else p for i, (g, p) in enumerate(zip(gold, predicted))]
-    a, b = bootstrap(gold, predicted, {}), bootstrap(gold, better, {})
-    assert p_value(a["accuracy"], a["accuracy"]) == 1
-    assert p_value(b["accuracy"], a["accuracy"]) < 0.02
-    low, high = intervals(a)["accuracy"]
+    a, b = setting(gold, predicted), setting(gold, better)
+    assert p_value(a, a, "accuracy") == 1
+    assert p_value(b, a, "accuracy") == p_value(a, b, "accuracy") < 0.02
+    low, high = intervals(a[1])["accuracy"]
     assert low < sum(g == p for g, p in zip(gold, better)) / 200 < high
-    assert p_value(b["accuracy"], a["accuracy"]) == p_value(a["accuracy"], b["accuracy"])
 
 
 def test_p_is_fair():
@@ -445,25 +451,99 @@ def test_p_is_fair():
     for seed in range(60):
         gold, one = random_labels(90, seed, 0.6)
         _, two = random_labels(90, seed + 1000, 0.6)
-        a, b = bootstrap(gold, one, {}), bootstrap(gold, two, {})
-        small += p_value(a["accuracy"], b["accuracy"]) < 0.05
+        small += p_value(setting(gold, one), setting(gold, two), "accuracy") < 0.05
     assert small <= 9
 
 
+@pytest.mark.parametrize("seeds", [([0.70, 0.71, 0.75], [0.60, 0.66, 0.68]), ([1, 2], [5, 5.5, 9]),
+                                   ([0.1, 0.2, 0.3, 0.4], [0.3, 0.3]), ([1, 2], [1, 2])])
+def test_welch_equals_scipy(seeds):
+    """Where the posts add no variance: two means and one mean's interval, with 1 to 5 degrees of
+    freedom; with the posts' variance alone the normal distribution."""
+    a, b = seeds
+    p, margin = welch(np.mean(a) - np.mean(b), seeds, 0)
+    theirs = scipy.stats.ttest_ind(a, b, equal_var=False)
+    assert p == pytest.approx(theirs.pvalue, abs=1e-4)
+    assert margin == pytest.approx(np.ptp(theirs.confidence_interval(0.95)) / 2, rel=1e-3)
+    _, margin = welch(np.mean(a), [a], 0)
+    theirs = scipy.stats.t.ppf(0.975, len(a) - 1) * np.std(a, ddof=1) / len(a) ** 0.5
+    assert margin == pytest.approx(theirs, rel=1e-3)
+    p, margin = welch(0.3, [[0.5, 0.5], [0.2, 0.2]], 0.01)
+    assert p == pytest.approx(2 * scipy.stats.norm.sf(3), abs=1e-4)
+    assert margin == pytest.approx(0.196, abs=1e-3)
+
+
+def test_welch_by_hand():
+    """Variances of the means 0.0004 and 0.0009, of the posts 0.0012: deviation 0.05, and
+    0.0025² / (0.0004² / 1 + 0.0009² / 1) = 6.44 degrees of freedom."""
+    half_a, half_b = 0.02, 0.03  # two seeds, so far on either side of their mean
+    seeds = [[0.7 - half_a, 0.7 + half_a], [0.6 - half_b, 0.6 + half_b]]
+    p, margin = welch(0.1, seeds, 0.0012)
+    df = 0.0025**2 / (0.0004**2 + 0.0009**2)
+    assert p == pytest.approx(2 * scipy.stats.t.sf(0.1 / 0.05, df), abs=1e-4)
+    assert margin == pytest.approx(0.05 * scipy.stats.t.ppf(0.975, df), rel=1e-3)
+    assert welch(0.1, [[1, 1], [0.9, 0.9]], 0) == (0, 0) and welch(0.0, [[1, 1]], 0) == (1, 0)
+
+
+@pytest.mark.parametrize("deviation", [0, 0.036, 0.10])
+def test_p_and_interval_over_seeds_are_fair(deviation):
+    """Two settings drawn from one distribution, three seeds each, 300 posts, accuracy near 0.7:
+    p < 0.05 in at most 7 of 100 worlds, and one setting's interval holds its true accuracy over
+    seeds and posts in at least 92. The posts' variance is a bootstrap's in the limit of many
+    samples, that of the mean."""
+    rng = np.random.default_rng(1)
+    worlds, posts, small, covered = 3000, 300, 0, 0
+    draw_easiness = lambda *shape: 0.45 + 0.5 * rng.random(shape)
+    draw_shift = lambda *shape: deviation * rng.normal(size=shape)
+    truth = np.clip(draw_easiness(400_000) + draw_shift(400_000), 0, 1).mean()
+    for _ in range(worlds):
+        chance = draw_easiness(posts) + draw_shift(2, 3, 1)  # (settings, seeds, posts)
+        right = rng.random((2, 3, posts)) < chance
+        seeds = right.mean(2)
+        of_posts = right.mean(1)  # (settings, posts)
+        p, _ = welch(seeds[0].mean() - seeds[1].mean(), seeds,
+                     (of_posts[0] - of_posts[1]).var() / posts)
+        small += p < 0.05
+        _, margin = welch(seeds[0].mean(), seeds[:1], of_posts[0].var() / posts)
+        covered += abs(seeds[0].mean() - truth) <= margin
+    print(f"deviation {deviation}: p < .05 in {small / worlds:.3f}, coverage {covered / worlds:.3f}")
+    assert small / worlds <= 0.07 and covered / worlds >= 0.92
+
+
+def test_p_of_seeds():
+    """Welch's on the seeds and the posts' samples; none of one run against several; bold and
+    --baseline ask the same function."""
+    gold, one = random_labels(300, 3, 0.8)
+    _, two = random_labels(300, 4, 0.75)
+    _, three = random_labels(300, 5, 0.3)
+    a, b = setting(gold, one, two), setting(gold, two, three)
+    assert p_value(a, setting(gold, one), "accuracy") is None
+    assert p_value(setting(gold, one), a, "accuracy") is None
+    drawn = [bootstrap(gold, run, {})["accuracy"] for run in (one, two, three)]
+    right = [np.mean([g == p for g, p in zip(gold, run)]) for run in (one, two, three)]
+    variance = ((drawn[0] + drawn[1]) / 2 - (drawn[1] + drawn[2]) / 2).var()
+    p, _ = welch((right[0] - right[2]) / 2, [right[:2], right[1:]], variance)
+    assert p_value(a, b, "accuracy") == pytest.approx(p) and 0.05 < p < 0.8
+
+
 def test_seeds_are_grouped():
-    """Means and sample deviations; the spread of the seeds widens the interval."""
+    """Means and sample deviations; the interval knows seeds are few, and stays within [0, 1]."""
     gold, one = random_labels(300, 3, 0.9)
     _, two = random_labels(300, 4, 0.3)
-    runs = [(scores.classification_metrics(gold, p) | dict(note="x"), bootstrap(gold, p, {}))
-            for p in (one, two)]
-    both, _ = group_seeds(runs)
-    values = [m["accuracy"] for m, _ in runs]
+    both, samples = setting(gold, one, two)
+    seeds = both["seeds"]
+    values = [seed["accuracy"] for seed in seeds]
     assert both["accuracy"] == pytest.approx(np.mean(values))
     assert both["deviation"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
-    assert both["n"] == 300 and both["note"] == "x" and both["seeds"] == [m for m, _ in runs]
-    low, high = both["intervals"]["accuracy"]
-    assert low < min(values) + 0.06 and high > max(values) - 0.06
-    assert group_seeds(runs[:1]) is runs[0]
+    assert both["n"] == 300 and seeds[0] == scores.classification_metrics(gold, one)
+    assert both["intervals"]["accuracy"] == [0, 1]  # two seeds far apart say next to nothing
+    close, samples = setting(gold, one, one[:150] + two[150:160] + one[160:])
+    values = [seed["accuracy"] for seed in close["seeds"]]
+    _, margin = welch(close["accuracy"], [values], samples["accuracy"].var())
+    assert close["intervals"]["accuracy"] == pytest.approx(
+        [close["accuracy"] - margin, close["accuracy"] + margin])
+    run = setting(gold, one)
+    assert "seeds" not in run[0]
 
 
 # ---- chains
