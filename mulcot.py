@@ -555,8 +555,8 @@ def _csv_rows(path, folder):
         rows = [dict(zip(header, next(csv.reader([line.decode("utf-8", "replace")]))))
                 for _, line in lines[1:]]
         if all(row.get("label_T") and abs(float(row["label"])) <= 1 for row in rows):
-            raise InputError(f"{path} looks like CH-SIMS, with scores in [-1, 1]: prompts and bins "
-                             "here are of [-3, 3]. Multiply its column label by 3 and empty label_T")
+            raise InputError(f"{path} looks like CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]: "
+                             "multiply its column label by 3 and empty label_T")
     return lines[1:], parse, folder
 
 
@@ -2543,11 +2543,10 @@ def settings_of(args, free):
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
-def check_settings(file, settings, begun, may_grow=(), run=None):
+def check_settings(file, settings, begun, run=None):
     """Writes what a stage was started with (and `run`, which may differ); a rerun onto what others
     began is refused, since rows and weights of two settings would mix. `begun`: whether there is
-    something to go on with; `may_grow`: names of numbers that may be larger now. A file of that
-    name that no stage wrote is never written over."""
+    something to go on with. A file of that name that no stage wrote is never written over."""
     settings = json.loads(json.dumps(settings))
     previous = {}
     with contextlib.suppress(InputError):  # missing or foreign
@@ -2557,8 +2556,7 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
                          "knows what this --out was begun with: choose another --out")
     for key, value in settings.items():
         old = previous.get(key)
-        grown = key in may_grow and isinstance(old, int) and value >= old
-        if begun and value != old and not grown:
+        if begun and value != old:
             raise InputError(f"this --out was begun with {key} = {old!r}, not {value!r} ({file}): "
                              "delete the --out itself or choose another")
     write_json(file, settings | (run or {}))
@@ -2679,7 +2677,7 @@ def lock_out(out):
         print(f"note       nothing keeps a second run from --out {out}: {e}")
 
 
-def _terminated(number, frame):
+def _interrupted(number, frame):
     raise KeyboardInterrupt(number)
 
 
@@ -2689,7 +2687,8 @@ def run_stage(stage, args):
     say how to go on."""
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminated)
+            signal.signal(signal.SIGINT, _interrupted)
+            signal.signal(signal.SIGTERM, _interrupted)
         if args.out and get_rank() == 0 and not getattr(args, "dry_run", False):
             lock = lock_out(args.out)  # noqa: F841, held until this function ends
         stage(args)
@@ -2704,5 +2703,5 @@ def run_stage(stage, args):
               "again", file=sys.stderr)
     except KeyboardInterrupt as e:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        return 128 + (e.args or [signal.SIGINT])[0]
+        return 128 + (e.args[0] if e.args else signal.SIGINT)
     return 2

@@ -317,10 +317,8 @@ def begin(args, items, rejects, dev, begun):
     read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
     settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
-    grows = getattr(args, "schedule", None) == "plateau" and not args.warmup
     if get_rank() == 0:
-        check_settings(settings_file(args.out), settings, begun,
-                       may_grow=("epochs",) if grows else (), run=args.run)
+        check_settings(settings_file(args.out), settings, begun, run=args.run)
         if rejects:
             write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
@@ -608,32 +606,33 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     1 x 8 posts, 8 x 1 and two processes are the same step."""
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
+    signals = note_signals()
     began = saved = time.time()
-    with StopRequest() as stop:
-        for step in step_loader(args, items, stage.processor, state.step):
-            set_learning_rate(args, state, total)
-            norm = backward(args, stage, model, state, step, parameters)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.sums.update(steps=1, seconds=time.time() - began)
+    for step in step_loader(args, items, stage.processor, state.step):
+        set_learning_rate(args, state, total)
+        norm = backward(args, stage, model, state, step, parameters)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.sums.update(steps=1, seconds=time.time() - began)
+        began = time.time()
+        bar.update()
+        if state.step % args.log_every == 0 or state.step == total:
+            log_means(state, per_epoch, norm)
+        epoch_ends = state.step % per_epoch == 0
+        if epoch_ends:
+            evaluate_and_save(args, stage, model, state, dev)
             began = time.time()
-            bar.update()
-            if state.step % args.log_every == 0 or state.step == total:
-                log_means(state, per_epoch, norm)
-            if state.step % per_epoch == 0:
-                evaluate_and_save(args, stage, model, state, dev)
-                began = time.time()
-            # all processes do as one: the first one's clock, anybody's signal
-            wishes = gather((time.time() - saved > SAVE_SECONDS, stop.signal))
-            stopped = max(number for _, number in wishes)
-            every = args.save_every and state.step % args.save_every == 0
-            if state.step % per_epoch == 0 or every or wishes[0][0] or stopped:
-                state.save()
-                saved = time.time()
-            if stopped and state.step < total:
-                say(f"saved at step {state.step}")
-                raise KeyboardInterrupt(stopped)
+        # all processes do as one: by the first one's clock, and anybody's signal
+        wishes = gather((time.time() - saved > SAVE_SECONDS, sum(signals)))
+        stopped = max(number for _, number in wishes)
+        every = args.save_every and state.step % args.save_every == 0
+        if epoch_ends or every or stopped or wishes[0][0]:
+            state.save()
+            saved = time.time()
+        if stopped and state.step < total:
+            say(f"saved at step {state.step}")
+            raise KeyboardInterrupt(stopped)
     bar.close()
 
 
@@ -667,27 +666,21 @@ def log_means(state, per_epoch, norm):
     state.sums.clear()
 
 
-class StopRequest:
-    """Within the block the first Ctrl-C or SIGTERM only notes the number of the signal, so that the
-    loop can finish its step and save; the second one stops at once."""
+def note_signals():
+    """[], into which the first Ctrl-C or SIGTERM puts its number, so that the loop can finish its
+    step and save. The second one stops at once."""
+    noted = []
 
-    def __enter__(self):
-        self.signal = 0
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        if self.signal:
+    def note(number, frame):
+        if noted:
             raise KeyboardInterrupt(number)
-        self.signal = number
+        noted.append(number)
         say("asked to stop: this step is finished and saved first; once more stops at once")
 
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+    return noted
 
 
 def evaluate_and_save(args, stage, model, state, dev):
