@@ -170,27 +170,6 @@ def chain_flags(flag, stage):
         flag("--t-squared", action=YES_NO, default=False, help="Hinton's τ² on the KL (paper: off)")
 
 
-def readout_flags(flag):
-    """Of what is read, and how."""
-    flag("--target", choices=("score", "label"), default="score", help="what is read")
-    flag("--readout", choices=("discriminative", "generative"), default="discriminative",
-         help="generative: its rival, which writes the score as text")
-    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
-         help="inputs to leave out, in training and ever after")
-    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
-
-
-def ubm_flags(flag):
-    """choice: the whole recipe, found on dev."""
-    flag("--text-encoder", required=True, help="hub name or folder")
-    flag("--image-encoder", help="hub name or folder (default: none)")
-    flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
-    flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
-    flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")
-    flag("--adv-epsilon", type=float, default=0.1, help="length of each post's adversarial step in "
-         "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
-
-
 # ---- MulCoT-RD: assistant and student ----------------------------------------------------------
 
 
@@ -203,6 +182,18 @@ class Stage:
 
     def __init__(self, args, processor):
         self.args, self.processor, self.soft_labels = args, processor, None
+
+    def add_weights(self, model, items):
+        """Puts on the model what is trained beside LoRA: nothing."""
+
+    def save(self, model, folder):
+        """Writes what was trained, and the image size of training."""
+        save_adapter(model, folder)
+        self.processor.image_processor.save_pretrained(folder)
+
+    def load(self, model, folder):
+        """Reads what `save` wrote; raises InputError if it is missing or damaged."""
+        load_adapter(model, folder)
 
     def task_loss(self, model, hidden, batch, examples, branch, num_tokens):
         """One task's loss at the hidden states (B, T, D) -> {"loss": differentiable scalar, "ce":
@@ -330,11 +321,9 @@ def begin(args, items, rejects, dev, begun):
               "is chosen on them is not chosen on unseen posts")
 
 
-def build_model(args, items):
-    """The model with adapters (and a readout) to train, in train mode.
-
-    The base is frozen, in 16 bits on a GPU or in 4 with --nf4; what is trained is in fp32. A score
-    readout learns z-scores, so it keeps the mean and deviation of its training scores."""
+def build_model(args, stage, items):
+    """The model with what is to be trained on it, in train mode. The base is frozen, in 16 bits on
+    a GPU or in 4 with --nf4; what is trained is in fp32."""
     torch.manual_seed(args.seed)
     # the stage has its processor already
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
@@ -346,12 +335,7 @@ def build_model(args, items):
         write_json(Path(args.out, "lora_modules.json"), names)
     kinds = Counter(name.rpartition(".")[2] for name in names)
     print(f"lora       {dict(kinds)}: all {len(names)} names in {args.out}/lora_modules.json")
-    if args.stage == "readout":
-        config = dict(target=args.target, readout=args.readout, without=args.without)
-        if args.target == "score":
-            scores = [post.score for post, _ in items]
-            config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
-        model.readout = Readout(model.lm_head.in_features, config).to(args.device)
+    stage.add_weights(model, items)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -584,15 +568,13 @@ def train(args):
     print(f"data       {len(items)} rows ({inputs['images']} with images, {inputs['audio']} with "
           f"audio), {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all, "
           f"{get_world_size()} processes")
-    model = build_model(args, items)
+    model = build_model(args, stage, items)
     state = TrainingState(args, model)
     if state.step < total:
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
         print(f"finished   no step is left; delete {args.out} to train anew")
-        load_adapter(model, Path(args.out, "best"))  # raises if it is missing or damaged
-        if args.stage == "readout":
-            load_readout(model, Path(args.out, "best"))
+        stage.load(model, Path(args.out, "best"))  # raises if it is missing or damaged
     best = state.best["metrics"]
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
           f"{args.out}/settings.json\nbest dev {stage.selected_by} {best[stage.selected_by]:.3f} "
@@ -699,13 +681,20 @@ def evaluate_and_save(args, stage, model, state, dev):
         state.best = dict(step=state.step, metrics=metrics, rank=rank)
         folders.append(Path(args.out, "best"))
     for folder in folders if get_rank() == 0 else []:
-        save_adapter(model, folder)
-        stage.processor.image_processor.save_pretrained(folder)  # the image size of training
-        if args.stage == "readout":
-            save_readout(model.readout, folder)
+        stage.save(model, folder)
 
 
 # ---- the readout (arXiv 2606.05713) ------------------------------------------------------------
+
+
+def readout_flags(flag):
+    """Of what is read, and how."""
+    flag("--target", choices=("score", "label"), default="score", help="what is read")
+    flag("--readout", choices=("discriminative", "generative"), default="discriminative",
+         help="generative: its rival, which writes the score as text")
+    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
+         help="inputs to leave out, in training and ever after")
+    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
 
 
 class ReadoutStage(Stage):
@@ -716,6 +705,28 @@ class ReadoutStage(Stage):
         super().__init__(args, processor)
         if args.target == "score":
             self.selected_by, self.ties = "neg_mae", "corr"
+
+    def add_weights(self, model, items):
+        """The readout. Of scores it learns z-scores, so it keeps the mean and deviation of its
+        training scores."""
+        args = self.args
+        config = dict(target=args.target, readout=args.readout, without=args.without)
+        if args.target == "score":
+            scores = [post.score for post, _ in items]
+            config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
+        model.readout = Readout(model.lm_head.in_features, config).to(args.device)
+
+    def save(self, model, folder):
+        """The readout's head too: `head.safetensors` (where it has layers), then `head.json`."""
+        super().save(model, folder)
+        if model.readout.discriminative:
+            write_tensors(Path(folder, "head.safetensors"), model.readout.state_dict())
+        write_json(Path(folder, "head.json"), model.readout.config)
+
+    def load(self, model, folder):
+        """Adapter and head."""
+        super().load(model, folder)
+        load_readout(model, folder)
 
     def branches_of(self, post):
         """The prompt of a post as a branch; [] of dev and test posts, which MOSI's and MOSEI's
@@ -760,14 +771,18 @@ class ReadoutStage(Stage):
         return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
-def save_readout(readout, folder):
-    """`head.safetensors` (where it has layers), then `head.json`."""
-    if readout.discriminative:
-        write_tensors(Path(folder, "head.safetensors"), readout.state_dict())
-    write_json(Path(folder, "head.json"), readout.config)
-
-
 # ---- the UBM (arXiv 2509.04459) ----------------------------------------------------------------
+
+
+def ubm_flags(flag):
+    """choice: the whole recipe, found on dev."""
+    flag("--text-encoder", required=True, help="hub name or folder")
+    flag("--image-encoder", help="hub name or folder (default: none)")
+    flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
+    flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
+    flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")
+    flag("--adv-epsilon", type=float, default=0.1, help="length of each post's adversarial step in "
+         "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
 
 
 def ubm(args):
