@@ -620,7 +620,7 @@ def trl_side(args, folder):
     options.reasoning_weight, options.label_weight = (n / sum(tokens) for n in tokens)
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     if args.peak_of == "ours":
-        model = train_script.build_model(options, items)
+        model = train_script.build_model(options, stage, items)
         state = train_script.TrainingState(options, model)
         train_script.train_loop(options, stage, model, state, items, None, len(steps) + 1,
                                 len(steps))  # no epoch ends, so nothing is evaluated or saved

@@ -272,7 +272,9 @@ def test_no_usable_row_is_one_line(toy, scored, tmp_path, capsys):
     (lambda f: (f / "head.json").write_text("{"), "head.json is .* damaged"),
     (lambda f: (f / "head.safetensors").unlink(), "head.safetensors is missing"),
     (lambda f: (f / "head.safetensors").write_bytes(b"xx"), "head.safetensors is .* damaged"),
-    (lambda f: mulcot.save_readout(Readout(32, dict(target="score")), f), "size mismatch")])
+    (lambda f: mulcot.write_tensors(f / "head.safetensors",
+                                    Readout(32, dict(target="score")).state_dict()),
+     "size mismatch")])
 def test_damaged_heads_are_refused(runs, tmp_path, damage, message):
     """A head that is cut, gone, or of another width is named."""
     folder = tmp_path / "best"

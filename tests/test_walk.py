@@ -60,7 +60,7 @@ def test_a_training_step(toy, chains):
     processor = mulcot.load_processor(args.model)
     stage = train.ChainStage(args, processor)
     items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
-    model = train.build_model(args, items)
+    model = train.build_model(args, stage, items)
     steps = iter(train.step_loader(args, items, processor, 0))
     with Walk() as walk:
         step = next(steps)
