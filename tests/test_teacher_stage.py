@@ -146,6 +146,7 @@ def test_refused_post_is_set_aside_and_bad_key_stops(serve, world, tmp_path, cap
     assert generate.main(command(world, server, tmp_path / "b.jsonl", "--workers", "2")) == 2
     printed = capsys.readouterr().err
     assert "no, says 401" in printed and KEY not in printed and len(server.asked) <= 4
+    assert "OPENAI_API_KEY" in printed
 
 
 def test_a_server_that_refuses_every_post_stops_the_stage(serve, world, tmp_path, capsys):
@@ -155,6 +156,35 @@ def test_a_server_that_refuses_every_post_stops_the_stage(serve, world, tmp_path
         assert generate.main(command(world, server, tmp_path / "a.jsonl", *more)) == 2
         assert "no, says 400" in capsys.readouterr().err
         assert aside(tmp_path / "a.jsonl") == []
+
+
+def test_a_servers_own_words(serve, world, tmp_path, capsys):
+    """The first error text of a kind is printed with its post; one post that stays unanswered is
+    named with the reason and asked again by a rerun."""
+    bad, busy = next(iter(world[1].values())), []
+
+    def fault(request):
+        if about(world[1], request) is bad:
+            return 503
+        busy.append(request)
+        return 503 if len(busy) == 1 else ""  # asked again, this post is answered
+
+    server, out = serve(teacher(world, fault)), tmp_path / "a.jsonl"
+    assert generate.main(command(world, server, out, "--workers", "2")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("asked again: post ") == 1 and "HTTP 503: no, says 503" in printed
+    assert f"unanswered, run again: post {bad.id}: " in printed
+    assert bad.id not in kept(out) + aside(out) and len(kept(out) + aside(out)) == 39
+
+
+def test_what_asking_again_never_helped_ends_the_stage(serve, world, tmp_path, capsys):
+    """A text-only server answers pictures with HTTP 500: its words are shown, and the stage does
+    not try every post."""
+    server = serve(teacher(world, lambda request: 500))
+    assert generate.main(command(world, server, tmp_path / "a.jsonl", "--workers", "2")) == 2
+    error = capsys.readouterr().err
+    assert "HTTP 500: no, says 500" in error and "asking again helped no post" in error
+    assert len(server.asked) <= 3 * 7
 
 
 def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, world, tmp_path):
@@ -175,13 +205,15 @@ def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
     argv = command(world, server, out)
     assert generate.main([*argv, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "---- explain ----" in printed and "tokens in all" in printed
+    assert "---- explained ----" in printed and "tokens in all" in printed
     assert server.asked == [] == list(tmp_path.iterdir())
     assert generate.main([*argv, "--max-posts", "5"]) == 0
     assert len(kept(out) + aside(out)) == 5
-    assert generate.main([*argv, "--budget-tokens", "3000", "--workers", "1"]) == 0
+    # a call costs 150 tokens and is expected to cost 100 and its max_tokens, 512
+    assert generate.main([*argv, "--budget-tokens", "3000", "--workers", "8"]) == 0
     spent = 150 * len(server.asked)
-    assert 3000 <= spent <= 3000 + 150 * 8 and "--budget-tokens 3000" in capsys.readouterr().out
+    assert 3000 - 612 < spent <= 3000
+    assert f"{spent} tokens spent of --budget-tokens 3000" in capsys.readouterr().out
     assert generate.main(argv) == 0 and len(kept(out) + aside(out)) == 40
 
 
@@ -189,7 +221,7 @@ def test_a_budget_needs_a_server_that_counts(serve, world, tmp_path, capsys):
     """A reply without usage would be free for ever: told at the first one, which is kept."""
     server = serve(teacher(world, lambda request: "uncounted"))
     argv = command(world, server, tmp_path / "a.jsonl")
-    assert generate.main([*argv, "--budget-tokens", "9", "--workers", "1"]) == 2
+    assert generate.main([*argv, "--budget-tokens", "9999", "--workers", "1"]) == 2
     assert "counts no tokens" in capsys.readouterr().err
     assert len(server.asked) == len(read_rows(tmp_path / "a.calls.jsonl")) <= 2
     assert generate.main(argv) == 0
