@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -76,24 +77,21 @@ def test_a_pass_that_failed_was_made():
     assert mulcot.stages_asked((unsure, other, other), 1, 0.5) == 1
 
 
-def test_scores_of_one_polarity_are_averaged_by_certainty():
-    ubm, mllm = mulcot.score_verdict(2.0, 0.75), mulcot.score_verdict(1.0, 0.5)
-    route, answer, _ = mulcot.cascade_route(ubm, mllm, None, 0.1, 0.1)
-    assert route == "agree"
-    assert answer["predicted_score"] == pytest.approx((0.25 * 2 + 0.5 * 1) / 0.75, abs=1e-4)
-    assert answer["prediction"] == "positive"
-    other = mulcot.score_verdict(0.5, 0.5)  # within ε of 0: neutral, so no agreement
-    assert mulcot.cascade_route(ubm, other, None, 0.1, 0.1)[0] == "ask second_pass"
-
-
-def test_a_score_is_its_expectation():
-    probs = torch.tensor([0, 0, 0, 0.2, 0.3, 0.5, 0])
-    got = mulcot.verdict(probs, mulcot.SCORE_BINS)
+def test_scores():
+    """A score is its distribution's expectation, neutral within ε of 0; those of one polarity are
+    averaged by certainty."""
+    got = mulcot.verdict(torch.tensor([0, 0, 0, 0.2, 0.3, 0.5, 0]), mulcot.SCORE_BINS)
     assert got["predicted_score"] == pytest.approx(1.3) and got["prediction"] == "positive"
-    h = -sum(p * torch.log(torch.tensor(p)).item() for p in (0.2, 0.3, 0.5))
-    assert got["uncertainty"] == pytest.approx(h / torch.log(torch.tensor(7.0)).item(), abs=1e-5)
+    h = -sum(p * math.log(p) for p in (0.2, 0.3, 0.5)) / math.log(7)
+    assert got["uncertainty"] == pytest.approx(h, abs=1e-5)
     assert mulcot.score_verdict(-0.51, 0)["prediction"] == "negative"
     assert mulcot.score_verdict(-0.5, 0)["prediction"] == "neutral"
+    ubm, mllm = mulcot.score_verdict(2.0, 0.75), mulcot.score_verdict(1.0, 0.5)
+    route, answer, _ = mulcot.cascade_route(ubm, mllm, None, 0.1, 0.1)
+    assert (route, answer["prediction"]) == ("agree", "positive")
+    assert answer["predicted_score"] == pytest.approx((0.25 * 2 + 0.5 * 1) / 0.75, abs=1e-4)
+    other = mulcot.score_verdict(0.5, 0.5)
+    assert mulcot.cascade_route(ubm, other, None, 0.1, 0.1)[0] == "ask second_pass"
 
 
 # ---- thresholds
@@ -119,27 +117,23 @@ def test_thresholds_keep_the_budget():
 # ---- an endpoint's answers
 
 
-def answer(text, tokens=None):
-    return mulcot.Answer(text, logprobs=tokens)
-
-
 def test_endpoint_answers():
     """Label and uncertainty from log-probabilities at the label's token; none without them."""
-    log = lambda p: torch.log(torch.tensor(p)).item()
-    tokens = [('"', {}), ("Prediction", {"Prediction": 0.0}), ('": "', {}),
-              ("pos", {"pos": log(0.6), " Neutral": log(0.3), "ne": log(0.1)}), ("itive", {})]
-    got = mulcot.answer_verdict(answer('"Prediction": "positive"', tokens), mulcot.LABELS)
+    def read(text, classes=mulcot.LABELS, tokens=()):
+        return mulcot.answer_verdict(mulcot.Answer(text, logprobs=list(tokens)), classes)
+
+    likely = {"pos": math.log(0.6), " Neutral": math.log(0.3), "ne": math.log(0.1)}
+    tokens = [('"', {}), ("Prediction", {"Prediction": 0.0}), ('": "', {}), ("pos", likely),
+              ("itive", {})]
+    got = read('"Prediction": "positive"', tokens=tokens)
     assert got["prediction"] == "positive"
     assert got["probs"] == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-4)  # "ne" could be either
-    plain = mulcot.answer_verdict(answer('"Prediction": "neutral"'), mulcot.LABELS)
-    assert plain == verdict("neutral", None)
-    assert "no label" in mulcot.answer_verdict(answer("I cannot say"), mulcot.LABELS)
-    score = mulcot.answer_verdict(answer('"Prediction": "-2"'), mulcot.SCORE_BINS)
-    assert score["predicted_score"] == -2 and score["prediction"] == "negative"
-    minus = mulcot.answer_verdict(answer('"Prediction": "\u22122"'), mulcot.SCORE_BINS)
-    assert minus == score
-    for text in ("-7", "2 or 3", "much"):
-        assert "no score" in mulcot.answer_verdict(answer(text), mulcot.SCORE_BINS)
+    assert read('"Prediction": "neutral"') == verdict("neutral", None)
+    assert "no label" in read("I cannot say")
+    for minus in ("-", "\u2212"):
+        score = read(f'"Prediction": "{minus}2"', mulcot.SCORE_BINS)
+        assert (score["predicted_score"], score["prediction"]) == (-2, "negative")
+    assert all("no score" in read(x, mulcot.SCORE_BINS) for x in ("-7", "2 or 3", "much"))
 
 
 def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
@@ -160,12 +154,6 @@ def ubm(toy, posts, tmp_path_factory):
                        "--out", f"{folder}/ubm", "--members", "1", "--epochs", "1", "--batch",
                        "4"]) == 0
     return folder / "ubm"
-
-
-def of_scores(model):
-    """A UBM of seven bins over the same text encoder."""
-    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
-    return mulcot.UBM([member], mulcot.SCORE_BINS)
 
 
 def run(toy, ubm, out, *more, data=None):
