@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -114,10 +115,6 @@ def test_thresholds_keep_the_budget():
 # ---- an endpoint's answers
 
 
-def answer(text, tokens=None):
-    return mulcot.Answer(text, logprobs=tokens)
-
-
 def test_endpoint_answers():
     """Label and uncertainty from log-probabilities at the label's token; none without them."""
     log = lambda p: torch.log(torch.tensor(p)).item()
@@ -155,12 +152,6 @@ def ubm(toy, posts, tmp_path_factory):
                        "--out", f"{folder}/ubm", "--members", "1", "--epochs", "1", "--batch",
                        "4"]) == 0
     return folder / "ubm"
-
-
-def of_scores(model):
-    """A UBM of seven bins over the same text encoder."""
-    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
-    return mulcot.UBM([member], mulcot.SCORE_BINS)
 
 
 def run(toy, ubm, out, *more, data=None):

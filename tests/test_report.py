@@ -412,7 +412,7 @@ def toy_page(tmp_path_factory):
     posts = toy_posts(folder / "images", {"test": 210})
     teacher, rng, gold, rows = ToyTeacher(), random.Random(0), [], []
     for post in posts:
-        messages = mulcot.build_messages(post, "predict")
+        messages = mulcot.build_messages(post, "unaided")
         raw = [teacher.answer(mulcot.Request(post, messages, t, 512)).text for t in (0.0, 0.7)]
         gold.append(post.row() | dict(cot=raw[0]))
         draws = [rng.random() for _ in LABELS]
