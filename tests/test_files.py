@@ -64,21 +64,18 @@ def test_sigterm_is_as_ctrl_c(tmp_path, number, status):
 # ---- full
 
 
-def test_a_full_gpu_is_one_line(tmp_path, capsys):
-    """What to lower stands beside torch's own words."""
+def test_a_full_gpu_or_disk_is_one_line(toy, tmp_path, monkeypatch, capsys):
+    """What to lower stands beside torch's own words; a full disk also where a library calls it
+    something else; and a path that cannot be written."""
     def stage(args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
 
     assert mulcot.run_stage(stage, Namespace(out=str(tmp_path / "x"))) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: CUDA out of memory") and "lower --batch" in err
-
-
-def test_a_full_disk_is_one_line(toy, tmp_path, monkeypatch, capsys):
-    """Also where a library calls it something else; and a path that cannot be written."""
-    def full(*args, **kwargs):
-        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
-
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
     argv = ["--model", str(toy / "student"), "--out"]
     assert generate.main(["export", *argv, str(tmp_path / "out")]) == 2
