@@ -94,9 +94,6 @@ def test_scores():
     assert mulcot.cascade_route(ubm, other, None, 0.1, 0.1)[0] == "ask second_pass"
 
 
-# ---- thresholds
-
-
 def test_thresholds_keep_the_budget():
     """The UBM is right where it is sure, the MLLM everywhere: more budget, fewer errors."""
     gold = ["positive"] * 10
@@ -112,9 +109,6 @@ def test_thresholds_keep_the_budget():
         assert passes == pytest.approx(sum(asked) / 10)
     passes, _, _, tau2 = mulcot.best_thresholds(grid, 0.7)
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice
-
-
-# ---- an endpoint's answers
 
 
 def test_endpoint_answers():
@@ -144,7 +138,6 @@ def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
 
 
 # ---- the stage
-
 
 @pytest.fixture(scope="module")
 def ubm(toy, posts, tmp_path_factory):

@@ -100,9 +100,10 @@ def test_hidden_states_equal_the_models_own_forward(omni, clips):
             with torch.no_grad():
                 want = model.model(**inputs).last_hidden_state[0]
             assert (hidden[row, at] - want).abs().max() < 2e-5
-            places, _ = model.get_rope_index(inputs["input_ids"], inputs.get("image_grid_thw"), None,
-                                             inputs["attention_mask"], audio_seqlens=length)
-            assert torch.equal(batch.position_ids[:, row, at], places[:, 0])
+            ids, grids = inputs["input_ids"], inputs.get("image_grid_thw")
+            want, _ = model.get_rope_index(ids, grids, None, inputs["attention_mask"],
+                                           audio_seqlens=length)
+            assert torch.equal(batch.position_ids[:, row, at], want[:, 0])
 
 
 def test_ids_equal_the_chat_template(omni, clips):
@@ -321,18 +322,14 @@ def test_shuffled_pictures_of_clips(clips):
     assert [(p.text, p.audio) for p in posts] == [(p.text, p.audio) for p in clips]
 
 
-# ---- MOSI and MOSEI
-
-HEADER = "video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode\n"
-
-
 def test_label_file(tmp_path):
     """MMSA's label.csv: official splits, ids, frames and audio where they exist."""
     (tmp_path / "frames/v1/2").mkdir(parents=True), (tmp_path / "audio/v1").mkdir(parents=True)
     Image.new("RGB", (28, 28)).save(tmp_path / "frames/v1/2/0001.jpg")
     write_wav(tmp_path / "audio/v1/2.wav", tone(300, 0.2))
     (tmp_path / "label.csv").write_text(
-        HEADER + 'v1,2,"HE SAID, ""GOOD""",1.6,,,,Positive,train\n\nv1,3,FINE,-0.2,,,,Negative,'
+        "video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode\n"
+        'v1,2,"HE SAID, ""GOOD""",1.6,,,,Positive,train\n\nv1,3,FINE,-0.2,,,,Negative,'
         'valid\n-x$y,10,BAD,-3.0,,,,Negative,test\nv2,1,ODD,much,,,,,test\nv2,2,FAR,3.4,,,,,test\n'
         "v2,3,SHORT,1.0\n")
     rejects = []
@@ -347,8 +344,6 @@ def test_label_file(tmp_path):
     with pytest.raises(InputError, match="must have the columns"):
         read_posts(tmp_path / "other.csv")
 
-
-# ---- a readout over all inputs
 
 def test_readout_of_clips_from_file_to_rows(omni, clips, tmp_path):
     """Rows that lack a modality train and are read beside others; what was left out in training is

@@ -120,7 +120,6 @@ def test_kept_chain_has_the_one_written_form():
 
 # ---- the toy teacher
 
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     return toy.toy_posts(tmp_path_factory.mktemp("many"), dict(train=500), seed=2)
@@ -351,7 +350,6 @@ def test_addresses():
 
 # ---- the stage
 
-
 def teach(folder, out, *more):
     return toy.main(["teacher", "--data", f"{folder}/posts.jsonl", "--out", str(out),
                      "--max-tries", "1", "--batch", "16", *more])
@@ -359,7 +357,7 @@ def teach(folder, out, *more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """posts.jsonl with 150 training and 10 test posts and one bad row, and a finished run's rows."""
+    """posts.jsonl with 150 training and 10 test posts and one bad row, and a whole run's rows."""
     folder = tmp_path_factory.mktemp("whole")
     posts = toy.toy_posts(folder / "images", dict(train=150, test=10), seed=4)
     lines = [json.dumps(p.columns | p.row()) for p in posts]
@@ -384,7 +382,7 @@ def test_stage_writes_chains_and_rejects(whole):
 
 
 def test_stage_all_splits_and_single_stage(whole, tmp_path):
-    """--split all takes every post, --no-stage2 keeps only unaided chains; rows may have any name."""
+    """--split all takes every post, --no-stage2 keeps unaided chains only. Rows have any name."""
     assert teach(whole, tmp_path / "all", "--split", "all") == 0
     assert teach(whole, tmp_path / "one", "--no-stage2") == 0
     rows = read_rows(tmp_path / "all") + read_rows(tmp_path / "all.rejects.jsonl")[1:]
