@@ -112,9 +112,6 @@ def test_thresholds_keep_the_budget():
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice
 
 
-# ---- an endpoint's answers
-
-
 def test_endpoint_answers():
     """Label and uncertainty from log-probabilities at the label's token; none without them."""
     def read(text, classes=mulcot.LABELS, tokens=()):
@@ -142,7 +139,6 @@ def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
 
 
 # ---- the stage
-
 
 @pytest.fixture(scope="module")
 def ubm(toy, posts, tmp_path_factory):

@@ -32,7 +32,6 @@ def jsonl(path, *rows):
 
 # ---- the formats
 
-
 def test_jsonl_columns(folder):
     """Known columns become fields, unknown ones stay with the post and in no row that it writes,
     and nothing missing is invented."""
@@ -203,18 +202,6 @@ def test_bad_file(tmp_path, name, content, reason):
 
 # ---- images
 
-
-def test_exif_orientation_is_applied(tmp_path):
-    """A camera held sideways: the left of the stored picture is its top."""
-    image, exif = Image.new("RGB", (40, 20), "blue"), Image.Exif()
-    image.paste("red", (0, 0, 20, 20))
-    exif[0x0112] = 6
-    image.save(tmp_path / "x.png", exif=exif)
-    upright = load_image(tmp_path / "x.png")
-    assert upright.size == (20, 40)
-    assert upright.getpixel((10, 2)) == (255, 0, 0) and upright.getpixel((10, 38)) == (0, 0, 255)
-
-
 def test_broken_exif_costs_at_most_its_row(tmp_path):
     """EXIF whose entries have the wrong type: the picture is read or set aside, never a crash."""
     entries = struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
@@ -247,7 +234,6 @@ def test_transparent_is_white(tmp_path):
 
 
 # ---- toy posts
-
 
 def test_toy_test_split_is_unseen(tmp_path):
     """No word stands with the same aspect as in training, and half the sentences are new. The same

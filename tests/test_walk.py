@@ -1,5 +1,5 @@
-"""How far a reader walks: which of our functions one training step, one predicted batch and the
-teacher stage go through. `python -m pytest -s tests/test_walk.py` prints them."""
+"""How far a reader walks: which of our functions one training step and one predicted batch go
+through. `python -m pytest -s tests/test_walk.py` prints them."""
 
 import contextlib
 import sys
@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import chat
 
 import generate
 import mulcot
@@ -73,13 +72,3 @@ def test_a_predicted_batch(student, posts):
     """Labels by scoring and chains, from posts to rows."""
     with walk("a predicted batch", 39):
         generate.predict(*student, posts[:3], max_new_tokens=4)
-
-
-def test_the_teacher_stage(toy, serve, tmp_path):
-    """The whole command against an endpoint on this machine, both stages."""
-    chain = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
-    server = serve(lambda request: chat(mulcot.render_reasoning(chain)))
-    with walk("the teacher stage", 77):
-        assert generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
-                              "--endpoint", server.url, "--max-tries", "1", "--out",
-                              f"{tmp_path}/chains.jsonl"]) == 0
