@@ -555,8 +555,8 @@ def _csv_rows(path, folder):
         rows = [dict(zip(header, next(csv.reader([line.decode("utf-8", "replace")]))))
                 for _, line in lines[1:]]
         if all(row.get("label_T") and abs(float(row["label"])) <= 1 for row in rows):
-            raise InputError(f"{path} looks like CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]: "
-                             "multiply its column label by 3 and empty label_T")
+            raise InputError(f"{path} looks like CH-SIMS, with scores in [-1, 1] and not in "
+                             "[-3, 3]: multiply its column label by 3 and empty label_T")
     return lines[1:], parse, folder
 
 
