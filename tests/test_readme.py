@@ -40,16 +40,6 @@ def blocks(text, language="bash"):
     return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def test_wrapped_commands_are_read():
-    text = """$ pip install x && python train.py
-    torchrun --nproc-per-node 2 generate.py soft --data a \\
-        --out "b c"  # a word; python eval.py
-    python tests/toy.py posts   what it writes"""
-    assert commands(text) == [
-        ("train.py", []), ("generate.py", ["soft", "--data", "a", "--out", "b c"]),
-        ("tests/toy.py", ["posts"])]
-
-
 @pytest.mark.parametrize("source", ["README", "BENCHMARKS", *SCRIPTS])
 def test_every_command_parses(source):
     """Accepted by the script it names, flags and all."""

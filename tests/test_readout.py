@@ -62,20 +62,6 @@ def test_last_attended_token_under_either_padding_side():
     assert hidden[torch.arange(3), count, 0].tolist() == [2, 15, 16]  # what the bug reads
 
 
-def test_what_is_read_equals_an_ordinary_pass(student, posts):
-    """Each post's state is the last one of a pass over the post alone, in a batch of all."""
-    model, processor = student
-    examples = [mulcot.encode(p, mulcot.readout_branches("score"), processor) for p in posts[:5]]
-    batch = mulcot.collate(examples, processor.pad_id)
-    with torch.no_grad():
-        got = mulcot.last_hidden(mulcot.forward_branches(model, batch), batch.branch_ids >= 0)
-        for e, state in zip(examples, got):
-            ids = torch.tensor([e.prefix + e.branches[0][0]])
-            want = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **e.media,
-                               mm_token_type_ids=(ids == processor.placeholder_id).int())
-            assert (state - want.last_hidden_state[0, -1]).abs().max() < 1e-5
-
-
 # ---- head, loss, counts
 
 def test_head_parameters_at_the_papers_width():
@@ -132,7 +118,7 @@ def test_lora_on_the_omni_7b_shape():
     config = Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio)
     with torch.device("meta"):
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-        everything = mulcot.add_lora(model, 32, 32, 0.1, scope="all")
+        mulcot.add_lora(model, 32, 32, 0.1, scope="all")
     counts = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -140,12 +126,6 @@ def test_lora_on_the_omni_7b_shape():
             counts[tower] = counts.get(tower, 0) + p.numel()
     assert counts == dict(language=80_740_352, visual=14_438_400, audio_tower=7_864_320)
     assert sum(counts.values()) == 103_043_072
-    with torch.device("meta"):
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-    language = mulcot.add_lora(model, 32, 32, 0.1)
-    assert len(language) == 28 * 7 and set(language) < set(everything)
-    assert not any("visual" in n or "audio_tower" in n for n in language)
-
 
 # ---- training
 
@@ -214,27 +194,15 @@ def test_it_learns(toy, scored, tmp_path):
 
 # ---- bad input
 
-def test_rows_without_a_score_or_out_of_range_are_set_aside(toy, scored, tmp_path):
-    """Each with its reason; the rest is trained on."""
-    rows = mulcot.read_rows(scored)
-    train_rows = [r for r in rows if r["split"] == "train"]
-    for row, score in zip(train_rows, (None, 3.5, float("nan"), "much")):
-        row.pop("score") if score is None else row.update(score=score)
-    data = tmp_path / "posts.jsonl"
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+def test_rows_without_a_score_are_set_aside(toy, scored, tmp_path, capsys):
+    """With the reason; without any, to train on or to select on, the stage stops."""
+    rows, some, bare = mulcot.read_rows(scored), tmp_path / "some.jsonl", tmp_path / "bare.jsonl"
+    mulcot.write_rows(some, [rows[0] | dict(score=None), *rows[1:]])
+    mulcot.write_rows(bare, [row | dict(score=None) for row in rows])
     args = readout_args(toy, scored, tmp_path / "out", "--epochs", "1")
-    args[2] = str(data)
-    assert train.main(args) == 0
-    reasons = [why for _, why in json.loads((tmp_path / "out/set_aside.json").read_text())]
-    for why in ("no score", "score 3.5 lies outside", "score nan lies outside", "must be a number"):
-        assert sum(why in reason for reason in reasons) == 1, (why, reasons)
-    assert len(reasons) == 4
-
-
-def test_no_usable_row_is_one_line(toy, scored, tmp_path, capsys):
-    """Nothing to train on, nothing to select on."""
-    bare, args = tmp_path / "bare.jsonl", readout_args(toy, scored, tmp_path / "out")
-    mulcot.write_rows(bare, [row | dict(score=None) for row in mulcot.read_rows(scored)])
+    assert train.main([*args, "--data", str(some)]) == 0
+    (aside,) = json.loads((tmp_path / "out/set_aside.json").read_text())
+    assert rows[0]["id"] in aside[0] and aside[1] == "no score"
     for flag, told in (("--data", "no row that this stage can use"),
                        ("--dev", "no post of split dev with a score")):
         assert train.main([*args, flag, str(bare)]) == 2
@@ -265,17 +233,6 @@ def test_parse_score(text, score):
     for tenth in range(-30, 31):
         assert mulcot.parse_score(mulcot.render_score(tenth / 10)) == tenth / 10
     assert mulcot.render_score(-0.04) == "0.0" and mulcot.render_score(2.4000000953) == "2.4"
-
-
-def test_unparsed_scores_are_wrong_but_not_in_the_mean():
-    """None: wrong in accuracies and F1, left out of MAE and correlation."""
-    got = mulcot.regression_metrics([1.0, -1.0, 2.0, 0.0], [1.0, -2.0, None, None])
-    assert (got["mae"], got["corr"]) == (0.5, pytest.approx(1.0))
-    assert (got["acc7"], got["acc5"], got["acc2_has0"], got["acc2_non0"]) == (
-        0.25, 0.25, 0.5, pytest.approx(2 / 3))
-    assert got["f1_non0"] == pytest.approx(2 / 3 * (2 * 1 / 3) + 1 / 3)
-    flat = mulcot.regression_metrics([0.1] * 3, [0.1, 0.2, 0.3])
-    assert flat["corr"] is None and mulcot.regression_metrics([0.5], [None])["mae"] is None
 
 
 # ---- the comparison

@@ -220,48 +220,26 @@ def tree(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_imports(name):
-    """From mulcot only public names, one by one; never a script, never everything."""
-    for node in ast.walk(tree(name)):
-        if isinstance(node, ast.Import):
-            modules, names = [a.name for a in node.names], []
-            assert "mulcot" not in modules
-        elif isinstance(node, ast.ImportFrom):
-            modules, names = [node.module], [a.name for a in node.names]
-            assert node.level == 0 and "*" not in names
-        else:
-            continue
-        assert not {"train", "generate", "eval"} & set(modules)
-        assert not (name == "mulcot.py" and "mulcot" in modules)
-        assert not [n for n in names if n.startswith("_")]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_imported_names_are_used(name):
-    """Nothing is imported for nothing."""
-    imported = {(a.asname or a.name).partition(".")[0] for node in ast.walk(tree(name))
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
-    read = {node.id for node in ast.walk(tree(name)) if isinstance(node, ast.Name)}
-    assert imported - {"annotations"} <= read, imported - read
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_public_names_have_docstrings(name):
-    """Every public function and class of a file says what it is; so does the file."""
+def test_house_rules(name):
+    """From mulcot only public names, one by one, never a script, nothing for nothing; every public
+    function and class says what it is; lines of at most 100 columns."""
     module = tree(name)
-    assert ast.get_docstring(module)
+    imported = set()
+    for node in ast.walk(module):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            modules = names if isinstance(node, ast.Import) else [node.module]
+            assert not {"train", "generate", "eval"} & set(modules) and "*" not in names
+            assert "mulcot" not in names and not [n for n in names if n.startswith("_")]
+            imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    read = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
+    assert imported - {"annotations"} <= read, imported - read
     mute = [node.name for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
             and not node.name.startswith("_") and not ast.get_docstring(node)]
-    assert not mute, mute
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_lines_are_short(name):
-    """At most 100 columns, no tabs, no trailing blanks."""
-    lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
-    odd = [n for n, line in enumerate(lines, 1)
-           if len(line) > 100 or "\t" in line or line != line.rstrip()]
-    assert not odd, odd
+    assert ast.get_docstring(module) and not mute, mute
+    long = [n for n, line in enumerate((ROOT / name).read_text("utf-8").split("\n"), 1)
+            if len(line) > 100 or line != line.rstrip()]
+    assert not long, long
 
 
 def test_top_level():
