@@ -167,7 +167,8 @@ def test_filters_and_search(small):
 
 CONTRAST = """
   const rgb = color => { const ink = document.createElement('canvas').getContext('2d');
-    ink.fillStyle = color; ink.fillRect(0, 0, 1, 1); return [...ink.getImageData(0, 0, 1, 1).data] };
+    ink.fillStyle = color; ink.fillRect(0, 0, 1, 1);
+    return [...ink.getImageData(0, 0, 1, 1).data] };
   const bright = color => color.slice(0, 3).map(v => v / 255).map(v =>
     v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce(
     (sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
@@ -231,8 +232,7 @@ def test_two_runs_share_a_card(tmp_path):
 
 
 def test_route_of_a_cascade(tmp_path):
-    """Which stage settled the post, and why; a page without chains, probabilities and images lacks
-    their parts."""
+    """Which stage settled the post, and why; parts that have no data are left out."""
     row = dict(id="p", prediction="neutral", route="agree", reason="the MLLM is unsure")
     page = report(tmp_path, [dict(id="p", text="t", label="neutral")], [row])
     assert words_of(page, "p").endswith("run label neutral ✓ · route agree: the MLLM is unsure")
