@@ -96,7 +96,7 @@ def test_ids_equal_the_chat_template(world):
             n_answer = len(want) - len(world.oracle.ids(post, question))
             assert example.branches[branch][1] == n_answer
             assert want[-1] == world.processor.tokenizer.eos_token_id
-        for task, gold in (("predict", None), ("explain", "negative")):  # the whole is shared
+        for task, gold in (("unaided", None), ("explained", "negative")):  # the whole is shared
             prompt = mulcot.build_messages(post, task, gold)[0]["content"][-1]["text"]
             example = encode(post, [("", None)], world.processor, shared=prompt)
             assert whole(example) == world.oracle.ids(post, "", prompt=prompt)
@@ -327,7 +327,7 @@ def test_soft_labels_train_the_other_size(world, texts, chains, tmp_path, capsys
     oracle, labels = Oracle(world.family, size, assistant), mulcot.SoftLabels(soft)
     head = labels.read_head()
     for post in mulcot.read_posts(chains[1], chains[3])[::2]:
-        branches, _ = mulcot.training_branches(post, world.processor)
+        branches = mulcot.training_branches(post, world.processor)
         names = labels.names(encode(post, branches, world.processor))
         for name, branch in zip(names, branches):
             want = oracle.answer_logits(post, *branch)[0][:, : len(head)]

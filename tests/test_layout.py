@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import noise_image
 
-import mulcot
+import train
 from mulcot import (
     FIELDS, LABEL_FORMAT, LABELS, REASON_FORMAT, InputError, Post, collate, encode, encode_batch,
     forward_branches, generate_text, label_branches, load_model, render_label, render_reasoning)
@@ -69,7 +69,7 @@ def test_show_tokens_colours_the_supervised_text(student, examples):
     processor = student[1]
     batch = collate(examples, processor.pad_id)
     for row in range(len(examples)):
-        shown = mulcot.show_tokens(batch, processor.tokenizer, row)
+        shown = train.show_tokens(batch, processor.tokenizer, row)
         parts = re.split(r"\n\x1b\[0m---- (prefix|branch \d) ----\n", shown)
         green = {name: "".join(re.findall(r"\x1b\[32m([^\x1b]*)", text))
                  for name, text in zip(parts[1::2], parts[2::2])}

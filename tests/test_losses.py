@@ -120,12 +120,17 @@ CASES += [dict(soft=False), dict(tau=1.0), dict(N=1), dict(N=0), dict(N=3, soft=
           dict(dtype=torch.bfloat16), dict(dtype=torch.bfloat16, vocab=40)]
 
 
+def chunked_loss(loss_of, hidden, size):
+    return mulcot.in_chunks(lambda h, rows: dict(loss=loss_of(h, rows)), hidden, size)["loss"]
+
+
 @pytest.mark.parametrize("size", [1, 6, 23, 2**25])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_chunks_equals_dense(case, size):
     """Value and gradient, whatever the chunk, temperature, weights and vocabularies."""
     hidden, loss_of = make_loss(**dict(N=23) | case)
-    dense, chunked = loss_of(hidden, slice(0, len(hidden))), mulcot.in_chunks(loss_of, hidden, size)
+    dense = loss_of(hidden, slice(0, len(hidden)))
+    chunked = chunked_loss(loss_of, hidden, size)
     (want,), (got,) = (torch.autograd.grad(4 * loss, hidden) for loss in (dense, chunked))
     assert chunked.shape == () and chunked.item() == pytest.approx(dense.item(), rel=1e-6)
     assert got.shape == want.shape and got.dtype == want.dtype
@@ -139,9 +144,9 @@ def test_in_chunks_refuses_a_trainable_head(own):
     trained = dict(head=head, bias=bias)[own].requires_grad_()
     loss_of = lambda h, rows: F.linear(h, head, bias).logsumexp(-1).sum()
     with pytest.raises(AssertionError, match="not frozen"):
-        mulcot.in_chunks(loss_of, hidden, 2)
+        chunked_loss(loss_of, hidden, 2)
     trained.requires_grad_(False)
-    mulcot.in_chunks(loss_of, hidden, 2).backward()
+    chunked_loss(loss_of, hidden, 2).backward()
     assert hidden.grad.norm() > 0
 
 
@@ -205,13 +210,14 @@ def branch_logits(model, processor, example, k):
 def test_stale_soft_labels_are_not_found(toy, rows, student, soft):
     """Another word, image, answer or label names another entry."""
     processor, labels = student[1], SoftLabels(soft)
+    labels.load_head("cpu")
     post, other = mulcot.read_posts(rows, toy / "images")[:2]
     encoded = lambda **changed: mulcot.encode(
         mulcot.Post(**vars(post) | changed),
         two_tasks(changed.get("cot", post.cot), changed.get("label", post.label)),
         processor)
     same = SoftLabels.names(encoded())
-    assert all(len(labels.read(name)) for name in same)
+    assert all(len(labels.hidden([encoded()], branch)) for branch in (1, 2))
     label = next(x for x in LABELS if x != post.label)
     for gone, changed in [((0, 1), dict(text=post.text + "!")), ((0, 1), dict(image=other.image)),
                           ((0, 1), dict(image=None)), ((0,), dict(cot=post.cot + " ")),
@@ -220,7 +226,7 @@ def test_stale_soft_labels_are_not_found(toy, rows, student, soft):
         for k in (0, 1):
             if k in gone:
                 with pytest.raises(InputError, match="no soft labels"):
-                    labels.read(names[k])
+                    labels.hidden([encoded(**changed)], k + 1)
             else:
                 assert names[k] == same[k]
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import noise_image
 from PIL import Image
 
-from mulcot import (LABELS, InputError, Post, load_image, parse_reasoning, read_posts,
+from mulcot import (LABELS, InputError, load_image, parse_reasoning, read_posts,
                     select_split)
 from toy import TOY_TEST_TEMPLATES, toy_posts, toy_warmup
 

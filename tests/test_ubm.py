@@ -118,7 +118,7 @@ def test_saved_and_loaded(encoder, encoders, three, image, tmp_path):
     image = image and str(encoders / image)
     model = mulcot.new_ubm(encoder, mulcot.SCORE_BINS, image, members=2)
     model.temperature = 1.7
-    mulcot.save_ubm(model, tmp_path / "ubm")
+    train.save_ubm(model, tmp_path / "ubm")
     again = mulcot.load_ubm(tmp_path / "ubm")
     assert again.classes == mulcot.SCORE_BINS and again.target == "score" and not again.training
     assert torch.equal(again.probs(three), model.probs(three))
@@ -129,7 +129,7 @@ def test_the_top_layer_is_drawn_anew(encoder):
     text = mulcot.new_ubm(encoder).members[0].text
     for p in text.parameters():
         torch.nn.init.constant_(p, 3.0)
-    mulcot.reinit_top_layer(text)
+    train.reinit_top_layer(text)
     for name, p in text.named_parameters():
         assert (p == 3).any() != name.startswith("encoder.layer.1."), name
     top = text.encoder.layer[1]
@@ -138,12 +138,12 @@ def test_the_top_layer_is_drawn_anew(encoder):
     shape = dict(vocab_size=20, hidden_size=8, num_attention_heads=1, intermediate_size=8)
     shared = AlbertModel(AlbertConfig(num_hidden_layers=3, **shape))
     before = [p.clone() for p in shared.parameters()]
-    mulcot.reinit_top_layer(shared)
+    train.reinit_top_layer(shared)
     assert all(torch.equal(p, old) for p, old in zip(shared.parameters(), before))
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id",
                          "sep_token_id"), 1)
     bare = ModernBertModel(ModernBertConfig(num_hidden_layers=2, **shape, **ids))
-    mulcot.reinit_top_layer(bare)  # its linears have no biases
+    train.reinit_top_layer(bare)  # its linears have no biases
 
 
 def test_bad_folders(tmp_path):
@@ -169,12 +169,12 @@ def test_temperature_undoes_overconfidence():
     logits = torch.randn(20000, 3) * 4
     drawn = torch.multinomial((logits / 2).softmax(1), 1)[:, 0]
     targets = torch.nn.functional.one_hot(drawn, 3).float()
-    assert mulcot.fit_temperature(logits, targets) == pytest.approx(2.0, rel=0.04)
+    assert train.fit_temperature(logits, targets) == pytest.approx(2.0, rel=0.04)
 
 
 def test_score_targets_have_the_score_as_expectation():
     posts = [mulcot.Post("1", "x", score=s) for s in (1.4, -3, 0, 2.75, 9.0)]
-    targets = mulcot.class_targets(posts, mulcot.SCORE_BINS)
+    targets = train.class_targets(posts, mulcot.SCORE_BINS)
     assert torch.allclose(targets.sum(1), torch.ones(5))
     mean = targets @ torch.tensor(mulcot.SCORE_BINS, dtype=torch.float)
     assert torch.allclose(mean, torch.tensor([1.4, -3, 0, 2.75, 3.0]))
