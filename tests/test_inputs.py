@@ -46,15 +46,12 @@ def clips(tmp_path_factory):
     return read_posts(folder / "clips.jsonl")
 
 
-def encode_all(posts, processor):
-    return [encode(p, [(SCORE_FORMAT, "1.4"), (LABEL_FORMAT, None)], processor) for p in posts]
-
-
-def states(model, processor, posts):
+def states(model, processor, posts, grad=False):
     """(examples, Batch, hidden states) of both branches of all posts at once."""
-    examples = encode_all(posts, processor)
+    branches = [(SCORE_FORMAT, "1.4"), (LABEL_FORMAT, None)]
+    examples = [encode(post, branches, processor) for post in posts]
     batch = collate(examples, processor.pad_id)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return examples, batch, forward_branches(model, batch)
 
 
@@ -169,8 +166,7 @@ def test_gradient_reaches_all_towers(omni, clips):
     towers = {t: [n for n in names if f".{t}." in n]
               for t in ("language_model", "visual", "audio_tower")}
     assert [len(x) for x in towers.values()] == [14, 2 * 3, 2 * 3]
-    batch = collate(encode_all(clips, processor), processor.pad_id)
-    forward_branches(model, batch).sum().backward()
+    states(model, processor, clips, grad=True)[2].sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if n.endswith("lora_B")}
     assert all(g.abs().sum() > 0 for g in grads.values()) and len(grads) == len(names)
 
