@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers are those of a CPU in fp3
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -35,6 +37,19 @@ def noise_image(path, size, seed=0):
                            generator=torch.Generator().manual_seed(seed))
     Image.fromarray(pixels.numpy()).save(path)
     return str(path)
+
+
+def write_wav(path, samples, rate=16_000, channels=1, width=2):
+    """Floats in [-1, 1] as PCM; unsigned bytes where width is 1."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(rate)
+        scaled = (samples * 32767).astype("<i2") if width == 2 else (samples * 127 + 128)
+        file.writeframes(scaled.tobytes() if width == 2 else scaled.astype("u1").tobytes())
+    return str(path)
+
+
+def tone(hertz, seconds, rate=16_000):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
 @pytest.fixture(autouse=True)

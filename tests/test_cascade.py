@@ -221,8 +221,8 @@ def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path, capsys):
     """Other labels on the test posts change no threshold; an unsplit file as both --data and --dev
     is refused."""
     a, b, model = tmp_path / "a.jsonl", tmp_path / "b.jsonl", ["--mllm", str(toy / "student")]
-    data = relabelled(toy, tmp_path, lambda n, row: dict(label="neutral") if row["split"] == "test"
-                      else {})
+    neutral = dict(train={}, dev={}, test=dict(label="neutral"))
+    data = relabelled(toy, tmp_path, lambda n, row: neutral[row["split"]])
     assert run(toy, ubm, a, *model)[0] == run(toy, ubm, b, *model, data=data)[0] == 0
     assert summary_of(a)["taus"] == summary_of(b)["taus"]
     mulcot.write_rows(tmp_path / "p.jsonl", [dict(id="1", text="a day", label="neutral")])
@@ -241,20 +241,15 @@ def ubm_of_scores(ubm, tmp_path_factory):
     return folder
 
 
-def test_what_does_not_fit_is_refused(toy, ubm, ubm_of_scores, tmp_path, capsys):
-    """A UBM as MLLM, dev posts without scores."""
-    out = tmp_path / "rows.jsonl"
-    assert run(toy, ubm, out, "--mllm", str(ubm))[0] == 2
-    assert "cannot be loaded" in capsys.readouterr().err
-    assert run(toy, ubm_of_scores, out, "--mllm", str(toy / "student"))[0] == 2
-    assert "with a score" in capsys.readouterr().err
-
-
-def test_scores_run_through(toy, ubm_of_scores, tmp_path):
-    """Seven bins: the MLLM scores "-3" … "3"; rows hold predicted scores of every stage."""
+def test_scores_run_through(toy, ubm, ubm_of_scores, tmp_path, capsys):
+    """Seven bins: the MLLM scores "-3" … "3"; rows hold predicted scores of every stage. Dev posts
+    without scores are refused, as is a UBM as MLLM."""
+    out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student"), "--budget", "2"]
+    assert run(toy, ubm, out, "--mllm", str(ubm))[0] == run(toy, ubm_of_scores, out, *model)[0] == 2
+    errors = capsys.readouterr().err
+    assert "cannot be loaded" in errors and "with a score" in errors
     data = relabelled(toy, tmp_path, lambda n, row: dict(score=n % 7 - 3.0))
-    code, rows = run(toy, ubm_of_scores, tmp_path / "rows.jsonl", "--mllm", str(toy / "student"),
-                     "--budget", "2", data=data)
+    code, rows = run(toy, ubm_of_scores, out, *model, data=data)
     assert code == 0 and len(rows) == 6
     for row in rows:
         assert -3 <= row["predicted_score"] <= 3

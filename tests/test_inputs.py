@@ -1,15 +1,12 @@
-"""Frames and audio: files to features, positions and states as the models' own, bad clips."""
+"""Frames and audio: files to features, positions and states as the models' own."""
 
-import re
-import shutil
-import wave
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image
+from conftest import noise_image, tone, write_wav
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,19 +17,6 @@ from mulcot import (LABEL_FORMAT, SCORE_FORMAT, InputError, Post, build_messages
                     encode_batch, forward_branches, load_model, load_trained, read_posts,
                     without_inputs, write_rows)
 from toy import OMNI_AUDIO_TOKENS, OMNI_IMAGE_TOKENS, tiny_model, tiny_tokenizer
-
-
-def write_wav(path, samples, rate=16_000, channels=1, width=2):
-    """Floats in [-1, 1] as PCM; unsigned bytes where width is 1."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(rate)
-        scaled = (samples * 32767).astype("<i2") if width == 2 else (samples * 127 + 128)
-        file.writeframes(scaled.tobytes() if width == 2 else scaled.astype("u1").tobytes())
-    return str(path)
-
-
-def tone(hertz, seconds, rate=16_000):
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +46,12 @@ def clips(tmp_path_factory):
     return read_posts(folder / "clips.jsonl")
 
 
-def encode_all(posts, processor):
-    return [encode(p, [(SCORE_FORMAT, "1.4"), (LABEL_FORMAT, None)], processor) for p in posts]
-
-
-def states(model, processor, posts):
+def states(model, processor, posts, grad=False):
     """(examples, Batch, hidden states) of both branches of all posts at once."""
-    examples = encode_all(posts, processor)
+    branches = [(SCORE_FORMAT, "1.4"), (LABEL_FORMAT, None)]
+    examples = [encode(post, branches, processor) for post in posts]
     batch = collate(examples, processor.pad_id)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return examples, batch, forward_branches(model, batch)
 
 
@@ -185,8 +166,7 @@ def test_gradient_reaches_all_towers(omni, clips):
     towers = {t: [n for n in names if f".{t}." in n]
               for t in ("language_model", "visual", "audio_tower")}
     assert [len(x) for x in towers.values()] == [14, 2 * 3, 2 * 3]
-    batch = collate(encode_all(clips, processor), processor.pad_id)
-    forward_branches(model, batch).sum().backward()
+    states(model, processor, clips, grad=True)[2].sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if n.endswith("lora_B")}
     assert all(g.abs().sum() > 0 for g in grads.values()) and len(grads) == len(names)
 
@@ -241,74 +221,23 @@ def test_stereo_and_silence(omni, tmp_path):
     assert torch.isfinite(heard).all() and heard.std() == 0 and torch.isfinite(hidden).all()
 
 
-BAD_AUDIO = {
-    "eight.wav": (dict(samples=tone(300, 0.2), width=1), "8 bits at 16000 Hz: .ffmpeg"),
-    "fast.wav": (dict(samples=tone(300, 0.2, 44_100), rate=44_100), "16 bits at 44100 Hz: .ffmpeg"),
-    "empty.wav": (dict(samples=np.zeros(0)), "lasts 0.00 s"),
-    "blink.wav": (dict(samples=tone(300, 0.02)), "lasts 0.02 s"),
-    "long.wav": (dict(samples=np.zeros(301 * 16_000)), "lasts 301.00 s"),
-    "text.wav": (b"hello", "no PCM WAV"), "none.wav": (b"", "no PCM WAV .*ffmpeg .*: cut off"),
-    "gone.wav": (None, "No such file"), "../up.wav": (None, "leads outside"),
-    7: (None, "audio must be a string")}
-
-
-def test_bad_audio_is_set_aside_with_its_reason(tmp_path):
-    """8 bits, empty, too short, too long, other rates, no WAV, outside: each row by itself."""
-    for name, (content, _) in BAD_AUDIO.items():
-        if isinstance(content, dict):
-            write_wav(tmp_path / name, **content)
-        elif content is not None:
-            (tmp_path / name).write_bytes(content)
-    write_wav(tmp_path / "good.wav", tone(300, 0.2))
-    rows = [dict(id=str(name), text="x", audio=name) for name in [*BAD_AUDIO, "good.wav"]]
-    write_rows(tmp_path / "posts.jsonl", rows)
-    rejects = []
-    posts = read_posts(tmp_path / "posts.jsonl", rejects=rejects)
-    assert [p.id for p in posts] == ["good.wav"] and len(rejects) == len(BAD_AUDIO)
-    for (_, reason), (_, pattern) in zip(rejects, BAD_AUDIO.values()):
-        assert re.search(pattern, reason), (reason, pattern)
-
-
-# ---- frames
-
-@pytest.fixture
-def framed(tmp_path):
-    """frames(n): a folder `clip` with n frames, and the post that read_posts makes of it."""
-    def make(n, value="clip"):
-        folder = tmp_path / "clip"
-        folder.mkdir(exist_ok=True)
-        for i in range(n):
-            Image.new("RGB", (28, 28), (i % 256, 0, 0)).save(folder / f"{i:04d}.png")
-        (folder / "notes.txt").write_text("no frame")
-        write_rows(tmp_path / "posts.jsonl", [dict(id=1, text="x", frames=value)])
-        return read_posts(tmp_path / "posts.jsonl")[0]
-    return make
-
-
-def test_which_frames_are_taken(framed, tmp_path):
+def test_which_frames_are_taken(tmp_path):
     """Sixteen of a thousand, evenly spaced, neither end preferred; a short clip keeps all. 2 stands
     before 10, as ffmpeg's %d.jpg has it. Rows read back as the same post."""
-    assert [len(framed(n).frames) for n in (1, 3)] == [1, 3]
-    for i in (10, 2, 1):
-        Image.new("RGB", (28, 28)).save(tmp_path / "clip" / f"f{i}.png")
-    post = framed(0)
-    assert [Path(f).stem for f in post.frames] == ["0000", "0001", "0002", "f1", "f2", "f10"]
-    write_rows(tmp_path / "again.jsonl", [post.row()])
-    assert read_posts(tmp_path / "again.jsonl")[0].frames == post.frames
-    shutil.rmtree(tmp_path / "clip")
-    numbers = [int(f[-8:-4]) for f in framed(1000).frames]
+    for clip, names in (("short", ["10", "2", "f10", "f2"]), ("long", range(1000))):
+        (tmp_path / clip).mkdir()
+        (tmp_path / clip / "notes.txt").write_text("no frame")
+        for name in names:
+            Image.new("RGB", (28, 28)).save(tmp_path / clip / f"{name}.png")
+    rows = [dict(id=clip, text="x", frames=clip) for clip in ("short", "long")]
+    write_rows(tmp_path / "posts.jsonl", rows)
+    short, long = posts = read_posts(tmp_path / "posts.jsonl")
+    assert [Path(file).stem for file in short.frames] == ["2", "10", "f2", "f10"]
+    numbers = [int(Path(file).stem) for file in long.frames]
     assert len(numbers) == 16 and set(np.diff(numbers)) <= {62, 63}
     assert abs(numbers[0] - (999 - numbers[-1])) <= 1
-
-
-@pytest.mark.parametrize("n, value, message", [
-    (0, "clip", "holds no image"), (1, [], "holds no image"), (1, "nowhere", "is no folder"),
-    (1, ["clip/0000.png", 7], "list of image names"), (1, ["../x.png"], "leads outside"),
-    (1, ["clip/0009.png"], "No such file"), (1, ["clip/notes.txt"], "cannot be read")])
-def test_bad_frames(framed, n, value, message):
-    """Zero frames, no folder, foreign types and paths: a clear message."""
-    with pytest.raises(InputError, match=message):
-        framed(n, value)
+    write_rows(tmp_path / "again.jsonl", [post.row() for post in posts])
+    assert read_posts(tmp_path / "again.jsonl") == posts
 
 
 def test_shuffled_pictures_of_clips(clips):

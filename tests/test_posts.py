@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import noise_image
+from conftest import noise_image, tone, write_wav
 from PIL import Image
 
-from mulcot import (LABELS, InputError, load_image, parse_reasoning, read_posts,
-                    select_split)
+from mulcot import LABELS, InputError, load_image, parse_reasoning, read_posts, select_split
 from toy import TOY_TEST_TEMPLATES, toy_posts, toy_warmup
 
 
@@ -137,10 +136,23 @@ WRONG = {
     "link": (dict(image="link.png"), "leads outside"),
     "endless name": (dict(image="x" * 5000), "cannot be read"),
     "image number": (dict(image=5), "image must be a string"),
+    "8-bit audio": (dict(audio="eight.wav"), "8 bits at 16000 Hz: `ffmpeg"),
+    "audio rate": (dict(audio="fast.wav"), "16 bits at 44100 Hz: `ffmpeg"),
+    "empty audio": (dict(audio="empty.wav"), "lasts 0.00 s"),
+    "short audio": (dict(audio="blink.wav"), "lasts 0.02 s"),
+    "uncut audio": (dict(audio="long.wav"), "lasts 301.00 s"),
+    "no audio": (dict(audio="garbage.jpg"), "no PCM WAV (`ffmpeg"),
+    "missing audio": (dict(audio="none.wav"), "No such file"),
+    "audio outside": (dict(audio="../up.wav"), "leads outside"),
+    "audio number": (dict(audio=7), "audio must be a string"),
+    "empty clip": (dict(frames="clip"), "holds no image"),
+    "no frames": (dict(frames=[]), "holds no image"),
+    "missing clip": (dict(frames="nowhere"), "is no folder"),
+    "frame number": (dict(frames=["good.png", 7]), "list of image names"),
+    "frame outside": (dict(frames=["../x.png"]), "leads outside"),
     "label": (dict(label="happy"), "use one of negative, neutral, positive"),
     "half an emoji": (dict(text="so \ud83d sad"), "surrogates not allowed"),
     "empty text": (dict(text=" \n"), "empty text"),
-    "no text": (dict(text=None), "empty text"),
     "text number": (dict(text=4), "text must be a string"),
     "aspect": (dict(aspect=["a"]), "aspect must be a string"),
     "score": (dict(score="high"), "score must be a number"),
@@ -154,8 +166,8 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def wrong_images(tmp_path_factory):
-    """A folder with one good image and every kind of bad one."""
+def wrong_files(tmp_path_factory):
+    """A folder with one good image and every kind of bad file."""
     root = tmp_path_factory.mktemp("wrong")
     images = root / "images"
     images.mkdir()
@@ -166,21 +178,26 @@ def wrong_images(tmp_path_factory):
     whole = Path(noise_image(images / "cut.jpg", (64, 48))).read_bytes()
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     Image.new("1", (9000, 8000)).save(images / "bomb.png")
+    write_wav(images / "eight.wav", tone(300, 0.2), width=1)
+    write_wav(images / "fast.wav", tone(300, 0.2, 44_100), rate=44_100)
+    for name, seconds in (("empty", 0), ("blink", 0.02), ("long", 301)):
+        write_wav(images / f"{name}.wav", tone(300, seconds))
+    (images / "clip").mkdir()
     return root
 
 
 @pytest.mark.parametrize("change, reason", WRONG.values(), ids=WRONG)
-def test_bad_row(wrong_images, tmp_path, change, reason):
+def test_bad_row(wrong_files, tmp_path, change, reason):
     """The row is set aside with its line and the reason, its neighbours stay; strict reading says
     the same as an InputError."""
     bad = dict(id="x", text="t") | change if isinstance(change, dict) else change
     good = [dict(id=i, text="t", image="good.png") for i in "ab"]
     path, rejects = jsonl(tmp_path / "p.jsonl", good[0], bad, good[1]), []
-    posts = read_posts(path, wrong_images / "images", rejects)
+    posts = read_posts(path, wrong_files / "images", rejects)
     assert [p.id for p in posts] == ["a", "b"]
     assert [where for where, _ in rejects] == [f"{path}:2"] and reason in rejects[0][1]
     with pytest.raises(InputError) as error:
-        read_posts(path, wrong_images / "images")
+        read_posts(path, wrong_files / "images")
     assert f"{path}:2" in str(error.value) and reason in str(error.value)
 
 
@@ -226,11 +243,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 def test_transparent_is_white(tmp_path):
     """As the model's own processor has it, whatever colour hides below; half is half."""
-    image = Image.new("RGBA", (8, 6), (0, 0, 0, 0))
-    image.putpixel((1, 1), (0, 0, 0, 128))
-    image.save(tmp_path / "x.png")
-    read = load_image(tmp_path / "x.png")
-    assert read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((1, 1)) == (127, 127, 127)
+    for alpha, seen in ((0, 255), (128, 127), (255, 0)):
+        Image.new("RGBA", (8, 6), (0, 0, 0, alpha)).save(tmp_path / "x.png")
+        assert load_image(tmp_path / "x.png").getpixel((1, 1)) == (seen, seen, seen)
 
 
 # ---- toy posts

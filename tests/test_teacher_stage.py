@@ -1,7 +1,6 @@
 """The teacher stage as a user pays for it: a server on this machine that fails by plan, kills,
-stops, budgets, and real chains."""
+stops and budgets."""
 
-import json
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import pytest
 from conftest import KEY, ROOT, chat, torn
 
 import generate
-from mulcot import Post, Request, parse_reasoning, read_rows, sibling, write_rows
+from mulcot import Request, read_rows, sibling, write_rows
 from toy import ToyTeacher, toy_posts
 
 
@@ -72,12 +71,8 @@ def background(argv):
                             stderr=subprocess.PIPE, text=True)
 
 
-def kept(out):
-    return [row["id"] for row in read_rows(out)]
-
-
-def aside(out):
-    return kept(sibling(out, "rejects.jsonl"))
+def ids(out, name="jsonl"):
+    return [row["id"] for row in read_rows(sibling(out, name))]
 
 
 def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_path, capsys):
@@ -88,8 +83,8 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     server = serve(teacher(world, lambda _: rng.choice(kinds) if rng.random() < 0.2 else ""))
     out = tmp_path / "c.jsonl"
     assert generate.main(command(world, server, out, "--workers", "8")) == 0
-    ids = kept(out) + aside(out)
-    assert len(ids) == 40 == len(set(ids)) and len(kept(out)) > 36
+    ended = ids(out) + ids(out, "rejects.jsonl")
+    assert len(ended) == 40 == len(set(ended)) and len(ids(out)) > 36
     printed = capsys.readouterr()
     files = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert KEY not in printed.out + printed.err and KEY.encode() not in files
@@ -114,8 +109,8 @@ def test_killed_and_rerun_pays_for_nothing_twice(serve, world, tmp_path, capsys)
     assert generate.main([*argv, "--max-tries", "2"]) == 2
     assert "begun with max_tries = 3, not 2" in capsys.readouterr().err
     assert generate.main(argv) == 0
-    ids = kept(out) + aside(out)
-    assert len(ids) == 40 == len(set(ids))
+    ended = ids(out) + ids(out, "rejects.jsonl")
+    assert len(ended) == 40 == len(set(ended))
     calls = Counter((r.prompt, r.body["temperature"], r.body["max_tokens"]) for r in server.asked)
     assert sum(n > 1 for n in calls.values()) <= 4
     before = len(server.asked)
@@ -146,7 +141,7 @@ def test_refusals(serve, world, tmp_path, capsys):
     for status, more in ((401, ()), (400, ()), (400, ("--max-posts", "3"))):
         server = serve(teacher(world, lambda request: status))
         argv = command(world, server, tmp_path / "b.jsonl", "--workers", "2", *more)
-        assert generate.main(argv) == 2 and aside(tmp_path / "b.jsonl") == []
+        assert generate.main(argv) == 2 and ids(tmp_path / "b.jsonl", "rejects.jsonl") == []
         printed = capsys.readouterr().err
         assert f"no, says {status}" in printed and KEY not in printed
         assert status == 400 or len(server.asked) <= 4
@@ -169,7 +164,8 @@ def test_a_servers_own_words(serve, world, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("asked again: post ") == 1 and "HTTP 503: no, says 503" in printed
     assert f"unanswered, run again: post {bad.id}: " in printed
-    assert bad.id not in kept(out) + aside(out) and len(kept(out) + aside(out)) == 39
+    done = ids(out) + ids(out, "rejects.jsonl")
+    assert bad.id not in done and len(done) == 39
 
 
 def test_what_asking_again_never_helped_ends_the_stage(serve, world, tmp_path, capsys):
@@ -188,9 +184,9 @@ def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, wor
     server = serve(teacher(world, lambda request: "" if answering else 503))
     argv = command(world, server, tmp_path / "a.jsonl", "--workers", "2")
     assert generate.main(argv) == 2
-    assert kept(tmp_path / "a.jsonl") == aside(tmp_path / "a.jsonl") == []
+    assert ids(tmp_path / "a.jsonl") == ids(tmp_path / "a.jsonl", "rejects.jsonl") == []
     answering.append(True)
-    assert generate.main(argv) == 0 and len(kept(tmp_path / "a.jsonl")) > 36
+    assert generate.main(argv) == 0 and len(ids(tmp_path / "a.jsonl")) > 36
 
 
 def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
@@ -200,13 +196,13 @@ def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
     argv = command(world, server, out)
     assert generate.main([*argv, "--dry-run"]) == 0 and server.asked == []
     assert generate.main([*argv, "--max-posts", "5"]) == 0
-    assert len(kept(out) + aside(out)) == 5
+    assert len(ids(out) + ids(out, "rejects.jsonl")) == 5
     # a call costs 150 tokens and is expected to cost 100 and its max_tokens, 512
     assert generate.main([*argv, "--budget-tokens", "3000", "--workers", "8"]) == 0
     spent = 150 * len(server.asked)
     assert 3000 - 612 < spent <= 3000
     assert f"{spent} tokens spent of --budget-tokens 3000" in capsys.readouterr().out
-    assert generate.main(argv) == 0 and len(kept(out) + aside(out)) == 40
+    assert generate.main(argv) == 0 and len(ids(out) + ids(out, "rejects.jsonl")) == 40
     server, out = serve(teacher(world, lambda request: "uncounted")), tmp_path / "b.jsonl"
     argv = command(world, server, out, "--workers", "1")
     assert generate.main([*argv, "--budget-tokens", "9999"]) == 2
@@ -251,24 +247,3 @@ def test_retry_after_holds_back_every_worker(serve, world, tmp_path, monkeypatch
     assert generate.main(command(world, server, tmp_path / "a.jsonl", "--workers", "4")) == 0
     said = server.asked[9].at
     assert not [request for request in server.asked if said + 0.15 < request.at < said + 0.95]
-
-
-def test_real_chains_are_accepted_and_contradicting_ones_asked_again(serve, twitter, tmp_path):
-    """Real chains in all their forms, served by the endpoint: kept after one call each, but for
-    those that contradict their label, which are asked for again in both stages and set aside."""
-    rows = json.loads((twitter / "dev_chains.json").read_text())
-    whole = [r for r in rows if parse_reasoning(r["cot"]).complete]
-    odd = {r["id"] for r in whole if parse_reasoning(r["cot"]).prediction != r["label"]}
-    fair = [r for r in whole if r["id"] not in odd]
-    rows, by_text = [r for r in whole if r["id"] in odd][:10] + fair[:150], {}
-    for row in rows:
-        row["text"] = " ".join(f"{row['text']} no{row['id']}".split())
-        by_text[row["text"]] = Post("1", "x", cot=row["cot"])
-    server = serve(lambda request: chat(about(by_text, request).cot))
-    write_rows(tmp_path / "posts.jsonl", [{k: r[k] for k in ("id", "text", "label")} for r in rows])
-    out = tmp_path / "c.jsonl"
-    assert generate.main(command([tmp_path], server, out)) == 0
-    refused = read_rows(sibling(out, "rejects.jsonl"))
-    assert len(kept(out)) == 150 and {int(r["id"]) for r in refused} <= odd and len(refused) == 10
-    assert all(r["tries"] == 4 and len(r["attempts"]) == 4 for r in refused)
-    assert len(server.asked) == 150 + 4 * 10

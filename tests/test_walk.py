@@ -6,8 +6,6 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-
 import generate
 import mulcot
 import toy as toy_world
@@ -39,22 +37,14 @@ def walk(name, about):
     assert about - 5 <= len(functions) <= about + 1, sorted(functions)
 
 
-@pytest.fixture(scope="module")
-def chains(toy, tmp_path_factory):
-    """The toy teacher's chains and a random assistant's soft labels."""
-    folder = tmp_path_factory.mktemp("walk")
-    assert toy_world.main(["teacher", "--data", f"{toy}/posts.jsonl", "--out",
-                           f"{folder}/chains.jsonl"]) == 0
-    assert generate.main(["soft", "--data", f"{folder}/chains.jsonl", "--images", f"{toy}/images",
-                          "--model", f"{toy}/assistant", "--out", f"{folder}/soft"]) == 0
-    return folder
-
-
-def test_a_training_step(toy, chains):
+def test_a_training_step(toy, tmp_path):
     """Of the student: from an item to its gradient."""
-    args = train.parse_args(["student", "--data", f"{chains}/chains.jsonl", "--images",
-                             f"{toy}/images", "--soft", f"{chains}/soft", "--dev", "-", "--model",
-                             f"{toy}/student", "--out", f"{chains}/run", "--workers", "0"])
+    data = ["--data", f"{tmp_path}/chains.jsonl", "--images", f"{toy}/images"]
+    soft = f"{tmp_path}/soft"
+    assert toy_world.main(["teacher", "--data", f"{toy}/posts.jsonl", "--out", data[1]]) == 0
+    assert generate.main(["soft", *data, "--model", f"{toy}/assistant", "--out", soft]) == 0
+    args = train.parse_args(["student", *data, "--soft", soft, "--dev", "-", "--model",
+                             f"{toy}/student", "--out", f"{tmp_path}/run", "--workers", "0"])
     processor = mulcot.load_processor(args.model)
     stage = train.ChainStage(args, processor)
     items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
