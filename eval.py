@@ -620,10 +620,9 @@ def sign_label(score):
     return None if score is None else LABELS[1 + int(np.sign(score))]
 
 
-def prediction_rows(path, posts):
+def prediction_rows(path):
     """{id: row} of a prediction file, checked: prediction is a label or None, score a number or
-    None, probs a distribution whose largest is the prediction's, raw a text where given. Prints how
-    many of the judged posts they cover."""
+    None, probs a distribution whose largest is the prediction's, raw a text where given."""
     rows = {}
     for where, row in checked_rows(path, "generate.py predict"):
         require(row.keys() & {"prediction", "score"}, f"{where}: needs prediction (or score)")
@@ -641,9 +640,6 @@ def prediction_rows(path, posts):
             likeliest = probs[LABELS.index(row["prediction"])] > max(probs) - 1e-6
             require(likeliest, f"{where}: probs contradict the prediction")
         rows[str(row["id"])] = row | dict(score=score)
-    covered = sum(post.id in rows for post in posts)
-    require(covered, f"{path}: no id occurs among the judged gold posts: wrong --gold or --split?")
-    print(f"{path}: {covered} of {len(posts)} judged posts have a row, others count as wrong")
     return rows
 
 
@@ -775,7 +771,10 @@ def evaluate(args):
     for name, paths in specs.items():
         seeds = []
         for path in paths:
-            rows = prediction_rows(path, posts)
+            rows = prediction_rows(path)
+            covered = sum(post.id in rows for post in posts)
+            require(covered, f"{path}: no id is that of a judged post: wrong --gold or --split?")
+            print(f"{path}: {covered} of {len(posts)} judged posts have a row, others are wrong")
             seeds.append(run_metrics(rows, posts, args.wordnet, similarity))
             rows_of.setdefault(name, rows)
         settings[name] = group_seeds(seeds)

@@ -321,7 +321,7 @@ def test_missing_predictions_count_as_unparsed(gold, tmp_path, capsys):
     m = evaluate(gold, path)[1]["s"]
     assert (m["n"], m["missing"], m["unparsed"]) == (6, 4, 4)
     assert m["accuracy"] == pytest.approx(2 / 6)
-    assert f"{path}: 2 of 6 judged posts have a row, others count" in capsys.readouterr().out
+    assert f"{path}: 2 of 6 judged posts have a row, others are wrong" in capsys.readouterr().out
 
 
 def test_split(gold, tmp_path, capsys):
