@@ -350,7 +350,7 @@ def test_frames_survive_the_row(framed, tmp_path):
 
 
 @pytest.mark.parametrize("n, value, message", [
-    (0, "clip", "holds no image"), (1, [], "holds no image"), (1, "nowhere", "is no folder"),
+    (0, "clip", "holds no image"), (1, [], "holds no image"), (1, "nowhere", "No such file"),
     (1, ["clip/0000.png", 7], "list of image names"), (1, ["../x.png"], "leads outside"),
     (1, ["clip/0009.png"], "No such file"), (1, ["clip/notes.txt"], "cannot be read")])
 def test_bad_frames(framed, n, value, message):
@@ -380,7 +380,7 @@ def test_label_file(tmp_path):
     (tmp_path / "label.csv").write_text(
         HEADER + 'v1,2,"HE SAID, ""GOOD""",1.6,,,,Positive,train\n\nv1,3,FINE,-0.2,,,,Negative,'
         'valid\n-x$y,10,BAD,-3.0,,,,Negative,test\nv2,1,ODD,much,,,,,test\nv2,2,FAR,3.4,,,,,test\n'
-        "v2,3,SHORT,1.0\n../v3,1,UP,1.0,,,,,test\n")
+        "v2,3,SHORT,1.0\nv2,4,SIMS,0.8,0.6,0.4,1.0,,test\n../v3,1,UP,1.0,,,,,test\n")
     (tmp_path / "frames/up").mkdir()
     rejects = []
     a, b, c, up = read_posts(tmp_path / "label.csv", rejects=rejects)
@@ -389,7 +389,8 @@ def test_label_file(tmp_path):
     assert (b.split, b.frames, b.audio) == ("dev", [], None)
     assert (c.id, c.split, c.score) == ("-x$y$_$10", "test", -3.0)
     assert [reason.split(":")[0] for _, reason in rejects] == [
-        "not a row", "score 3.4 lies outside [-3, 3]", "expected 9 cells, got 4"]
+        "not a row", "score must be a number in [-3, 3], got 3.4", "expected 9 cells, got 4",
+        "a row of CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]"]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="must have the columns"):
         read_posts(tmp_path / "other.csv")
