@@ -95,7 +95,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import copy
 import csv
 import functools
 import hashlib
@@ -805,7 +804,7 @@ class Refused(InputError):
 
 
 # ================================================================================================
-# §4 Tokens [needs: copy, math, dataclass, torch, InputError, explaining, §1, §2]
+# §4 Tokens [needs: math, dataclass, torch, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
@@ -864,17 +863,13 @@ class SmolVLM:
                     pixel_attention_mask=out["pixel_attention_mask"].transpose(0, 1))
 
     def image_text(self, out, processor):
-        vision, fake = processor.config.vision_config, "<fake_token_around_image>"
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+        vision = processor.config.vision_config
         side = vision.image_size // vision.patch_size // processor.config.scale_factor
-        tile = self.placeholder * side**2
-        text = ""
-        for row in range(1, int(out["rows"][0][0]) + 1):
-            for col in range(1, int(out["cols"][0][0]) + 1):
-                text += f"{fake}<row_{row}_col_{col}>{tile}"
-            text += "\n"
-        if text:
-            text += "\n"
-        return text + f"{fake}<global-img>{tile}{fake}"
+        rows, cols = out["rows"][0][0], out["cols"][0][0]  # 0 of an image in one piece
+        return get_image_prompt_string(rows, cols, side**2, "<fake_token_around_image>",
+                                       self.placeholder, "<global-img>")
 
     def limit(self, images, max_pixels):
         edge = images.max_image_size["longest_edge"]
@@ -906,25 +901,18 @@ PLACEHOLDERS = {QwenOmni.audio_placeholder, *(f.placeholder for f in FAMILIES.va
 
 def layer_types(config):
     """Which kinds of layers the language model has, by its configuration."""
-    text = config.get_text_config()
-    if getattr(text, "layer_types", None):
-        return set(text.layer_types)
-    return {"sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"}
+    return set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
 
 
 def family_of(config):
     """The entry of FAMILIES. Raises InputError for a model whose layout would be wrong here: the
     branch mask is exact for full attention alone; with recurrent layers (linear_attention) each
     branch is a row of its own; windows, convolutions and other classes are refused."""
-    what = f"model {config._name_or_path!r} is a {config.model_type}"
-    known = f"known families: {', '.join(FAMILIES)}"
-    strange = layer_types(config) - {"full_attention", "linear_attention"}
-    if strange:
-        raise InputError(f"{what} with layers of {', '.join(sorted(strange))}, where branches "
-                         f"behind a shared prefix would be wrong; {known}")
-    if config.model_type not in FAMILIES:
-        raise InputError(f"{what}: how its images and positions are laid out is not known here; "
-                         f"{known}")
+    layers = layer_types(config)
+    if config.model_type not in FAMILIES or layers - {"full_attention", "linear_attention"}:
+        raise InputError(f"model {config._name_or_path!r} is a {config.model_type} with layers of "
+                         f"{', '.join(sorted(layers))}; here are {', '.join(FAMILIES)}, with "
+                         "layers of full_attention and linear_attention alone")
     return FAMILIES[config.model_type]
 
 
@@ -948,7 +936,7 @@ class Processor:
     def __init__(self, config, tokenizer, image_processor, extractor=None):
         self.config, self.family = config, family_of(config)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.extractor, self.turns = extractor, {}
+        self.extractor = extractor
         self.placeholder_id = tokenizer.convert_tokens_to_ids(self.family.placeholder)
         self.end_id = self.template_ids(self.turn(images=0, sounds=0).end)[0]
         self.pad_id = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -957,11 +945,6 @@ class Processor:
 
     def turn(self, images, sounds):
         """The Turn of a post with so many images and sounds, by the tokenizer's own template."""
-        if (images, sounds) not in self.turns:
-            self.turns[images, sounds] = self._render(images, sounds)
-        return self.turns[images, sounds]
-
-    def _render(self, images, sounds):
         user, answer = "@@user@@", "@@answer@@"
         content = [dict(type="image")] * images + [dict(type="audio")] * sounds
         messages = [dict(role="user", content=[*content, dict(type="text", text=user)]),
@@ -1085,11 +1068,10 @@ def rope_positions(ids, placeholder, grids, merge_size):
             positions.append((start, start, start))
             next_position += 1
             continue
-        frames, height, width = next(grids).tolist()
+        _, height, width = next(grids).tolist()  # one frame
         height, width = height // merge_size, width // merge_size
-        for t in range(frames):
-            for h in range(height):
-                positions += [(start + t, start + h, start + w) for w in range(width)]
+        for h in range(height):
+            positions += [(start, start + h, start + w) for w in range(width)]
         next_position += max(height, width)
     return torch.tensor(positions, dtype=torch.long).reshape(-1, 3).T
 
@@ -1106,10 +1088,6 @@ class Batch:
     branch_ids: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T)
     media: dict
-
-    def __post_init__(self):
-        padding = self.branch_ids == -1  # (B, T)
-        assert not (padding[:, :-1] & ~padding[:, 1:]).any(), "padding stands at the end of a row"
 
     def supervised(self, branch):
         """Where an answer token of this branch is to be predicted (B, T)."""
@@ -1129,12 +1107,9 @@ class Batch:
         return places, attended.gather(1, places)
 
     def to(self, device):
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(moved, name, value.to(device))
-        moved.media = {name: tensor.to(device) for name, tensor in self.media.items()}
-        return moved
+        media = {name: tensor.to(device) for name, tensor in self.media.items()}
+        return Batch(self.input_ids.to(device), self.position_ids.to(device),
+                     self.branch_ids.to(device), self.targets.to(device), media)
 
 
 def collate(examples, pad_id):
@@ -1174,8 +1149,7 @@ def branch_mask(branch_ids, dtype):
     causal = torch.ones(T, T, dtype=torch.bool, device=branch_ids.device).tril()
     key, query = branch_ids[:, None, :], branch_ids[:, :, None]  # (B, 1, T), (B, T, 1)
     visible = causal & ((key == 0) | (key == query))  # padding (-1) sees itself: no row turns NaN
-    mask = torch.zeros(visible.shape, dtype=dtype, device=branch_ids.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
 # ---- what a post is trained on
@@ -1867,9 +1841,8 @@ def _next_hidden(model, token, position, visible, cache):
     """The hidden states (B, D) of one more token (B,) at position (3, B), which sees the cached
     tokens that are `visible` (B, T)."""
     dtype = model.get_input_embeddings().weight.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]  # (B, 1, 1, T)
-    return run_model(model, token[:, None], position[..., None], mask, cache)[:, 0]
+    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)  # (B, T)
+    return run_model(model, token[:, None], position[..., None], mask[:, None, None], cache)[:, 0]
 
 
 # ---- a post from Python
