@@ -173,11 +173,8 @@ def write_json(path, value):
     write_text(path, to_json(value, path, indent=1) + "\n")
 
 
-def read_json(path, default=None):
-    """The object in a JSON file; the default, if given, where there is no such file. Raises
-    InputError that names it."""
-    if default is not None and not os.path.isfile(path):
-        return default
+def read_json(path):
+    """The object in a JSON file. Raises InputError that names it."""
     with explaining(f"{path} is missing or damaged, {REMEDY}"):
         return {} | json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -1196,7 +1193,7 @@ def training_items(paths, images, branches_of):
 
 
 # ================================================================================================
-# §5 LoRA [needs: math, os, re, sys, Path, torch, F, nn, InputError, explaining, write_json,
+# §5 LoRA [needs: math, os, re, Path, torch, F, nn, InputError, explaining, write_json,
 #    read_json, write_tensors, read_tensors]
 # ================================================================================================
 
@@ -1307,17 +1304,14 @@ def save_adapter(model, folder):
                   base_model_name_or_path=base, inference_mode=True)
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    write_json(os.path.join(folder, "mulcot.json"), {"nf4": is_quantized(model)})
-
-
-def is_quantized(model):
-    """Whether some layer is in 4 bits (§8)."""
-    return any(hasattr(module, "to_linear") for module in model.modules())
+    nf4 = any(hasattr(module, "to_linear") for module in model.modules())  # some layer of §8
+    write_json(os.path.join(folder, "mulcot.json"), {"nf4": nf4})
 
 
 def adapter_nf4(folder):
-    """Whether an adapter was trained over an NF4 base; None where no file says so."""
-    return read_json(Path(folder, "mulcot.json"), {}).get("nf4")
+    """Whether an adapter was trained over an NF4 base; PEFT's own do not say, and were not."""
+    file = Path(folder, "mulcot.json")
+    return file.exists() and read_json(file)["nf4"]
 
 
 def load_adapter(model, folder):
@@ -1354,10 +1348,6 @@ def load_adapter(model, folder):
         chosen = config.get("exclude_modules") or config.get("layers_to_transform")
         if odd or sorted(named) != names and not chosen:
             raise ValueError(f"{odd[:1] or 'part of target_modules'} is unfilled, or too much")
-    quantized = is_quantized(model)
-    if adapter_nf4(folder) not in (None, quantized):
-        print(f"note: {folder} was trained with nf4 {not quantized}, here it is {quantized}",
-              file=sys.stderr)
     return names
 
 
@@ -1419,34 +1409,20 @@ def in_chunks(sums_of, hidden, size):
     (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
     pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
     must be frozen: their gradient would be lost."""
+    constant = sums_of(hidden[:0].detach(), slice(0, 0))["loss"]  # of no position
+    assert not constant.requires_grad, "sums_of uses weights that are not frozen"
     sums = {"loss": hidden.new_zeros((), dtype=torch.float32)}
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         chunk = hidden[rows].detach().requires_grad_()
         terms = sums_of(chunk, rows)
-        if start == 0:
-            assert trained_leaves(terms["loss"]) == {chunk}, "sums_of uses weights not frozen"
         (gradient[rows],) = torch.autograd.grad(terms["loss"], chunk)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
     link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
     sums["loss"] = sums["loss"] + (link - link.detach())  # adds 0 to the value
     return sums
-
-
-def trained_leaves(loss):
-    """The set of tensors that `loss.backward()` would give a gradient to."""
-    leaves, nodes, seen = set(), [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        nodes += [before for before, _ in node.next_functions]
-    return leaves
 
 
 # ---- the assistant's soft labels
@@ -1460,9 +1436,6 @@ class SoftLabels:
 
     def __init__(self, folder):
         self.folder, self.head = Path(folder), None
-        if not (self.folder / "settings.json").exists():
-            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
-                             "train with --no-soft")
         self.settings = read_json(self.folder / "settings.json")
         self.parts = {}  # the open file of each entry
         for path in sorted(self.folder.glob("part-*.safetensors")):

@@ -565,7 +565,7 @@ def test_one_line_and_exit_code_2(road, tmp_path, capsys):
                         (["--out", tmp_path], "nobody knows")):
         assert told in fails(capsys, generate, [*predict, *flags])
     student = command(road, "student", "--out", tmp_path / "out")[1]
-    for flags, told in ((["--soft", tmp_path], "no soft labels"),
+    for flags, told in ((["--soft", tmp_path], "settings.json is missing"),
                         (["--no-soft", "--model", road / "student/best"], "export makes a model"),
                         (["--no-soft", "--lr", "1e30", "--clip", "0"], "training diverged")):
         assert told in fails(capsys, train, [*student, *flags])
