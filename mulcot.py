@@ -98,7 +98,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -1506,7 +1505,7 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: functools, inspect, os, re, Path, torch, F, LABELS, InputError, explaining,
+# §7 Model [needs: os, Path, torch, F, LABELS, InputError, explaining,
 #    read_json, §1, §2, §4, §5, §8]
 # ================================================================================================
 
@@ -1587,8 +1586,6 @@ def base_of(name):
             raise InputError(f"{name} holds a model and its adapter: give each its own folder")
     if Path(name, "best", "adapter_config.json").exists():
         raise InputError(f"{name} is a training run: use {name}/best")
-    if not os.path.isdir(base) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        raise InputError(f"model {base!r} is neither a folder nor a hub name (Qwen/…)")
     return base
 
 
@@ -1598,18 +1595,6 @@ CACHE_ROOM = 64  # tokens
 def new_cache(model):
     """An empty key-value cache for `forward_branches` to fill and `decode_branch` to extend."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    for n, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # recurrent layers have caches of their own
-            cache.layers[n] = roomy_layer_class()()
-    return cache
-
-
-@functools.cache
-def roomy_layer_class():
-    """The class of a cache's layers of full attention."""
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
@@ -1626,56 +1611,34 @@ def roomy_layer_class():
             start = self.keys.shape[2]
             end = start + keys.shape[2]
             if end > self.buffers[0].shape[2]:
-                self.buffers = [self.with_room(self.keys, keys, end),
-                                self.with_room(self.values, values, end)]
+                room = (0, 0, 0, end + CACHE_ROOM - start)  # none along D, this behind T
+                self.buffers = F.pad(self.keys, room), F.pad(self.values, room)
             self.buffers[0][:, :, start:end] = keys
             self.buffers[1][:, :, start:end] = values
             self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
             return self.keys, self.values
-
-        def with_room(self, held, new, end):
-            """A buffer for `end` tokens and some more that begins with `held`."""
-            buffer = new.new_empty(*new.shape[:2], end + CACHE_ROOM, new.shape[3])
-            buffer[:, :, : held.shape[2]] = held
-            return buffer
 
         def reorder_cache(self, kept):
             """Keeps these rows (indices); the old buffers go with the others."""
             super().reorder_cache(kept)
             self.buffers = self.keys, self.values
 
-    return RoomyLayer
-
-
-def keep_rows(cache, kept):
-    """Drops all rows of a cache but `kept` (indices), layer by layer: the buffers of all layers and
-    their copies are never held at once."""
-    for layer in cache.layers:
-        layer.reorder_cache(kept)
-
-
-@functools.cache
-def cache_name(model_class):
-    """What a model calls its cache. trap: "cache" from transformers 5.24 on, "past_key_values" in
-    5.23."""
-    known = inspect.signature(model_class.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    for n, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # recurrent layers have caches of their own
+            cache.layers[n] = RoomyLayer()
+    return cache
 
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
     our positions (3, B, T) and mask: additive (B, 1, T, T), or (B, T) of 1 and 0 for recurrent
     layers. The logits are left to the caller, who needs them at few positions."""
-    dtype = model.get_input_embeddings().weight.dtype
-    inputs = {}
-    for name, tensor in media.items():
-        inputs[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
-    if cache is not None:
-        inputs[cache_name(type(model.model))] = cache
+    # trap: transformers 5.24 calls past_key_values `cache`
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
-                      use_cache=cache is not None, **inputs)
+                      past_key_values=cache, use_cache=cache is not None, **media)
     return out.last_hidden_state
 
 
@@ -1803,7 +1766,7 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
             alive = [alive[n] for n in going]
             kept = torch.tensor(going, device=device)
             token, position, visible = token[kept], position[:, kept], visible[kept]
-            keep_rows(cache, kept)
+            cache.reorder_cache(kept)
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
         h = _next_hidden(model, token, position, visible, cache)
