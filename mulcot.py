@@ -392,11 +392,9 @@ def to_post(columns, folder):
     text = text.replace("$T$", aspect or "$T$")
     if len(text) + len(aspect) > MAX_TEXT:
         raise InputError(f"text and aspect have more than {MAX_TEXT:,} characters: shorten them")
-    label = row.get("label")
-    if label is not None:
-        label = label.strip().lower()
-        if label not in LABELS:
-            raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
+    label = (row.get("label") or "").strip().lower() or None
+    if label not in (*LABELS, None):
+        raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
     score = row.get("score")
     if score is not None and not (isinstance(score, (int, float)) and abs(score) <= SCORE_RANGE):
         raise InputError(f"score must be a number in [-3, 3], got {score!r}: rescale it")
@@ -442,8 +440,6 @@ def _json_rows(path):
     """A list of rows: the authors' release, or a file of CLMLF's split of MVSA."""
     with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
-    if not isinstance(rows, list):
-        raise InputError(f"{path} must be a list of rows, as in the authors' release")
     return [(f"{path}[{n}]", row) for n, row in enumerate(rows)]
 
 
@@ -664,11 +660,10 @@ def _clean(value, quoted):
         value = value[1:]  # trap: behind a Markdown heading a first quote may open a quotation
         if value.endswith('"') and not value.endswith('\\"'):
             value = value[:-1]
-    if "\\" in value:
-        try:
-            value = json.loads(f'"{value}"', strict=False)
-        except ValueError:
-            value = value.replace('\\"', '"').replace("\\n", "\n")
+    try:
+        value = json.loads(f'"{value}"', strict=False)
+    except ValueError:
+        value = value.replace('\\"', '"').replace("\\n", "\n")
     return value.encode("utf-8", "replace").decode().strip()  # half a pair fits into no file
 
 
@@ -1124,8 +1119,8 @@ def collate(examples, pad_id):
             input_ids[b, start:end] = torch.tensor(ids)
             position_ids[:, b, start:end] = torch.arange(position, position + len(ids))
             branch_ids[b, start:end] = branch
-            if n_answer:  # the only shift in the house: position t learns to predict token t + 1
-                targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
+            # the only shift in the house: position t learns to predict token t + 1
+            targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             start = end
     media = join_media(example.media for example in examples)
     if media.pop("audio", None) is not None:  # sounds are padded instead
@@ -1362,8 +1357,8 @@ def _current_key(key, modules):
 
 
 # ================================================================================================
-# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, REMEDY, InputError, explaining,
-#    read_json, digest, write_tensors, read_tensors]
+# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, InputError, read_json, digest,
+#    write_tensors, read_tensors]
 # ================================================================================================
 
 
@@ -1408,9 +1403,8 @@ def in_chunks(sums_of, hidden, size):
     (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
     pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
     must be frozen: their gradient would be lost."""
-    constant = sums_of(hidden[:0].detach(), slice(0, 0))["loss"]  # of no position
-    assert not constant.requires_grad, "sums_of uses weights that are not frozen"
-    sums = {"loss": hidden.new_zeros((), dtype=torch.float32)}
+    sums = sums_of(hidden[:0].detach(), slice(0, 0))  # zeros: of no position
+    assert not sums["loss"].requires_grad, "sums_of uses weights that are not frozen"
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
@@ -1418,7 +1412,7 @@ def in_chunks(sums_of, hidden, size):
         terms = sums_of(chunk, rows)
         (gradient[rows],) = torch.autograd.grad(terms["loss"], chunk)
         for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+            sums[name] = sums[name] + value.detach()
     link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
     sums["loss"] = sums["loss"] + (link - link.detach())  # adds 0 to the value
     return sums
@@ -1438,9 +1432,8 @@ class SoftLabels:
         self.settings = read_json(self.folder / "settings.json")
         self.parts = {}  # the open file of each entry
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            with explaining(f"{path} is damaged, {REMEDY}"):
-                file = safe_open(path, "pt")
-                self.parts.update(dict.fromkeys(file.keys(), file))
+            file = safe_open(path, "pt")
+            self.parts.update(dict.fromkeys(file.keys(), file))
 
     @staticmethod
     def names(example):
@@ -1795,8 +1788,6 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     three answers are scored; decode="greedy" generates one, as the authors do (`raw_label`)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
-    if not posts:
-        return []
     answers = []
     if decode == "score" and chain:  # one pass over image and post serves the labels and the chain
         branches = [*label_branches(), (REASON_FORMAT, None)]
