@@ -430,8 +430,7 @@ def _open_rows(path, images):
 def _lines(path):
     """[(where, line)] of the lines that hold something; bytes, so that one that is not UTF-8 costs
     that line only."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = data.split(b"\n" if b"\n" in data else b"\r")  # a CR alone: old spreadsheets
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -962,11 +961,6 @@ class Processor:
         """Ids of what the chat template wrote, control tokens among it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def image(self, path):
-        """({input of the model: tensor}, what stands in the prompt) of an image file."""
-        out = self.image_processor([load_image(path)], return_tensors="pt", **self.family.options)
-        return self.family.inputs(out), self.family.image_text(out, self)
-
     def audio(self, path):
         """Log-mel features (10 ms frames, mel bins) of a WAV file: those of the model's own
         processor, which pads to 300 s first; 25 ms of silence give the same."""
@@ -1008,12 +1002,13 @@ def encode(post, branches, processor, shared=None):
     chat template. trap: train on the end of the turn and mask by length; with pad == eos a model
     never learns to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
-    head, *rest = turn.head.split(processor.family.placeholder)
+    family = processor.family
+    head, *rest = turn.head.split(family.placeholder)
     images = []
     for path, after in zip(post.images, rest):
-        inputs, text = processor.image(path)
-        images.append(inputs)
-        head += text + after
+        out = processor.image_processor([load_image(path)], return_tensors="pt", **family.options)
+        images.append(family.inputs(out))
+        head += family.image_text(out, processor) + after
     media = join_media(images)
     if post.audio:
         if processor.extractor is None:
@@ -1021,7 +1016,7 @@ def encode(post, branches, processor, shared=None):
                              "Qwen2.5-Omni, or leave audio out (train.py readout --without audio)")
         media["audio"] = processor.audio(post.audio)
         pooled = (len(media["audio"]) + 1) // 2 // 2  # as the audio tower pools
-        sound = processor.family.audio_placeholder
+        sound = family.audio_placeholder
         head = head.replace(sound, sound * pooled)
     if shared is None:
         shared = post_prompt(post)
@@ -1174,11 +1169,10 @@ def training_items(paths, images, branches_of):
         for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
             try:
                 branches = branches_of(post)
+                if branches:
+                    items.append((post, branches))
             except InputError as e:
                 rejects.append((f"{path}: {post.id}", str(e)))
-                continue
-            if branches:
-                items.append((post, branches))
     report_rejects(rejects, "rows in all")
     if not items:
         raise InputError(f"{', '.join(paths)}: no row that this stage can use")
@@ -1735,6 +1729,7 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
         raise InputError(f"{model.config._name_or_path} or its adapter yields NaN: is it damaged?")
     position = batch.position_ids[:, rows, last]  # (3, B)
     visible = batch.alone(branch)[1] if is_recurrent(model) else batch.attended(branch)  # (B, T)
+    dtype = model.get_input_embeddings().weight.dtype
     never = torch.tensor(processor.never_generated, device=device)
     stop_ids = (processor.end_id, processor.pad_id)
     generated_ids = [[] for _ in range(B)]
@@ -1761,16 +1756,9 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
             cache.reorder_cache(kept)
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
-        h = _next_hidden(model, token, position, visible, cache)
+        mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]
+        h = run_model(model, token[:, None], position[..., None], mask, cache)[:, 0]  # (B, D)
     return list(zip(processor.tokenizer.batch_decode(generated_ids), finish))
-
-
-def _next_hidden(model, token, position, visible, cache):
-    """The hidden states (B, D) of one more token (B,) at position (3, B), which sees the cached
-    tokens that are `visible` (B, T)."""
-    dtype = model.get_input_embeddings().weight.dtype
-    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)  # (B, T)
-    return run_model(model, token[:, None], position[..., None], mask[:, None, None], cache)[:, 0]
 
 
 # ---- a post from Python
@@ -1789,8 +1777,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
     answers = []
     if decode == "score" and chain:  # one pass over image and post serves the labels and the chain
-        branches = [*label_branches(), (REASON_FORMAT, None)]
-        batch = encode_batch(posts, branches, model, processor)
+        batch = encode_batch(posts, [*label_branches(), (REASON_FORMAT, None)], model, processor)
         cache = new_cache(model)
         hidden = forward_branches(model, batch, cache)
         rows = label_rows(score_labels(model, batch, hidden).exp())
@@ -2461,9 +2448,8 @@ def init_distributed(device):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         with explaining(f"there are fewer GPUs than processes: {device} cannot be used"):
             torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
-                                             timeout=timedelta(days=7))  # work may be uneven
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                         timeout=timedelta(days=7))  # work may be uneven
     if get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
