@@ -643,7 +643,7 @@ def prediction_rows(path, posts):
         rows[str(row["id"])] = row | dict(score=score)
     covered = sum(post.id in rows for post in posts)
     require(covered, f"{path}: no id occurs among the judged gold posts: wrong --gold or --split?")
-    print(f"{path}: rows of {covered} of {len(posts)} judged posts, others count as wrong")
+    print(f"{path}: {covered} of {len(posts)} judged posts have a row, others count as wrong")
     return rows
 
 
@@ -829,7 +829,7 @@ span,small[class]{color:var(--c,var(--dim));font-weight:600}.note,article{border
 .wide{overflow-x:auto;width:fit-content;max-width:100%}table{border-collapse:collapse}
 td,th{padding:.2rem .5rem;text-align:right;white-space:nowrap}th:first-child{text-align:left}
 path{stroke:var(--dim);opacity:.4}text{fill:var(--dim);font-size:11px}polyline{fill:none;
-stroke:CanvasText;stroke-width:2}circle{fill:CanvasText}dt{width:100%}
+stroke:CanvasText;stroke-width:2}circle{fill:CanvasText}dt{width:100%}.neutral{--c:var(--dim)}
 circle~polyline,[hidden]{display:none}dd{white-space:pre-wrap}article{content-visibility:auto;
 contain-intrinsic-size:auto 20rem}label{white-space:nowrap}"""
 

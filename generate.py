@@ -390,13 +390,15 @@ class Endpoint:
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
                  proxy=None):
         check_url(url, allow_http)
-        self.url, self.model = url.rstrip("/").removesuffix("/chat/completions"), model
-        self.url += "/chat/completions"
-        self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.timeout, self.max_retries = model, timeout, max_retries
+        self.extra_body = extra_body or {}
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
-        self.retries, self.mended, self.waiting = Counter(), set(), ""
+        self.retries = Counter()
+        self.mended = set()
+        self.waiting = ""
         self.stop = threading.Event()
         self._paused_until = 0.0  # of all threads
         self.session = requests.Session()  # of all threads, which it keeps connections for
@@ -546,7 +548,9 @@ class PaidCalls:
                                  allow_http=args.allow_http, extra_body=args.extra_body,
                                  proxy=args.proxy)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
-        self.budget, self.lock, self.first = args.budget_tokens, threading.Lock(), threading.Lock()
+        self.budget = args.budget_tokens
+        self.lock = threading.Condition()  # of all below
+        self.first = threading.Lock()
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
         self.known = {}  # answers that unfinished posts will ask for, by the name of the call
         for row in read_rows(self.file.path):
@@ -585,8 +589,10 @@ class PaidCalls:
         most = self.endpoint.extra_body.get("max_completion_tokens") or request.max_tokens
         with self.lock:
             expected = self.longest_prompt + most
-            if self.budget and self.spent + self.under_way + expected > self.budget:
-                raise OverBudget("over --budget-tokens")
+            while self.budget and self.spent + self.under_way + expected > self.budget:
+                if not self.under_way:
+                    raise OverBudget("over --budget-tokens")
+                self.lock.wait()  # what is under way may cost less than expected
             self.under_way += expected
         try:
             began = time.time()
@@ -598,6 +604,7 @@ class PaidCalls:
         finally:
             with self.lock:
                 self.under_way -= expected
+                self.lock.notify_all()
         if self.budget and not answer.tokens_in + answer.tokens_out:
             raise InputError("the server counts no tokens, so --budget-tokens cannot hold: say "
                              "--max-posts")
@@ -618,7 +625,8 @@ def from_endpoint(args, posts, done, dialogue):
     calls = PaidCalls(args, done)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
-    running, refused, over_budget = {}, [], False
+    running, refused = {}, []
+    over_budget = False
     with bar, ThreadPoolExecutor(args.workers) as pool:
         try:
             while True:
@@ -872,7 +880,8 @@ def cascade(args):
     dev_passes, dev_error, *taus = best_thresholds(grid, args.budget)
     print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {dev_passes:.2f} MLLM passes a post, "
           f"error {dev_error:.3f}, on {len(dev)} dev posts")
-    rows, routes = [], Counter()
+    rows = []
+    routes = Counter()
     costs = dict(passes=0.0, seconds=0.0)  # of a post
     for post, verdicts in zip(posts, passes.verdicts(posts, *taus)):
         route, answer, reason = cascade_route(*verdicts, *taus)

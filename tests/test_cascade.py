@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -111,30 +112,23 @@ def test_thresholds_keep_the_budget():
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice
 
 
-# ---- an endpoint's answers
-
-
-def answer(text, tokens=None):
-    return mulcot.Answer(text, logprobs=tokens)
-
-
 def test_endpoint_answers():
     """Label and uncertainty from log-probabilities at the label's token; none without them."""
-    log = lambda p: torch.log(torch.tensor(p)).item()
-    tokens = [('"', {}), ("Prediction", {"Prediction": 0.0}), ('": "', {}),
-              ("pos", {"pos": log(0.6), " Neutral": log(0.3), "ne": log(0.1)}), ("itive", {})]
-    got = generate.answer_verdict(answer('"Prediction": "positive"', tokens), mulcot.LABELS)
+    def read(text, classes=mulcot.LABELS, tokens=()):
+        return generate.answer_verdict(mulcot.Answer(text, logprobs=list(tokens)), classes)
+
+    likely = {"pos": math.log(0.6), " Neutral": math.log(0.3), "ne": math.log(0.1)}
+    tokens = [('"', {}), ("Prediction", {"Prediction": 0.0}), ('": "', {}), ("pos", likely),
+              ("itive", {})]
+    got = read('"Prediction": "positive"', tokens=tokens)
     assert got.prediction == "positive"
     assert got.probs == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-4)  # "ne" could be either
-    plain = generate.answer_verdict(answer('"Prediction": "neutral"'), mulcot.LABELS)
-    assert plain == verdict("neutral", None)
-    assert "no label" in generate.answer_verdict(answer("I cannot say"), mulcot.LABELS).failed
-    score = generate.answer_verdict(answer('"Prediction": "-2"'), mulcot.SCORE_BINS)
-    assert score.predicted_score == -2 and score.prediction == "negative"
-    minus = generate.answer_verdict(answer('"Prediction": "\u22122"'), mulcot.SCORE_BINS)
-    assert minus == score
-    for text in ("-7", "2 or 3", "much"):
-        assert "no score" in generate.answer_verdict(answer(text), mulcot.SCORE_BINS).failed
+    assert read('"Prediction": "neutral"') == verdict("neutral", None)
+    assert "no label" in read("I cannot say").failed
+    for minus in ("-", "\u2212"):
+        score = read(f'"Prediction": "{minus}2"', mulcot.SCORE_BINS)
+        assert (score.predicted_score, score.prediction) == (-2, "negative")
+    assert all("no score" in read(x, mulcot.SCORE_BINS).failed for x in ("-7", "2 or 3", "much"))
 
 
 def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
@@ -146,7 +140,6 @@ def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
 
 # ---- the stage
 
-
 @pytest.fixture(scope="module")
 def ubm(toy, posts, tmp_path_factory):
     folder, data = tmp_path_factory.mktemp("ubm"), str(toy / "posts.jsonl")
@@ -155,12 +148,6 @@ def ubm(toy, posts, tmp_path_factory):
                        "--out", f"{folder}/ubm", "--members", "1", "--epochs", "1", "--batch",
                        "4"]) == 0
     return folder / "ubm"
-
-
-def of_scores(model):
-    """A UBM of seven bins over the same text encoder."""
-    member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
-    return mulcot.UBM([member], mulcot.SCORE_BINS)
 
 
 def run(toy, ubm, out, *more, data=None):

@@ -1,9 +1,9 @@
 """Frames and audio: files to features, positions and states as the models' own, bad clips."""
 
-import base64
-import json
 import re
+import shutil
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import generate
 import mulcot
 import train
-from mulcot import (LABEL_FORMAT, SCORE_FORMAT, InputError, Post, collate, encode, encode_batch,
-                    forward_branches, load_model, load_trained, read_posts, without_inputs,
-                    write_rows)
+from mulcot import (LABEL_FORMAT, SCORE_FORMAT, InputError, Post, build_messages, collate, encode,
+                    encode_batch, forward_branches, load_model, load_trained, read_posts,
+                    without_inputs, write_rows)
 from toy import OMNI_AUDIO_TOKENS, OMNI_IMAGE_TOKENS, tiny_model, tiny_tokenizer
 
 
@@ -48,18 +48,30 @@ def omni(toy, posts, tmp_path_factory):
 def clips(tmp_path_factory):
     """Posts with every mix of image, frames and audio, of unequal sizes and lengths."""
     folder = tmp_path_factory.mktemp("clips")
-    a, b, c = (noise_image(folder / f"{i}.png", size, i)
-               for i, size in enumerate([(56, 56), (150, 40), (30, 120)]))
-    sounds = [write_wav(folder / f"{i}.wav", tone(200 + 100 * i, seconds))
-              for i, seconds in enumerate((0.06, 0.5, 2.341))]
-    return [Post("0", "words alone"), Post("1", "one image", a), Post("2", "frames", frames=[b, c]),
-            Post("3", "short sound", audio=sounds[0]),
-            Post("4", "all of it", a, frames=[c, b, a], audio=sounds[1]),
-            Post("5", "long sound " * 5, frames=[b], audio=sounds[2])]
+    for i, size in enumerate([(56, 56), (150, 40), (30, 120)]):
+        noise_image(folder / f"{i}.png", size, i)
+    for i, seconds in enumerate((0.06, 0.5, 2.341)):
+        write_wav(folder / f"{i}.wav", tone(200 + 100 * i, seconds))
+    inputs = [dict(text="words alone"), dict(text="one image", image="0.png"),
+              dict(text="frames", frames=["1.png", "2.png"]),
+              dict(text="short sound", audio="0.wav"),
+              dict(text="all of it", image="0.png", frames=["2.png", "1.png", "0.png"],
+                   audio="1.wav"),
+              dict(text="long sound " * 5, frames=["1.png"], audio="2.wav")]
+    write_rows(folder / "clips.jsonl", [dict(each, id=str(n)) for n, each in enumerate(inputs)])
+    return read_posts(folder / "clips.jsonl")
 
 
 def encode_all(posts, processor):
     return [encode(p, [(SCORE_FORMAT, "1.4"), (LABEL_FORMAT, None)], processor) for p in posts]
+
+
+def states(model, processor, posts):
+    """(examples, Batch, hidden states) of both branches of all posts at once."""
+    examples = encode_all(posts, processor)
+    batch = collate(examples, processor.pad_id)
+    with torch.no_grad():
+        return examples, batch, forward_branches(model, batch)
 
 
 def own_inputs(e, k):
@@ -67,7 +79,7 @@ def own_inputs(e, k):
     ids = torch.tensor([e.prefix + e.branches[k - 1][0]])
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     if "pixel_values" in e.media:
-        inputs |= dict(pixel_values=e.media["pixel_values"], image_grid_thw=e.media["image_grid_thw"])
+        inputs |= {key: e.media[key] for key in ("pixel_values", "image_grid_thw")}
     if "audio" in e.media:
         inputs |= dict(input_features=e.media["audio"].T[None],
                        feature_attention_mask=torch.ones(1, len(e.media["audio"])).long())
@@ -77,27 +89,21 @@ def own_inputs(e, k):
 # ---- the Thinker
 
 def test_hidden_states_equal_the_models_own_forward(omni, clips):
-    """One padded batch of unequal modalities against a pass for each post and branch."""
+    """One padded batch of unequal modalities against a pass for each post and branch; positions
+    are those of get_rope_index, images and audio mixed, and audio alone."""
     model, processor, _ = omni
-    examples = encode_all(clips, processor)
-    batch = collate(examples, processor.pad_id)
-    with torch.no_grad():
-        hidden = forward_branches(model, batch)
-        for row, e in enumerate(examples):
-            for k in (1, 2):
-                want = model.model(**own_inputs(e, k)).last_hidden_state[0]
-                assert (hidden[row, batch.attended(k)[row]] - want).abs().max() < 2e-5
-
-
-def test_positions_equal_the_models_own(omni, clips):
-    """get_rope_index, images and audio mixed, and audio alone."""
-    model, processor, _ = omni
-    for e in encode_all(clips, processor):
-        batch, inputs = collate([e], processor.pad_id), own_inputs(e, 1)
-        want, _ = model.get_rope_index(
-            inputs["input_ids"], inputs.get("image_grid_thw"), None, inputs["attention_mask"],
-            audio_seqlens=torch.tensor([len(e.media["audio"])]) if "audio" in e.media else None)
-        assert torch.equal(batch.position_ids[:, 0, batch.attended(1)[0]], want[:, 0])
+    examples, batch, hidden = states(model, processor, clips)
+    for row, e in enumerate(examples):
+        length = torch.tensor([len(e.media["audio"])]) if "audio" in e.media else None
+        for k in (1, 2):
+            inputs, at = own_inputs(e, k), batch.attended(k)[row]
+            with torch.no_grad():
+                want = model.model(**inputs).last_hidden_state[0]
+            assert (hidden[row, at] - want).abs().max() < 2e-5
+            ids, grids = inputs["input_ids"], inputs.get("image_grid_thw")
+            want, _ = model.get_rope_index(ids, grids, None, inputs["attention_mask"],
+                                           audio_seqlens=length)
+            assert torch.equal(batch.position_ids[:, row, at], want[:, 0])
 
 
 def test_ids_equal_the_chat_template(omni, clips):
@@ -106,7 +112,7 @@ def test_ids_equal_the_chat_template(omni, clips):
     for post in clips:
         e = encode(post, [(LABEL_FORMAT, None)], processor)
         ids = processor.tokenizer.apply_chat_template(
-            mulcot.build_messages(post, "label"), add_generation_prompt=True, tokenize=True,
+            build_messages(post, "label"), add_generation_prompt=True, tokenize=True,
             return_dict=False)
         grids, got = iter(e.media.get("image_grid_thw", [])), []
         for t in ids:
@@ -114,8 +120,8 @@ def test_ids_equal_the_chat_template(omni, clips):
             if t == model.config.image_token_id:
                 n = int(next(grids).prod()) // 4
             elif t == model.config.audio_token_id:
-                n = int(model.model.audio_tower._get_feat_extract_output_lengths(
-                    torch.tensor(len(e.media["audio"])))[1])
+                length = torch.tensor(len(e.media["audio"]))
+                n = int(model.model.audio_tower._get_feat_extract_output_lengths(length)[1])
             got += [t] * n
         assert e.prefix + e.branches[0][0] == got
 
@@ -133,24 +139,7 @@ def test_greedy_text_does_not_depend_on_the_batch(omni, clips):
         for posts in (clips, *([post] for post in clips)))
     hook.remove()
     assert together == sum(alone, []) and len(set(together)) > 1
-    assert not any(token in text for text, _ in together
-                   for token in tokens)
-
-
-def test_each_modality_reaches_the_last_state(omni, clips):
-    """Another picture or another voice is another hidden state at the end."""
-    model, processor, _ = omni
-    full = clips[4]
-    variants = [full, Post("4", full.text, full.image, frames=full.frames, audio=clips[3].audio),
-                Post("4", full.text, full.image, frames=full.frames[::-1][:2] + [full.image],
-                     audio=full.audio), without_inputs(full, ["audio"]),
-                without_inputs(full, ["frames"]), without_inputs(full, ["frames", "audio"])]
-    batch = encode_batch(variants, [("Say.", None)], model, processor)
-    with torch.no_grad():
-        last = mulcot.last_hidden(forward_branches(model, batch), batch.branch_ids >= 0)
-    gaps = torch.cdist(last, last) + 9 * torch.eye(6)
-    assert gaps.min() > 1e-3
-    assert (full.image, len(full.frames)) == (clips[1].image, 3)  # the post itself is as it was
+    assert not any(token in text for text, _ in together for token in tokens)
 
 
 @pytest.fixture
@@ -167,35 +156,26 @@ def released(omni, tmp_path):
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(
-        dict(model_type="qwen2_5_omni", architectures=["Qwen2_5OmniModel"],
-             thinker_config=config)))
+    mulcot.write_json(tmp_path / "config.json", dict(
+        model_type="qwen2_5_omni", architectures=["Qwen2_5OmniModel"],
+        thinker_config=mulcot.read_json(folder / "config.json")))
     return tmp_path
 
 
-def test_whole_omni_checkpoint_loads_as_its_thinker(omni, clips, released):
-    """The talker is left out."""
-    model, processor, _ = omni
-    whole, _ = load_model(released)
-    batch = collate(encode_all(clips, processor), processor.pad_id)
-    with torch.no_grad():
-        a, b = (forward_branches(m, batch) for m in (model, whole))
-    assert torch.equal(a, b)
-
-
-def test_whole_omni_in_four_bits(omni, clips, released):
-    """The Thinker's language linears alone are quantised; image, frames and audio go in as ever."""
-    packed, processor = load_trained(released, nf4=True)
-    twin, _ = load_model(omni[2])
+def test_a_whole_omni_loads_as_its_thinker(omni, clips, released):
+    """The talker is left out. In 4 bits the Thinker's language linears alone are quantised; image,
+    frames and audio go in as ever."""
+    model, processor, folder = omni
+    dense = states(model, processor, clips)[2]
+    assert torch.equal(states(load_model(released)[0], processor, clips)[2], dense)
+    packed, twin = load_trained(released, nf4=True)[0], load_model(folder)[0]
     names = [n for n, m in packed.named_modules() if isinstance(m, mulcot.NF4Linear)]
     assert len(names) == 14 and all("language_model" in n for n in names)
     for name in names:
         twin.get_submodule(name).weight.data = packed.get_submodule(name).weight(torch.float32)
-    batch = collate(encode_all(clips, processor), processor.pad_id)
-    with torch.no_grad():
-        a, b, dense = (forward_branches(m, batch) for m in (packed, twin, omni[0]))
-    assert torch.equal(a, b) and (a - dense).abs().max() > 0.01
+    hidden = states(packed, processor, clips)[2]
+    assert torch.equal(hidden, states(twin, processor, clips)[2])
+    assert (hidden - dense).abs().max() > 0.01
 
 
 def test_gradient_reaches_all_towers(omni, clips):
@@ -216,23 +196,19 @@ def test_a_model_that_hears_nothing_says_so(student, clips):
     model, processor = student
     with pytest.raises(InputError, match="without audio"):
         encode(clips[4], [("Say.", None)], processor)
-    examples = encode_all([without_inputs(p, ["audio"]) for p in clips], processor)
-    batch = collate(examples, processor.pad_id)
-    with torch.no_grad():
-        hidden = forward_branches(model, batch)
-        for row, e in enumerate(examples):
-            inputs = own_inputs(e, 1)
-            ids = inputs["input_ids"]
-            want = model.model(**inputs, mm_token_type_ids=(ids == processor.placeholder_id).int())
-            at = batch.attended(1)[row]
-            assert (hidden[row, at] - want.last_hidden_state[0]).abs().max() < 2e-5
+    deaf = [without_inputs(p, ["audio"]) for p in clips]
+    examples, batch, hidden = states(model, processor, deaf)
+    for row, e in enumerate(examples):
+        inputs = own_inputs(e, 1)
+        is_image = (inputs["input_ids"] == processor.placeholder_id).int()
+        with torch.no_grad():
+            want = model.model(**inputs, mm_token_type_ids=is_image).last_hidden_state[0]
+        assert (hidden[row, batch.attended(1)[row]] - want).abs().max() < 2e-5
 
 
 def test_soft_labels_know_the_audio(omni, clips):
     """Another voice is another entry."""
-    processor = omni[1]
-    a, b = (encode(Post("1", "x", audio=clips[n].audio), [("Say.", "a")], processor)
-            for n in (3, 4))
+    a, b = (encode(Post("1", "x", audio=clips[n].audio), [("Say.", "a")], omni[1]) for n in (3, 4))
     b.prefix = a.prefix
     assert mulcot.SoftLabels.names(a)[0] != mulcot.SoftLabels.names(b)[0]
 
@@ -252,58 +228,44 @@ def test_features_equal_the_feature_extractors(omni, tmp_path, seconds):
     assert got.shape == want.shape and (got - want).abs().max() < 1e-5
 
 
-def test_stereo_is_averaged(tmp_path):
-    """Left and right weigh the same."""
+def test_stereo_and_silence(omni, tmp_path):
+    """Left and right weigh the same; all zeros give finite features and a finite state."""
     left, right = tone(200, 0.2), tone(900, 0.2)
     both = np.stack([left, right], 1).reshape(-1)
     got = mulcot.load_audio(write_wav(tmp_path / "s.wav", both, channels=2)).numpy()
     assert np.abs(got - (left + right) / 2).max() < 1e-4
-
-
-def test_a_silent_clip_is_heard_as_silence(omni, tmp_path):
-    """All zeros: finite features and a finite state."""
     model, processor, _ = omni
     path = write_wav(tmp_path / "z.wav", np.zeros(8_000))
-    batch = encode_batch([Post("1", "x", audio=path)], [("Say.", None)], model, processor)
+    _, batch, hidden = states(model, processor, [Post("1", "x", audio=path)])
     heard = batch.media["input_features"]
-    assert torch.isfinite(heard).all() and heard.std() == 0
-    with torch.no_grad():
-        assert torch.isfinite(forward_branches(model, batch)).all()
+    assert torch.isfinite(heard).all() and heard.std() == 0 and torch.isfinite(hidden).all()
 
 
-def bad_audio(folder):
-    """{file name: what its message must say}, written into `folder`."""
-    write_wav(folder / "eight.wav", tone(300, 0.2), width=1)
-    write_wav(folder / "empty.wav", np.zeros(0))
-    write_wav(folder / "blink.wav", tone(300, 0.02))
-    write_wav(folder / "odd.wav", tone(300, 0.2), rate=16_001)
-    write_wav(folder / "fast.wav", tone(300, 0.2, 44_100), rate=44_100)
-    write_wav(folder / "long.wav", np.zeros(301 * 16_000))
-    (folder / "none.wav").write_bytes(b"")
-    (folder / "text.wav").write_text("hello")
-    header = bytearray((folder / "blink.wav").read_bytes())
-    (folder / "astray.wav").write_bytes(header[:16] + b"\xff\xff\xff\x7f" + header[20:])
-    header[20] = 3  # IEEE float
-    (folder / "float.wav").write_bytes(header)
-    return {"eight.wav": "8 bits at 16000 Hz: .ffmpeg", "empty.wav": "lasts 0.00 s",
-            "blink.wav": "lasts 0.02 s", "odd.wav": "16001 Hz: .ffmpeg",
-            "fast.wav": "16 bits at 44100 Hz: .ffmpeg", "long.wav": "lasts 301.00 s",
-            "none.wav": "no PCM WAV .*ffmpeg .*: cut off", "text.wav": "no PCM WAV",
-            "float.wav": "no PCM WAV .*: unknown format", "gone.wav": "No such file",
-            "../up.wav": "leads outside", "astray.wav": "no PCM WAV", ".": "no PCM WAV",
-            "a" * 300 + ".wav": "no PCM WAV"}
+BAD_AUDIO = {
+    "eight.wav": (dict(samples=tone(300, 0.2), width=1), "8 bits at 16000 Hz: .ffmpeg"),
+    "fast.wav": (dict(samples=tone(300, 0.2, 44_100), rate=44_100), "16 bits at 44100 Hz: .ffmpeg"),
+    "empty.wav": (dict(samples=np.zeros(0)), "lasts 0.00 s"),
+    "blink.wav": (dict(samples=tone(300, 0.02)), "lasts 0.02 s"),
+    "long.wav": (dict(samples=np.zeros(301 * 16_000)), "lasts 301.00 s"),
+    "text.wav": (b"hello", "no PCM WAV"), "none.wav": (b"", "no PCM WAV .*ffmpeg .*: cut off"),
+    "gone.wav": (None, "No such file"), "../up.wav": (None, "leads outside"),
+    7: (None, "audio must be a string")}
 
 
 def test_bad_audio_is_set_aside_with_its_reason(tmp_path):
     """8 bits, empty, too short, too long, other rates, no WAV, outside: each row by itself."""
-    reasons = bad_audio(tmp_path)
+    for name, (content, _) in BAD_AUDIO.items():
+        if isinstance(content, dict):
+            write_wav(tmp_path / name, **content)
+        elif content is not None:
+            (tmp_path / name).write_bytes(content)
     write_wav(tmp_path / "good.wav", tone(300, 0.2))
-    rows = [dict(id=name, text="x", audio=name) for name in [*reasons, "good.wav"]]
-    write_rows(tmp_path / "posts.jsonl", [*rows, dict(id="number", text="x", audio=7)])
+    rows = [dict(id=str(name), text="x", audio=name) for name in [*BAD_AUDIO, "good.wav"]]
+    write_rows(tmp_path / "posts.jsonl", rows)
     rejects = []
     posts = read_posts(tmp_path / "posts.jsonl", rejects=rejects)
-    assert [p.id for p in posts] == ["good.wav"] and len(rejects) == len(reasons) + 1
-    for (_, reason), pattern in zip(rejects, [*reasons.values(), "audio must be a string"]):
+    assert [p.id for p in posts] == ["good.wav"] and len(rejects) == len(BAD_AUDIO)
+    for (_, reason), (_, pattern) in zip(rejects, BAD_AUDIO.values()):
         assert re.search(pattern, reason), (reason, pattern)
 
 
@@ -323,30 +285,20 @@ def framed(tmp_path):
     return make
 
 
-def test_a_thousand_frames_become_sixteen(framed):
-    """Evenly spaced, in order, neither end preferred; a short clip keeps all."""
-    assert [len(framed(n).frames) for n in (1, 3, 16)] == [1, 3, 16]
-    numbers = [int(f[-8:-4]) for f in framed(1000).frames]
-    gaps = np.diff(numbers)
-    assert len(numbers) == 16 and set(gaps) <= {62, 63}
-    assert abs(numbers[0] - (999 - numbers[-1])) <= 1
-
-
-def test_frames_are_in_the_order_of_their_numbers(framed, tmp_path):
-    """ffmpeg's %d.jpg: 2 stands before 10."""
-    framed(1)
+def test_which_frames_are_taken(framed, tmp_path):
+    """Sixteen of a thousand, evenly spaced, neither end preferred; a short clip keeps all. 2 stands
+    before 10, as ffmpeg's %d.jpg has it. Rows read back as the same post."""
+    assert [len(framed(n).frames) for n in (1, 3)] == [1, 3]
     for i in (10, 2, 1):
         Image.new("RGB", (28, 28)).save(tmp_path / "clip" / f"f{i}.png")
-    assert [Path(f).stem for f in framed(0).frames] == ["0000", "f1", "f2", "f10"]
-
-
-def test_frames_survive_the_row(framed, tmp_path):
-    """Rows name files inside their folder, and read back as the same post."""
-    post = framed(20)
-    row = post.row()
-    assert row["frames"] == "clip" and len(post.frames) == 16
-    write_rows(tmp_path / "again.jsonl", [row])
+    post = framed(0)
+    assert [Path(f).stem for f in post.frames] == ["0000", "0001", "0002", "f1", "f2", "f10"]
+    write_rows(tmp_path / "again.jsonl", [post.row()])
     assert read_posts(tmp_path / "again.jsonl")[0].frames == post.frames
+    shutil.rmtree(tmp_path / "clip")
+    numbers = [int(f[-8:-4]) for f in framed(1000).frames]
+    assert len(numbers) == 16 and set(np.diff(numbers)) <= {62, 63}
+    assert abs(numbers[0] - (999 - numbers[-1])) <= 1
 
 
 @pytest.mark.parametrize("n, value, message", [
@@ -359,17 +311,15 @@ def test_bad_frames(framed, n, value, message):
         framed(n, value)
 
 
-def test_teacher_sees_frames_and_hears_audio(clips):
-    """Over the wire: images as data URLs, audio as base64 WAV, in the order of the prompt."""
-    parts = mulcot.build_messages(clips[5], "predict")[0]["content"]
-    assert [p["type"] for p in parts] == ["image", "audio", "text"]
-    sent = mulcot._wire_part(parts[1])["input_audio"]
-    assert sent["format"] == "wav" and base64.b64decode(sent["data"])[:4] == b"RIFF"
-
-
-# ---- MOSI and MOSEI
-
-HEADER = "video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode\n"
+def test_shuffled_pictures_of_clips(clips):
+    """The control deals out frames too, not only single images; words and voices stay."""
+    args = generate.parse_args(["predict", "--data", "x", "--model", "y", "--out", "z",
+                                "--shuffle-images"])
+    posts = [replace(post) for post in clips]
+    dealt = [post.images for post in generate.controlled(posts, args)]
+    assert sorted(dealt) == sorted(post.images for post in clips)
+    assert dealt != [post.images for post in clips]
+    assert [(p.text, p.audio) for p in posts] == [(p.text, p.audio) for p in clips]
 
 
 def test_label_file(tmp_path):
@@ -378,12 +328,12 @@ def test_label_file(tmp_path):
     Image.new("RGB", (28, 28)).save(tmp_path / "frames/v1/2/0001.jpg")
     write_wav(tmp_path / "audio/v1/2.wav", tone(300, 0.2))
     (tmp_path / "label.csv").write_text(
-        HEADER + 'v1,2,"HE SAID, ""GOOD""",1.6,,,,Positive,train\n\nv1,3,FINE,-0.2,,,,Negative,'
+        "video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode\n"
+        'v1,2,"HE SAID, ""GOOD""",1.6,,,,Positive,train\n\nv1,3,FINE,-0.2,,,,Negative,'
         'valid\n-x$y,10,BAD,-3.0,,,,Negative,test\nv2,1,ODD,much,,,,,test\nv2,2,FAR,3.4,,,,,test\n'
-        "v2,3,SHORT,1.0\nv2,4,SIMS,0.8,0.6,0.4,1.0,,test\n../v3,1,UP,1.0,,,,,test\n")
-    (tmp_path / "frames/up").mkdir()
+        "v2,3,SHORT,1.0\nv2,4,SIMS,0.8,0.6,0.4,1.0,,test\n")
     rejects = []
-    a, b, c, up = read_posts(tmp_path / "label.csv", rejects=rejects)
+    a, b, c = read_posts(tmp_path / "label.csv", rejects=rejects)
     assert (a.id, a.text, a.score, a.split) == ("v1$_$2", 'HE SAID, "GOOD"', 1.6, "train")
     assert (len(a.frames), a.audio[-8:]) == (1, "v1/2.wav")
     assert (b.split, b.frames, b.audio) == ("dev", [], None)
@@ -396,8 +346,6 @@ def test_label_file(tmp_path):
         read_posts(tmp_path / "other.csv")
 
 
-# ---- a readout over all inputs
-
 def test_readout_of_clips_from_file_to_rows(omni, clips, tmp_path):
     """Rows that lack a modality train and are read beside others; what was left out in training is
     left out ever after."""
@@ -405,7 +353,6 @@ def test_readout_of_clips_from_file_to_rows(omni, clips, tmp_path):
     rows, data, scores = [], f"{folder}/posts.jsonl", {}
     for split in ("train", "dev", "test"):
         for i, post in enumerate(clips):
-            post.folder = str(folder)
             rows.append(post.row() | dict(id=f"{split}{i}", split=split, score=i / 2 - 1))
     write_rows(data, rows)
     for name, more in (("all", []), ("deaf", ["--without", "audio"])):

@@ -98,12 +98,11 @@ def test_trainable_counts_at_rank_16(size, scope, count):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-def test_no_match_is_refused(model):
+@pytest.mark.parametrize("target", ["c_attn", "embed_tokens"])  # the second is no linear
+def test_no_match_is_refused(model, target):
     """An adapter on nothing would train nothing."""
     with pytest.raises(InputError, match="no linear"):
-        mulcot.add_lora(model, targets=("c_attn",))
-    with pytest.raises(InputError, match="no linear"):  # a name that fits, but not a linear
-        mulcot.add_lora(model, targets=("embed_tokens",))
+        mulcot.add_lora(model, targets=(target,))
 
 
 # ---- fresh, in training, merged
@@ -113,16 +112,6 @@ def test_fresh_adapters_change_nothing(model, student, inputs):
     mulcot.add_lora(model, 4, 12, 0.5)
     assert torch.equal(logits(model, inputs), logits(student[0], inputs))
     assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("lora_A"))
-
-
-def test_merge_equals_the_adapter(model, inputs):
-    """Same output, and no wrapper is left."""
-    want = logits(with_adapters(model, scope="all"), inputs)
-    names = {n for n, _ in mulcot.load_model(model.config._name_or_path)[0].named_parameters()}
-    mulcot.merge_lora(model)
-    assert (logits(model, inputs) - want).abs().max() < 1e-5
-    assert {n for n, _ in model.named_parameters()} == names
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
 def test_merge_into_bf16_rounds_once():

@@ -6,9 +6,7 @@ import shutil
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import sklearn.metrics as sk
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,26 +96,6 @@ def test_no_positions_give_zero_with_a_gradient(reduction):
     assert loss.item() == 0 and x.grad is not None
 
 
-def test_confusion_scores_equal_scikit_learns():
-    """Accuracy and both F1 of many tables at once, with answers of no class and absent classes."""
-    rng, tables, want = np.random.default_rng(0), [], []
-    for n in (1, 2, 5, 40, 200):
-        for known in (LABELS, LABELS[:2], LABELS[1:2]):
-            gold = rng.choice(known, n).tolist()
-            predicted = rng.choice([*LABELS, "unparsed"], n).tolist()
-            labels = [None if p == "unparsed" else p for p in predicted]
-            table = mulcot.confusion_table(gold, labels)
-            theirs = sk.confusion_matrix(gold, predicted, labels=[*LABELS, "unparsed"])
-            assert table.tolist() == theirs[:3].tolist()
-            tables.append(table)
-            want.append([sk.accuracy_score(gold, predicted)] + [
-                sk.f1_score(gold, predicted, labels=LABELS, average=average, zero_division=0)
-                for average in ("macro", "weighted")])
-    got = mulcot.confusion_scores(np.array(tables).reshape(5, 3, 3, 4))
-    assert list(got) == ["accuracy", "macro_f1", "weighted_f1"]
-    assert np.stack(list(got.values()), -1).reshape(15, 3) == pytest.approx(np.array(want))
-
-
 # ---- the same loss in chunks
 
 def make_loss(N, V=50, vocab=50, lam=0.3, tau=2.5, soft=True, dtype=torch.float32):
@@ -181,18 +159,6 @@ class Largest(TorchDispatchMode):
                 width = t.shape[-1]
                 self.rows[width] = max(self.rows.get(width, 0), t.numel() // max(1, width))
         return out
-
-
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("N", [40, 400])
-def test_in_chunks_never_holds_all_logits(N, soft):
-    """No logits on the way, backward's included, are of more positions than a chunk (or than the
-    rows of a transposed output matrix); all else is as narrow as the hidden states."""
-    with Largest() as seen:
-        hidden, loss_of = make_loss(N, V=2000, vocab=1990, soft=soft)
-        mulcot.in_chunks(loss_of, hidden, 10).backward()
-    assert seen.rows.pop(2000) == 10 and seen.rows.pop(1990, 10) == 10
-    assert max(seen.rows) <= 10
 
 
 # ---- soft labels as files

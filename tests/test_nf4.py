@@ -4,7 +4,6 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import (AutoModelForImageTextToText, BitsAndBytesConfig,
@@ -67,17 +66,9 @@ def test_levels_are_normal_quantiles():
     assert (levels - NF4).abs().max() < 2e-6
 
 
-def test_error_is_at_most_half_a_gap():
-    """Each weight goes to its nearest level."""
-    weight = torch.randn(40, 64)
-    back = nf4_dequantize(*nf4_quantize(weight), weight.shape, torch.float32)
-    levels = NF4 * weight.abs().amax(1, keepdim=True)  # (40, 16): rows are blocks here
-    nearest = (weight[..., None] - levels[:, None]).abs().amin(-1)
-    assert torch.allclose((weight - back).abs(), nearest, atol=1e-6) and nearest.max() > 0.1
-
-
 def test_other_block_sizes():
-    """Also where the block's size is no power of two; a last block that is short is refused."""
+    """Also where the block's size is no power of two. A last block that is short is refused, and
+    scales that model.half() has rounded."""
     weight = torch.randn(41, 96)
     codes, absmax = nf4_quantize(weight, 96)
     assert torch.equal(absmax, weight.abs().amax(1))
@@ -85,13 +76,8 @@ def test_other_block_sizes():
     assert ((weight - back).abs() <= 0.16 * absmax[:, None]).all()
     with pytest.raises(AssertionError, match="7, 50.*64"):
         nf4_quantize(torch.randn(7, 50))
-
-
-def test_rounded_absmax_is_noticed():
-    """model.half() would go on with worse scales."""
-    codes, absmax = nf4_quantize(torch.randn(4, 64))
-    with pytest.raises(AssertionError):
-        nf4_dequantize(codes, absmax.half(), (4, 64), torch.float16)
+    with pytest.raises(AssertionError, match="float16"):
+        nf4_dequantize(codes, absmax.half(), weight.shape, torch.float16, 96)
 
 
 # ---- a layer, LoRA on it
@@ -130,46 +116,26 @@ def test_lora_on_nf4_is_lora_on_dequantised_weights(dtype, bias):
     assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*found))
 
 
-def test_under_autocast():
-    """float32 layers under bf16 autocast, as nn.Linear behaves there."""
-    found = []
-    for layer in lora_pair(torch.float32):
-        x = torch.ones(2, 96, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        y.sum().backward()
-        found.append([y, x.grad, layer.lora_B.grad])
-    assert found[0][0].dtype == torch.bfloat16 and found[0][1].dtype == torch.float32
-    assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(*found))
-
-
-def test_no_graph_holds_a_dense_weight(monkeypatch):
-    """The weight is made once in forward and once in backward; in between nothing is saved."""
-    layer, twin = lora_pair(torch.float32)
-    made, weight = [], NF4Linear.weight
-    monkeypatch.setattr(NF4Linear, "weight", lambda *args: made.append(1) or weight(*args))
-
+def test_no_graph_holds_a_dense_weight():
+    """Forward and backward make it anew; in between no tensor of its size is saved."""
     def saved(layer):
         x, sizes = torch.randn(3, 96, requires_grad=True), []
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            y = layer(x)
-        assert len(made) in (0, 1)
-        y.sum().backward()
+            layer(x).sum().backward()
         return sizes
 
-    assert 96 * 80 not in saved(layer) and len(made) == 2
-    made.clear()
-    assert 96 * 80 in saved(twin)
+    layer, twin = lora_pair(torch.float32)
+    assert 96 * 80 not in saved(layer) and 96 * 80 in saved(twin)
 
 
 # ---- a model
 
-def packed_names(model):
+def packed_names(model):  # noqa: F811
     return [name for name, m in model.named_modules() if isinstance(m, NF4Linear)]
 
 
-def same_in_dense(model, toy):
+def same_in_dense(model, toy):  # noqa: F811
     """The dense model of the same folder, its linears replaced by dequantised ones."""
     twin = mulcot.load_model(toy / "student", dtype=model.dtype)[0]
     for name in packed_names(model):
@@ -199,26 +165,6 @@ def test_logits_are_those_of_the_dequantised_model(toy, inputs, dtype):  # noqa:
     assert dense.keys() - mine.keys() == {f"{name}.weight" for name in names}
     assert all(torch.equal(dense[key], mine[key]) for key in dense.keys() & mine.keys())
     assert names == mulcot.add_lora(base) and len(names) == 14 and not model.training
-
-
-def test_training_gradients_of_the_whole_model(packed, toy, inputs):  # noqa: F811
-    """Every adapter's, with gradient checkpointing too."""
-    grads = []
-    for model in (packed, same_in_dense(packed, toy)):  # noqa: F811
-        torch.manual_seed(0)
-        with_adapters(model).train()
-        train.checkpoint_layers(model)
-        F.cross_entropy(model(**inputs).logits[0, :-1], inputs["input_ids"][0, 1:]).backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
-    assert all(torch.equal(grads[0][n], g) and g.abs().sum() > 0 for n, g in grads[1].items())
-
-
-def test_bytes_of_the_tiny_model(packed):
-    """The README's numbers: 4.5 bits for each weight of a language linear, the rest as it was."""
-    layers = [packed.get_submodule(name) for name in packed_names(packed)]
-    assert sum(m.in_features * m.out_features for m in layers) == 215_040
-    assert sum(m.codes.nbytes + m.absmax.nbytes for m in layers) == 215_040 * 4.5 / 8
 
 
 def test_qwen_7b_fits_in_7_3_gb():
@@ -300,8 +246,8 @@ def test_export_merges_into_the_dequantised_base(adapted, toy, inputs, tmp_path)
 # ---- command lines
 
 def test_train_and_predict(toy, tmp_path, capsys):
-    """`--nf4` trains over 4 bits, says how much of what is trained, resumes only as begun, and
-    predicting with the adapter needs no flag."""
+    """`--nf4` trains over 4 bits and says how much of what is trained; predicting with the adapter
+    needs no flag."""
     posts, best = str(toy / "posts.jsonl"), tmp_path / "run/best"
     flags = ["assistant", "--data", posts, "--dev", posts, "--images", str(toy / "images"),
              "--model", str(toy / "student"), "--no-reasoning", "--epochs", "2", "--batch", "6",
@@ -313,7 +259,6 @@ def test_train_and_predict(toy, tmp_path, capsys):
     trained = sum(p.numel() for p in dense.parameters() if p.requires_grad)
     total = sum(p.numel() for p in dense.parameters())
     assert f"trainable  {trained:,} of {total:,} parameters" in printed
-    assert train.main(flags) == 2 and "nf4 = True" in capsys.readouterr().err
     assert packed_names(mulcot.load_trained(best)[0]) == [f"{name}.base" for name in names]
     predict = ["predict", "--data", posts, "--images", str(toy / "images"), "--model", str(best),
                "--no-chain", "--out", str(tmp_path / "nf4.jsonl")]
@@ -323,9 +268,3 @@ def test_train_and_predict(toy, tmp_path, capsys):
     assert generate.main([*predict, "--no-nf4"]) == 0
     a, b = (mulcot.read_rows(tmp_path / f"{name}.jsonl") for name in ("nf4", "dense"))
     assert [r["id"] for r in a] == [r["id"] for r in b] and a != b
-
-
-def test_parameters_in_four_bits_are_counted():
-    """A weight in NF4 is a parameter like any other, though torch does not call it one."""
-    dense = torch.nn.Linear(64, 32)
-    assert mulcot.count_parameters(mulcot.NF4Linear(dense)) == mulcot.count_parameters(dense)

@@ -22,44 +22,49 @@ def form(pattern, between="\n\n"):
     return between.join(pattern.format(k=k, v=v) for k, v in CHAIN.items())
 
 
+QUOTED, LINES = form('"{k}": "{v}"'), form('"{k}": "{v}"', "\n")
 FORMS = {
-    "quoted paragraphs": form('"{k}": "{v}"'),
-    "quoted lines": form('"{k}": "{v}"', "\n"),
+    "quoted paragraphs": QUOTED, "quoted lines": LINES, "plain": form("{k}: {v}", "\n"),
     "quoted with commas": form('"{k}": "{v}",', "\n"),
-    "plain": form("{k}: {v}", "\n"),
-    "plain label unquoted": form('"{k}": {v}', "\n"),
-    "wide colon": form("{k}\uff1a {v}", "\n"),
-    "###": form("### {k}\n{v}"), "###:": form("### {k}:\n{v}"),
-    "##": form("## {k}\n{v}"), "##:": form("## {k}: {v}"),
-    "####": form("#### {k}\n\n{v}"), "####:": form("#### {k}:\n{v}"),
+    "plain label unquoted": form('"{k}": {v}', "\n"), "wide colon": form("{k}\uff1a {v}", "\n"),
+    "###": form("### {k}\n{v}"), "###:": form("### {k}:\n{v}"), "##": form("## {k}\n{v}"),
+    "##:": form("## {k}: {v}"), "####": form("#### {k}\n\n{v}"), "####:": form("#### {k}:\n{v}"),
     "### quoted": form('### "{k}"\n{v}'), "### bold": form("### **{k}**\n{v}"),
     "bold": form("**{k}**\n{v}"), "bold: outside": form("**{k}**: {v}"),
     "bold: inside": form("**{k}:** {v}"), "bold value": form("**{k}**: **{v}**"),
     "list": form("- {k}: {v}", "\n"), "numbered": form("1. **{k}**: {v}"),
     "rules between": form("### {k}\n{v}", "\n\n---\n\n"),
     "title first": "## Analysis\n\n" + form("### {k}:\n{v}"),
-    "prose first": "Sure, here is my analysis.\n\n" + form('"{k}": "{v}"'),
+    "prose first": "Sure, here is my analysis.\n\n" + QUOTED,
+    "format echoed first": '"Prediction": negative, neutral or positive\n' + LINES,
+    "another label first": '"Prediction": negative\n' + LINES,
+    "a dangling name last": LINES + '\n"Prediction":',
     "json": json.dumps(CHAIN, indent=2), "one-line json": json.dumps(CHAIN),
     "tight json": json.dumps(CHAIN, separators=(",", ":")),
+    "more keys": json.dumps(CHAIN | dict(Confidence=0.9, Note="not negative")),
+    "more keys, indented": json.dumps(CHAIN | dict(Note="not negative", Confidence=0.9), indent=1),
     "fenced json": f"```json\n{json.dumps(CHAIN, indent=1)}\n```",
     "fenced one line": f"```\n{json.dumps(CHAIN)}\n```\n",
     "windows lines": form('"{k}": "{v}"', "\r\n"),
     "windows headings": form("### {k}\r\n{v}", "\r\n\r\n"),
-    "thought first": '<think>\n"Prediction": "negative"? No.\n</think>\n\n' + form('"{k}": "{v}"'),
-    "empty thought": "<think>\n\n</think>\n\n" + json.dumps(CHAIN),
-}
+    "thought first": '<think>\n"Prediction": "negative"? No.\n</think>\n\n' + QUOTED,
+    "empty thought": "<think>\n\n</think>\n\n" + json.dumps(CHAIN)}
 
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
 def test_real_forms(text):
-    """Each form gives the five values word by word, without its dress."""
+    """Each form gives the five values word by word, without its dress; the last Prediction wins, an
+    empty one takes nothing back, more keys are not learned. Rendered, the fields stand in the
+    paper's order and read back as the same."""
     parsed = parse_reasoning(text)
     assert parsed.fields == CHAIN
     assert (parsed.prediction, parsed.complete, parsed.problem) == ("positive", True, None)
+    rendered = render_reasoning(dict(sorted(parsed.fields.items())))
+    assert rendered == LINES and parse_reasoning(rendered) == parsed
 
 
-VALUES = ['He says "hi" to us.', '"Great" he says.', 'She calls it "great"', "it's 'so' fine",
-          "\u2019so\u2019", 'One, "two", {three} and [four]', "Ends in a #tag",
+VALUES = ['He says "hi" to us.', '"Great" he says.', 'She calls it "great"', '"A" and "B"',
+          "it's 'so' fine", "\u2019so\u2019", 'One, "two", {three} and [four]', "Ends in a #tag",
           "\U0001F4F7 caf\xe9 \u4e2d\u6587",
           "The Prediction: is not here.", 'Its "Prediction": stands inside.', "3.5 stars: 4/5",
           "\u00af\\_(\u30c4)_/\u00af", "a*b*c", "Text_analysis is a field name"]
@@ -67,19 +72,14 @@ VALUES = ['He says "hi" to us.', '"Great" he says.', 'She calls it "great"', "it
 
 @pytest.mark.parametrize("value", VALUES)
 def test_values_keep_their_quotes(value):
-    """Quotes, braces, escapes and field names inside a value stay, in our form and in JSON."""
+    """Quotes, braces, escapes and field names inside a value stay, in our form and in JSON; in
+    Markdown a value that starts with a quotation keeps both of its marks."""
     fields = CHAIN | {"Text_analysis": value, "Final_conclusion": value}
-    for text in (render_reasoning(fields), json.dumps(fields), json.dumps(fields, indent=1)):
-        assert parse_reasoning(text).fields == fields
-
-
-@pytest.mark.parametrize("pattern", ["### {k}\n{v}", "**{k}**: {v}", "{k}: {v}"])
-def test_markdown_values_keep_their_quotes(pattern):
-    """A Markdown value that starts with a quotation keeps both of its marks."""
-    for value in ('"Great" he says.', 'She calls it "great"', '"A" and "B"'):
-        fields = CHAIN | {"Text_analysis": value}
-        text = "\n\n".join(pattern.format(k=k, v=v) for k, v in fields.items())
-        assert parse_reasoning(text).fields == fields
+    texts = [render_reasoning(fields), json.dumps(fields), json.dumps(fields, indent=1)]
+    if '"' in (value[0], value[-1]):
+        texts += ["\n\n".join(pattern.format(k=k, v=v) for k, v in fields.items())
+                  for pattern in ("### {k}\n{v}", "**{k}**: {v}", "{k}: {v}")]
+    assert [parse_reasoning(text).fields for text in texts] == [fields] * len(texts)
 
 
 @pytest.mark.parametrize("written, label", [
@@ -99,23 +99,6 @@ def test_prediction_words(written, label):
     assert label or "Prediction names" in parsed.problem
 
 
-def test_last_prediction_wins():
-    """A model that echoes the format first is judged by what it says last; a dangling name at the
-    end, as cut-off or chatty models write it, takes nothing back."""
-    echo = '"Prediction": negative, neutral or positive\n' + FORMS["quoted lines"]
-    for text, label in ((echo, "positive"), (echo + '\n"Prediction": "negative"', "negative"),
-                        (echo + '\n"Prediction":', "positive")):
-        assert parse_reasoning(text).fields == CHAIN | {"Prediction": label}
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("more", [0.9, "not negative"])
-def test_more_keys_than_asked_for_are_not_learned(indent, more):
-    """JSON with a key behind Prediction: neither the label nor the written form has it."""
-    parsed = parse_reasoning(json.dumps(CHAIN | dict(Confidence=more), indent=indent))
-    assert parsed.fields == CHAIN and parsed.complete
-
-
 @pytest.mark.parametrize("gone", FIELDS)
 def test_missing_field_is_named(gone):
     """Both a field left out and one left empty are incomplete, and the problem says which."""
@@ -133,14 +116,6 @@ def test_short_answers(text, label):
     """A bare label word counts, a label within prose does not, and none of it is a chain."""
     parsed = parse_reasoning(text)
     assert parsed.prediction == label and not parsed.complete and "missing" in parsed.problem
-
-
-def test_rendered_form_is_stable():
-    """Rendering and parsing again and again changes nothing; fields come in the paper's order."""
-    shuffled = dict(sorted(CHAIN.items()))
-    text = render_reasoning(shuffled)
-    assert [line.split('"')[1] for line in text.split("\n")] == list(FIELDS)
-    assert render_reasoning(parse_reasoning(text).fields) == text
 
 
 def check_sane(parsed):
@@ -202,15 +177,15 @@ def test_real_chains(twitter):
 # ---- prompts
 
 POST = Post("1", "so lovely", "/x.png", "Rex", "positive")
-GOLD = dict(reason=None, label=None, predict=None, explain="positive")
+GOLD = dict(reason=None, label=None, unaided=None, explained="positive")
 
 
 def prompt(post, task, gold=None):
     return build_messages(post, task, gold)[0]["content"][-1]["text"]
 
 
-@pytest.mark.parametrize("task, gold", [("explain", None), ("explain", "happy"), ("other", None),
-                                        ("predict", "positive"), ("reason", "neutral")])
+@pytest.mark.parametrize("task, gold", [("explained", None), ("explained", "happy"), ("other", None),
+                                        ("unaided", "positive"), ("reason", "neutral")])
 def test_gold_goes_with_explain_only(task, gold):
     """A gold label anywhere else would leak it, a missing one would explain nothing."""
     with pytest.raises(AssertionError):
@@ -219,11 +194,11 @@ def test_gold_goes_with_explain_only(task, gold):
 
 def test_the_label_is_in_stage_twos_prompt_alone():
     """Other prompts are the same whatever the post's label or chain is."""
-    for task in ("reason", "label", "predict"):
+    for task in ("reason", "label", "unaided"):
         prompts = {prompt(replace(POST, label=x, cot=x), task) for x in (*LABELS, None)}
         assert len(prompts) == 1 and "Given sentiment" not in prompts.pop()
     for label in LABELS:
-        lines = prompt(POST, "explain", label).split("\n")
+        lines = prompt(POST, "explained", label).split("\n")
         assert lines.count(f"Given sentiment: {label}") == 1
 
 
@@ -257,7 +232,7 @@ def test_wording(task):
     about = prompt(POST, task, GOLD[task])
     assert "\nTarget aspect: Rex\n" in about and "toward the target aspect" in about
     assert "aspect" not in prompt(replace(POST, aspect=None), task, GOLD[task]).lower()
-    assert (DEFINITIONS in about) == (task in ("predict", "explain"))
+    assert (DEFINITIONS in about) == (task in ("unaided", "explained"))
 
 
 def test_control_tokens_stay_data():

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -31,17 +30,7 @@ def jsonl(path, *rows):
     return path
 
 
-def png_header(path, width, height):
-    """A PNG that claims to be width x height and holds no such pixels."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head
-    body += struct.pack(">I", zlib.crc32(head)) + struct.pack(">I", 0) + b"IDAT"
-    path.write_bytes(body + struct.pack(">I", zlib.crc32(b"IDAT")))
-    return path
-
-
 # ---- the formats
-
 
 def test_jsonl_columns(folder):
     """Known columns become fields, unknown ones stay with the post and in no row that it writes,
@@ -60,11 +49,10 @@ def test_jsonl_columns(folder):
     assert again.row() == post.row() and again.image == post.image
 
 
-@pytest.mark.parametrize("start, end", [(b"\xef\xbb\xbf", b"\r\n"), (b"", b"\r")])
-def test_line_ends(folder, start, end):
-    """A file saved by a Windows editor or an old spreadsheet reads like any other."""
+def test_line_ends(folder):
+    """A file saved by a Windows editor reads like any other."""
     lines = [b'{"id": 1, "text": "a"}', b'{"id": 2, "text": "b"}']
-    (folder / "p.jsonl").write_bytes(start + end.join(lines))
+    (folder / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     assert [p.text for p in read_posts(folder / "p.jsonl")] == ["a", "b"]
 
 
@@ -72,11 +60,12 @@ def test_images_default_to_the_folder_beside_the_file(tmp_path):
     """Without an images/ folder the file's own folder is meant; --images overrides both."""
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     path = jsonl(tmp_path / "p.jsonl", dict(id=1, text="t", image="x.png"))
-    assert read_posts(path)[0].image == os.path.realpath(tmp_path / "x.png")
+    image = os.path.realpath(tmp_path / "x.png")
+    assert read_posts(path)[0].image == image
     (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match="No such file"):
         read_posts(path)
-    assert read_posts(path, images=tmp_path)[0].image == os.path.realpath(tmp_path / "x.png")
+    assert read_posts(path, images=tmp_path)[0].image == image
 
 
 def test_splits(tmp_path):
@@ -140,7 +129,7 @@ WRONG = {
     "garbage image": (dict(image="garbage.jpg"), "cannot be read: cannot identify"),
     "truncated image": (dict(image="cut.jpg"), "cannot be read: image file is truncated"),
     "image is a folder": (dict(image="."), "cannot be read"),
-    "pixel bomb": (dict(image="bomb.png"), "shrink it"),
+    "too many pixels": (dict(image="bomb.png"), "shrink it"),
     "absolute path": (dict(image="/etc/hostname"), "leads outside"),
     "url": (dict(image="http://h/x.png"), "No such file"),
     "dots": (dict(image="../secret.png"), "leads outside"),
@@ -175,11 +164,10 @@ def wrong_images(tmp_path_factory):
     (images / "garbage.jpg").write_bytes(b"not a picture" * 9)
     whole = Path(noise_image(images / "cut.jpg", (64, 48))).read_bytes()
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    png_header(images / "bomb.png", 9000, 8000)
+    Image.new("1", (9000, 8000)).save(images / "bomb.png")
     return root
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("change, reason", WRONG.values(), ids=WRONG)
 def test_bad_row(wrong_images, tmp_path, change, reason):
     """The row is set aside with its line and the reason, its neighbours stay; strict reading says
@@ -212,18 +200,6 @@ def test_bad_file(tmp_path, name, content, reason):
 
 
 # ---- images
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    """A camera held sideways: the left of the stored picture is its top."""
-    image, exif = Image.new("RGB", (40, 20), "blue"), Image.Exif()
-    image.paste("red", (0, 0, 20, 20))
-    exif[0x0112] = 6
-    image.save(tmp_path / "x.png", exif=exif)
-    upright = load_image(tmp_path / "x.png")
-    assert upright.size == (20, 40)
-    assert upright.getpixel((10, 2)) == (255, 0, 0) and upright.getpixel((10, 38)) == (0, 0, 255)
-
 
 def test_broken_exif_costs_at_most_its_row(tmp_path):
     """EXIF whose entries have the wrong type: the picture is read or set aside, never a crash."""
@@ -258,55 +234,38 @@ def test_transparent_is_white(tmp_path):
 
 # ---- toy posts
 
-
-def test_toy_posts_follow_their_seed(tmp_path):
-    """The same seed draws the same posts and the same image bytes; another seed draws others."""
-    def drawn(name, seed):
-        posts = toy_posts(tmp_path / name, dict(train=8, test=4), seed)
-        return [p.columns | p.row() for p in posts], [Path(p.image).read_bytes() for p in posts]
-
-    (rows, pixels), again, (others, pictures) = drawn("a", 1), drawn("b", 1), drawn("c", 2)
-    assert (rows, pixels) == again and rows != others and pixels != pictures
-
-
 def test_toy_test_split_is_unseen(tmp_path):
-    """No word stands with the same aspect as in training, and half the sentences are new."""
-    posts = toy_posts(tmp_path, dict(train=300, dev=50, test=100))
-    noisy = toy_posts(tmp_path, dict(train=300, dev=50, test=100), noise=0.2)
-    slips = sum(a.label != b.label for a, b in zip(posts, noisy))
-    assert [p.text for p in posts] == [p.text for p in noisy] and 60 < slips < 120
-    pair = lambda p: (p.columns["facts"]["word"], p.aspect)
-    seen = {pair(p) for p in posts if p.split != "test"}
-    fresh = {s: [p for p in posts if p.split == s and _new_sentence(p)]
-             for s in ("train", "dev", "test")}
-    assert not any(pair(p) in seen for p in posts if p.split == "test")
-    assert [len(fresh[s]) for s in ("train", "dev", "test")] == [0, 0, 50]
+    """No word stands with the same aspect as in training, and half the sentences are new. The same
+    seed draws the same texts and pictures, whatever the noise of the labels."""
+    sizes, fresh = dict(train=300, dev=50, test=100), Counter()
+    posts, noisy = toy_posts(tmp_path / "a", sizes), toy_posts(tmp_path / "b", sizes, noise=0.2)
+    assert 60 < sum(a.label != b.label for a, b in zip(posts, noisy)) < 120
+    for a, b in zip(posts, noisy):
+        assert a.text == b.text and Path(a.image).read_bytes() == Path(b.image).read_bytes()
+        fill = dict(a=a.aspect, w=a.columns["facts"]["word"])
+        fresh[a.split] += any(a.text.startswith(t.format(**fill)) for t in TOY_TEST_TEMPLATES)
+    assert fresh == dict(train=0, dev=0, test=50)
+    seen, unseen = ({(p.columns["facts"]["word"], p.aspect) for p in posts
+                     if (p.split == "test") == test} for test in (False, True))
+    assert not seen & unseen
 
 
-def _new_sentence(post):
-    fill = dict(a=post.aspect, w=post.columns["facts"]["word"])
-    return any(post.text.startswith(t.format(**fill)) for t in TOY_TEST_TEMPLATES)
+def best_lookup(pairs):
+    """Accuracy of the best rule from (what it sees, what it says)."""
+    best = Counter()
+    for (key, _), n in Counter(pairs).items():
+        best[key] = max(best[key], n)
+    return best.total() / len(pairs)
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    return toy_posts(tmp_path_factory.mktemp("many"), dict(train=2000), seed=5)
-
-
-def best_lookup(posts, key):
-    """Accuracy of the best rule that sees only key(post)."""
-    table = Counter((key(p), p.label) for p in posts)
-    return sum(max(table[k, x] for x in LABELS) for k in {k for k, _ in table}) / len(posts)
-
-
-def test_toy_posts_need_words_and_picture(many):
+def test_toy_posts_need_words_and_picture(tmp_path):
     """Words alone and picture alone leave a third unsolved; both together solve everything."""
-    facts = [lambda p: p.columns["facts"]["words"], lambda p: p.columns["facts"]["mood"],
-             lambda p: p.columns["facts"]["word"], lambda p: p.columns["facts"]["scene"]]
-    assert all(0.6 < best_lookup(many, f) < 0.7 for f in facts)
-    assert best_lookup(many, lambda p: None) < 0.5
-    assert best_lookup(many, lambda p: (facts[0](p), facts[1](p))) == 1.0
-    assert all(p.columns["facts"]["word"] in p.text and p.aspect in p.text for p in many)
+    posts = toy_posts(tmp_path, dict(train=2000), seed=5)
+    for names, least, most in ((["words"], 0.6, 0.7), (["mood"], 0.6, 0.7), (["word"], 0.6, 0.7),
+                               (["scene"], 0.6, 0.7), ([], 0.35, 0.5), (["words", "mood"], 1, 1)):
+        pairs = [(tuple(p.columns["facts"][name] for name in names), p.label) for p in posts]
+        assert least <= best_lookup(pairs) <= most
+    assert all(p.columns["facts"]["word"] in p.text and p.aspect in p.text for p in posts)
 
 
 def test_warmup_says_nothing_about_sentiment(tmp_path):
@@ -319,13 +278,8 @@ def test_warmup_says_nothing_about_sentiment(tmp_path):
     stated = [p.columns["branches"][1][0].rstrip(".").split(": ", 1)[1].split("; ") for p in warm]
     truth = [("words " + p.columns["facts"]["words"], "image " + p.columns["facts"]["mood"],
               "verdict " + p.label) for p in true]
-    for xs, ys in zip(zip(*stated), zip(*truth)):
-        assert chi_square(xs, ys) < 18.5  # 4 degrees of freedom, one in a thousand
+    for said, true in zip(zip(*stated), zip(*truth)):
+        by_chance = best_lookup([("", value) for value in true])
+        assert best_lookup(list(zip(said, true))) < by_chance + 0.04
     written = [parse_reasoning(p.columns["branches"][1][1]).prediction for p in warm]
     assert written == [verdict.split()[1] for _, _, verdict in stated]
-
-
-def chi_square(xs, ys):
-    both, x, y, n = Counter(zip(xs, ys)), Counter(xs), Counter(ys), len(xs)
-    assert len(x) == len(y) == 3
-    return sum((both[a, b] - x[a] * y[b] / n) ** 2 / (x[a] * y[b] / n) for a in x for b in y)

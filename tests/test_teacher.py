@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 import toy
 from generate import Endpoint
 from mulcot import (FIELDS, Answer, InputError, Post, Refused, Request, build_messages,
-                    parse_reasoning, read_rows, render_reasoning, sibling, two_stage_cot)
+                    parse_reasoning, read_rows, render_reasoning, two_stage_cot)
 
 POST = Post("1", "so lovely", None, "Rex", "positive")
 
@@ -120,7 +120,6 @@ def test_kept_chain_has_the_one_written_form():
 
 # ---- the toy teacher
 
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     return toy.toy_posts(tmp_path_factory.mktemp("many"), dict(train=500), seed=2)
@@ -145,19 +144,17 @@ def test_batched_equals_one_by_one(many):
 def test_toy_teacher_errs_as_it_says(many):
     """Unaided about 60 % right, some answers malformed; given the label it sometimes contradicts
     it. The same seed answers alike, another seed or skill does not."""
-    def ask(teacher, posts, task="predict"):
-        requests = [Request(p, build_messages(p, task, p.label if task == "explain" else None),
-                            0.0, 512) for p in posts]
-        return [answer.text for answer in teacher(requests)]
+    def ask(task, *key):
+        requests = [Request(p, build_messages(p, task, p.label if task == "explained" else None),
+                            0.0, 512) for p in many]
+        return [answer.text for answer in toy.ToyTeacher(*key)(requests)]
 
-    parsed = [parse_reasoning(text) for text in ask(toy.ToyTeacher(), many)]
-    assert 260 < sum(r.complete and r.prediction == p.label for r, p in zip(parsed, many)) < 340
-    assert 5 < sum(not r.complete for r in parsed) < 60
-    parsed = [parse_reasoning(text) for text in ask(toy.ToyTeacher(), many, "explain")]
-    assert 5 < sum(r.complete and r.prediction != p.label for r, p in zip(parsed, many)) < 60
-    texts = [ask(toy.ToyTeacher(*key), many[:50]) for key in ((0.6, 0), (0.6, 1), (1.0, 0))]
-    assert texts[0] == ask(toy.ToyTeacher(0.6, 0), many[:50])
-    assert len(set(map(tuple, texts))) == 3
+    for task, least, most in (("unaided", 260, 340), ("explained", 400, 495)):
+        parsed = [parse_reasoning(text) for text in ask(task)]
+        right = sum(r.complete and r.prediction == p.label for r, p in zip(parsed, many))
+        assert least < right < most and 5 < sum(not r.complete for r in parsed) < 60
+    assert ask("unaided") == ask("unaided", 0.6, 0)
+    assert ask("unaided") != ask("unaided", 0.6, 1) != ask("unaided", 1.0, 0) != ask("unaided")
 
 
 # ---- a server on this machine
@@ -166,7 +163,7 @@ GOOD = chat(RIGHT, tokens=(9, 4))
 
 
 def question(post=POST):
-    return Request(post, build_messages(post, "predict"), 0.4, 77)
+    return Request(post, build_messages(post, "unaided"), 0.4, 77)
 
 
 @pytest.fixture
@@ -182,17 +179,20 @@ def connect(serve):
     return start
 
 
-@pytest.mark.parametrize("key", [KEY, ""])
-def test_request_and_answer(connect, monkeypatch, key):
+@pytest.mark.parametrize("key, extra, sent", [
+    (KEY, {}, dict(temperature=0.4, max_tokens=77)),
+    ("", {"max_tokens": None, "max_completion_tokens": 900, "temperature": None, "tag": {"a": 1}},
+     {"max_completion_tokens": 900, "tag": {"a": 1}})])
+def test_request_and_answer(connect, monkeypatch, key, extra, sent):
     """One POST to chat/completions with the model, the prompt and the budget; tokens come back. The
-    key travels in its header and nowhere else; a local server needs none."""
+    key travels in its header and nowhere else; a local server needs none. --extra-body is merged,
+    and its nulls remove what a reasoning model refuses."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    endpoint, server = connect([GOOD])
+    endpoint, server = connect([GOOD], extra_body=extra)
     assert endpoint(question()) == Answer(RIGHT, "stop", 9, 4)
     (asked,) = server.asked
     assert asked.path == "/v1/chat/completions" and endpoint.waits == []
-    assert asked.body == dict(model="big-model", temperature=0.4, max_tokens=77,
-                              messages=question().messages)
+    assert asked.body == sent | dict(model="big-model", messages=question().messages)
     assert asked.headers.pop("Authorization", "") == (f"Bearer {key}" if key else "")
     assert KEY not in str(vars(asked))
 
@@ -218,7 +218,7 @@ def test_asked_again(connect, trouble):
 def test_back_off_and_giving_up(connect):
     """Pauses grow, their number is bounded, and the error says how to go on."""
     endpoint, server = connect([(503, "full")] * 4, max_retries=3)
-    with pytest.raises(InputError, match="failed 4 times, last: HTTP 503: full; run again"):
+    with pytest.raises(InputError, match="failed 4 times, last: HTTP 503: full"):
         endpoint(question())
     assert len(server.asked) == 4 and len(endpoint.waits) == 3
     assert all(2**i / 2 - 0.1 <= wait <= 2**i for i, wait in enumerate(endpoint.waits))
@@ -257,17 +257,6 @@ def test_refusals_are_final(connect, status, kind):
     with pytest.raises(InputError, match=f"HTTP {status}.*no model big-model") as error:
         endpoint(question())
     assert type(error.value) is kind and len(server.asked) == 1 and endpoint.waits == []
-
-
-def test_extra_body_is_merged_and_null_removes(connect):
-    """What a reasoning model wants: other keys, and none of those it refuses."""
-    extra = {"max_tokens": None, "max_completion_tokens": 900, "temperature": None,
-             "chat_template_kwargs": {"enable_thinking": False}}
-    endpoint, server = connect([GOOD], extra_body=extra)
-    endpoint(question())
-    sent = server.asked[0].body
-    assert sent.keys() == {"model", "messages", "max_completion_tokens", "chat_template_kwargs"}
-    assert sent["max_completion_tokens"] == 900
 
 
 @pytest.mark.parametrize("words, remedy", [
@@ -321,7 +310,7 @@ def test_the_environment_gives_no_proxy_and_no_netrc(serve, monkeypatch, tmp_pat
 
 def test_images_travel_upright_and_bare(connect, tmp_path):
     """Data URLs of the upright pictures, shrunk, without EXIF (and so GPS), a JPEG's comment or a
-    PNG's chunk behind the pixels."""
+    PNG's chunk behind the pixels; then the sound, then the words."""
     exif, image = Image.Exif(), Image.new("RGB", (2000, 1000), "blue")
     image.paste("red", (0, 0, 1000, 1000))
     exif[0x0112], exif[0x010F] = 6, "at home"
@@ -333,10 +322,13 @@ def test_images_travel_upright_and_bare(connect, tmp_path):
     files = [tmp_path / "a.jpg", tmp_path / "b.png"]
     assert all(b"at home" in file.read_bytes() for file in files)
     endpoint, server = connect([GOOD])
-    endpoint(question(Post("1", "t", frames=list(map(str, files)))))
-    *parts, words = server.asked[0].body["messages"][0]["content"]
+    (tmp_path / "c.wav").write_bytes(b"RIFF")
+    endpoint(question(Post("1", "t", frames=list(map(str, files)), audio=f"{tmp_path}/c.wav")))
+    *parts, sound, words = server.asked[0].body["messages"][0]["content"]
+    assert words["type"] == "text"
+    assert sound["input_audio"] == dict(data=base64.b64encode(b"RIFF").decode(), format="wav")
     urls = [part["image_url"]["url"].partition(",") for part in parts]
-    assert words["type"] == "text" and {start for start, _, _ in urls} == {"data:image/jpeg;base64"}
+    assert {start for start, _, _ in urls} == {"data:image/jpeg;base64"}
     raw = [base64.b64decode(data) for _, _, data in urls]
     assert not any(b"at home" in data or b"Exif" in data for data in raw)
     upright, wide = (Image.open(io.BytesIO(data)) for data in raw)
@@ -348,7 +340,8 @@ def test_addresses():
     """https anywhere, http on this machine: posts and key go in the clear only when asked for."""
     for url in ("https://host.example/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1/",
                 "http://[::1]:8000/v1"):
-        assert Endpoint(url, "m").url == f"{url.rstrip('/')}/chat/completions"
+        whole = f"{url.rstrip('/')}/chat/completions"
+        assert Endpoint(url, "m").url == Endpoint(whole, "m").url == whole
     for url in ("http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1", "ftp://host/v1", "",
                 "https://"):
         with pytest.raises(InputError, match="--endpoint"):
@@ -358,36 +351,25 @@ def test_addresses():
 
 # ---- the stage
 
-
-def teach(data, out, *more):
-    return toy.main(["teacher", "--data", str(data), "--out", str(out), "--max-tries", "1",
-                     "--batch", "16", *more])
+def teach(folder, out, *more):
+    return toy.main(["teacher", "--data", f"{folder}/posts.jsonl", "--out", str(out),
+                     "--max-tries", "1", "--batch", "16", *more])
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """posts.jsonl with 150 training and 10 test posts, and one bad row."""
-    folder = tmp_path_factory.mktemp("data")
+def whole(tmp_path_factory):
+    """posts.jsonl with 150 training and 10 test posts and one bad row, and a whole run's rows."""
+    folder = tmp_path_factory.mktemp("whole")
     posts = toy.toy_posts(folder / "images", dict(train=150, test=10), seed=4)
     lines = [json.dumps(p.columns | p.row()) for p in posts]
     (folder / "posts.jsonl").write_text("\n".join([*lines, '{"id": "bad"}']) + "\n")
-    return folder / "posts.jsonl"
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A finished run's folder."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert teach(data, folder / "c.jsonl") == 0
+    assert teach(folder, folder / "c.jsonl") == 0
     return folder
 
 
-def test_stage_writes_chains_and_rejects(data, tmp_path, capsys):
+def test_stage_writes_chains_and_rejects(whole):
     """Every training post ends in one of the two files, whole; test posts are never sent."""
-    out = tmp_path / "chains.jsonl"
-    assert teach(data, out) == 0
-    kept, aside = read_rows(out), read_rows(sibling(out, "rejects.jsonl"))
-    unread, refused = aside[0], aside[1:]
+    kept, (unread, *refused) = (read_rows(whole / name) for name in ("c.jsonl", "c.rejects.jsonl"))
     assert unread["where"].endswith(":161") and "empty text" in unread["problem"]
     assert {r["id"] for r in kept + refused} == {f"train-{i:04d}" for i in range(150)}
     assert len(kept) + len(refused) == 150 and refused
@@ -398,14 +380,12 @@ def test_stage_writes_chains_and_rejects(data, tmp_path, capsys):
         assert (row["unaided_prediction"] == row["label"]) == (row["stage"] == 1)
     assert all(a["raw"] and a["problem"] for r in refused for a in r["attempts"])
     assert all("cot" not in r and r["problem"] and "unaided_prediction" in r for r in refused)
-    last = capsys.readouterr().out.strip().split("\n")[-1]
-    assert last == f"wrote {len(kept)} rows to {out} ({len(aside)} set aside)"
 
 
-def test_stage_all_splits_and_single_stage(data, tmp_path):
-    """--split all takes every post, --no-stage2 keeps only unaided chains."""
-    assert teach(data, tmp_path / "all", "--split", "all") == 0
-    assert teach(data, tmp_path / "one", "--no-stage2") == 0
+def test_stage_all_splits_and_single_stage(whole, tmp_path):
+    """--split all takes every post, --no-stage2 keeps unaided chains only. Rows have any name."""
+    assert teach(whole, tmp_path / "all", "--split", "all") == 0
+    assert teach(whole, tmp_path / "one", "--no-stage2") == 0
     rows = read_rows(tmp_path / "all") + read_rows(tmp_path / "all.rejects.jsonl")[1:]
     assert len(rows) == 160 and any(r["split"] == "test" for r in rows)
     assert {r["stage"] for r in read_rows(tmp_path / "one")} == {1}
@@ -413,13 +393,16 @@ def test_stage_all_splits_and_single_stage(data, tmp_path):
 
 @pytest.mark.parametrize("name, share", [("c.jsonl", 1.0), ("c.jsonl", 0.3), ("c.jsonl", 0.999),
                                          ("c.jsonl", 0.0), ("c.rejects.jsonl", 0.5)])
-def test_stage_resumes(data, whole, tmp_path, name, share):
+def test_stage_resumes(whole, tmp_path, capsys, name, share):
     """Run again it adds nothing; either file cut anywhere it ends with the same rows."""
     for file in whole.glob("c.*"):
         shutil.copy(file, tmp_path)
     raw = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(raw[: int(share * len(raw))])
-    assert teach(data, tmp_path / "c.jsonl") == 0
+    assert teach(whole, tmp_path / "c.jsonl") == 0
+    rows, aside = (len(read_rows(whole / file)) for file in ("c.jsonl", "c.rejects.jsonl"))
+    assert capsys.readouterr().out.endswith(
+        f"\nwrote {rows} rows to {tmp_path}/c.jsonl ({aside} set aside)\n")
     for file in ("c.jsonl", "c.rejects.jsonl"):
         want, got = ([dict(r, seconds=0) for r in read_rows(folder / file)]
                      for folder in (whole, tmp_path))
@@ -427,10 +410,10 @@ def test_stage_resumes(data, whole, tmp_path, name, share):
     assert share < 1 or (tmp_path / name).read_bytes() == raw
 
 
-def test_stage_needs_posts_it_can_use(data, tmp_path, capsys):
+def test_stage_needs_posts_it_can_use(whole, tmp_path, capsys):
     """No post of the split, ids that two files share, posts that the toy teacher cannot know: one
     line, exit code 2."""
-    own = tmp_path / "own.jsonl"
+    data, own = whole / "posts.jsonl", tmp_path / "own.jsonl"
     own.write_text('{"id": 1, "text": "t", "label": "neutral"}\n')
     for files, more, problem in (([data], ["--split", "dev"], "no post of split 'dev'"),
                                  ([data, data], [], "occurs in two --data files"),

@@ -155,7 +155,7 @@ def test_the_logged_loss_is_of_the_plain_pass(command, monkeypatch, tmp_path):
     assert train.main([*command, "--lr", "0", "--head-lr", "0", "--adv-epsilon", "0.5"]) == 0
     model = mulcot.load_ubm(tmp_path / "ubm")
     posts = [post for post in mulcot.read_posts(command[2]) if post.split == "train"]
-    targets = mulcot.class_targets(posts, mulcot.LABELS)
+    targets = train.class_targets(posts, mulcot.LABELS)
     with torch.no_grad():
         want = torch.nn.functional.cross_entropy(model(model.inputs(posts)), targets).item()
     log = mulcot.read_rows(tmp_path / "ubm" / "member-0.jsonl")

@@ -1,12 +1,12 @@
-"""How far a reader walks: which of our functions one training step, one predicted batch and the
-teacher stage go through. `python -m pytest -s tests/test_walk.py` prints them."""
+"""How far a reader walks: which of our functions one training step and one predicted batch go
+through. `python -m pytest -s tests/test_walk.py` prints them."""
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import chat
 
 import generate
 import mulcot
@@ -16,29 +16,27 @@ import train
 OURS = {module.__file__: Path(module.__file__).stem for module in (mulcot, train, generate)}
 
 
-class Walk:
-    """Within the block: the distinct functions of ours that are called, in order, in all threads.
-    Comprehensions and lambdas are part of the function around them."""
+@contextlib.contextmanager
+def walk(name, about):
+    """Counts and prints the distinct functions of ours that are called within the block, in all
+    threads; comprehensions and lambdas are part of the function around them. As many as when this
+    was written, or the house has grown."""
+    functions = {}
 
-    def __enter__(self):
-        self.functions = {}
-        threading.setprofile(self.see)
-        sys.setprofile(self.see)
-        return self
-
-    def see(self, frame, event, _):
+    def see(frame, event, _):
         code = frame.f_code
         if event == "call" and code.co_filename in OURS and code.co_name[0] != "<":
-            self.functions[f"{OURS[code.co_filename]}.{code.co_qualname}"] = None
+            functions[f"{OURS[code.co_filename]}.{code.co_qualname}"] = None
 
-    def __exit__(self, *_):
+    threading.setprofile(see)
+    sys.setprofile(see)
+    try:
+        yield
+    finally:
         sys.setprofile(None)
         threading.setprofile(None)
-
-    def check(self, name, about):
-        """Prints the functions; as many as when this was written, or the house has grown."""
-        print(f"\n{name}: {len(self.functions)} functions\n  " + "\n  ".join(self.functions))
-        assert about - 5 <= len(self.functions) <= about + 1, sorted(self.functions)
+    print(f"\n{name}: {len(functions)} functions\n  " + "\n  ".join(functions))
+    assert about - 5 <= len(functions) <= about + 1, sorted(functions)
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +60,15 @@ def test_a_training_step(toy, chains):
     items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
     model = train.build_model(args, stage, items)
     steps = iter(train.step_loader(args, items, processor, 0))
-    with Walk() as walk:
+    with walk("a student's training step", 41):
         step = next(steps)
         counts = train.step_counts(step)
         for batch, examples in step:
             loss, _ = stage.loss(model, batch, examples, counts)
             loss.backward()
-    walk.check("a student's training step", 41)
 
 
 def test_a_predicted_batch(student, posts):
     """Labels by scoring and chains, from posts to rows."""
-    with Walk() as walk:
+    with walk("a predicted batch", 39):
         generate.predict(*student, posts[:3], max_new_tokens=4)
-    walk.check("a predicted batch", 39)
-
-
-def test_the_teacher_stage(toy, serve, tmp_path):
-    """The whole command against an endpoint on this machine, both stages."""
-    chain = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
-    server = serve(lambda request: chat(mulcot.render_reasoning(chain)))
-    with Walk() as walk:
-        assert generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
-                              "--endpoint", server.url, "--max-tries", "1", "--out",
-                              f"{tmp_path}/chains.jsonl"]) == 0
-    walk.check("the teacher stage", 77)
