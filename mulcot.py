@@ -95,11 +95,9 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import copy
 import csv
 import functools
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -108,7 +106,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import wave
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -174,11 +171,8 @@ def write_json(path, value):
     write_text(path, to_json(value, path, indent=1) + "\n")
 
 
-def read_json(path, default=None):
-    """The object in a JSON file; the default, if given, where there is no such file. Raises
-    InputError that names it."""
-    if default is not None and not os.path.isfile(path):
-        return default
+def read_json(path):
+    """The object in a JSON file. Raises InputError that names it."""
     with explaining(f"{path} is missing or damaged, {REMEDY}"):
         return {} | json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -324,10 +318,8 @@ def safe_path(name, folder):
         return None
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # trap: a link inside may lead outside
-    foreign = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|/", name) or "\\" in name  # URL, C:, absolute
-    if foreign or ".." in Path(name).parts or os.path.commonpath([root, path]) != root:
-        raise InputError(f"file {name!r} leads outside {folder}: it must be a plain name inside, "
-                         "no URL, no absolute path")
+    if os.path.commonpath([root, path]) != root:
+        raise InputError(f"file {name!r} leads outside {folder}: it must be a name inside")
     return path
 
 
@@ -382,12 +374,6 @@ def load_audio(path):
 # ---- rows: a dict of any source -> Post
 
 
-def split_name(split):
-    """train, dev or test, however a file writes it; None where it says nothing."""
-    split = (split or "").strip().lower() or None
-    return SPLITS.get(split, split)
-
-
 def to_post(columns, folder):
     """A row dict of any source -> a checked Post; its files lie in `folder`."""
     if not isinstance(columns, dict) or columns.get("id") is None:
@@ -395,8 +381,6 @@ def to_post(columns, folder):
     row = columns | dict(id=str(columns["id"]))
     if row.get("image_id") is not None:  # the authors' rows name the image in one of three ways
         row["image_id"] = f"{row['image_id']}.jpg"
-    if isinstance(row.get("label"), int):
-        row["label"] = str(row["label"])
     for key in WORDS + ("image", "image_path", "image_id", "audio"):
         if not isinstance(row.get(key), (str, type(None))):
             raise InputError(f"{key} must be a string, got {row[key]!r}")
@@ -404,26 +388,22 @@ def to_post(columns, folder):
     if not text.strip():
         raise InputError("empty text: every post needs words")
     aspect = (row.get("aspect") or "").strip()
-    length = len(text) + len(aspect) * (1 + text.count("$T$"))
-    if length > MAX_TEXT:
-        raise InputError(f"text with its aspect has {length:,} characters, the cap is {MAX_TEXT:,}")
-    label = row.get("label")
-    if label is not None:
-        label = label.strip().lower()
-        if label not in LABELS:
-            raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
+    text = text.replace("$T$", aspect or "$T$")
+    if len(text) + len(aspect) > MAX_TEXT:
+        raise InputError(f"text and aspect have more than {MAX_TEXT:,} characters: shorten them")
+    label = (row.get("label") or "").strip().lower() or None
+    if label not in (*LABELS, None):
+        raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
     score = row.get("score")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-        raise InputError(f"score must be a number, got {score!r}")
-    if score is not None and not abs(score) <= SCORE_RANGE:  # catches NaN, too
-        raise InputError(f"score {score} lies outside [-3, 3]: rescale it")
+    if score is not None and not (isinstance(score, (int, float)) and abs(score) <= SCORE_RANGE):
+        raise InputError(f"score must be a number in [-3, 3], got {score!r}: rescale it")
+    split = (row.get("split") or "").strip().lower() or None
     # trap: half of a surrogate pair and NaN, which JSON can spell, raise here and not when written
     json.dumps(columns, ensure_ascii=False, allow_nan=False).encode()
     image = row.get("image") or row.get("image_path") or row.get("image_id")
-    return Post(row["id"], text.replace("$T$", aspect or "$T$"), safe_path(image, folder),
-                aspect or None, label, score, split_name(row.get("split")), row.get("cot"),
-                clip_frames(row.get("frames"), folder), safe_path(row.get("audio"), folder),
-                columns)
+    return Post(row["id"], text, safe_path(image, folder), aspect or None, label, score,
+                SPLITS.get(split, split), row.get("cot"), clip_frames(row.get("frames"), folder),
+                safe_path(row.get("audio"), folder), columns)
 
 
 # ---- formats: each gives rows [(where, raw)], parse(raw) -> dict, and the folder of images
@@ -450,8 +430,7 @@ def _open_rows(path, images):
 def _lines(path):
     """[(where, line)] of the lines that hold something; bytes, so that one that is not UTF-8 costs
     that line only."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = data.split(b"\n" if b"\n" in data else b"\r")  # a CR alone: old spreadsheets
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -459,11 +438,6 @@ def _json_rows(path):
     """A list of rows: the authors' release, or a file of CLMLF's split of MVSA."""
     with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
-    if not isinstance(rows, list):
-        raise InputError(f"{path} must be a list of rows, as in the authors' release")
-    known = {"label", "emotion_label", "score", *FILES}
-    if not known & set().union(*(row for row in rows if isinstance(row, dict))):
-        print(f"note       {path}: no row has a label or an image ({', '.join(sorted(known))})")
     return [(f"{path}[{n}]", row) for n, row in enumerate(rows)]
 
 
@@ -506,10 +480,8 @@ def clip_frames(value, folder):
         return []
     names = value
     if isinstance(value, str):
-        path = safe_path(value, folder)
-        if not os.path.isdir(path):
-            raise InputError(f"frames {value!r} is no folder in {folder}")
-        files = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
+        files = os.listdir(safe_path(value, folder))
+        files = [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
         names = [f"{value}/{name}" for name in sorted(files, key=_by_number)]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"frames must be a folder or a list of image names, got {value!r}")
@@ -540,6 +512,9 @@ def _csv_rows(path, folder):
         if len(cells) != len(header):
             raise InputError(f"expected {len(header)} cells, got {len(cells)}")
         clip = dict(zip(header, cells))
+        if clip.get("label_T"):  # scores of each modality, which MOSI's file leaves empty
+            raise InputError("a row of CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]: multiply "
+                             "its column label by 3 and empty label_T")
         name = f"{clip['video_id']}/{clip['clip_id']}"
         row = dict(id=name.replace("/", "$_$"), text=clip["text"], score=float(clip["label"]),
                    split=clip["mode"])
@@ -549,14 +524,6 @@ def _csv_rows(path, folder):
             row["audio"] = f"audio/{name}.wav"
         return row
 
-    # CH-SIMS has scores in [-1, 1], and one of each modality, which MOSI's file may leave empty
-    by_modality = {"label_T", "label_A", "label_V"} <= set(header)
-    if by_modality and len(lines) > 1:
-        rows = [dict(zip(header, next(csv.reader([line.decode("utf-8", "replace")]))))
-                for _, line in lines[1:]]
-        if all(row.get("label_T") and abs(float(row["label"])) <= 1 for row in rows):
-            raise InputError(f"{path} looks like CH-SIMS, with scores in [-1, 1] and not in "
-                             "[-3, 3]: multiply its column label by 3 and empty label_T")
     return lines[1:], parse, folder
 
 
@@ -691,11 +658,10 @@ def _clean(value, quoted):
         value = value[1:]  # trap: behind a Markdown heading a first quote may open a quotation
         if value.endswith('"') and not value.endswith('\\"'):
             value = value[:-1]
-    if "\\" in value:
-        try:
-            value = json.loads(f'"{value}"', strict=False)
-        except ValueError:
-            value = value.replace('\\"', '"').replace("\\n", "\n")
+    try:
+        value = json.loads(f'"{value}"', strict=False)
+    except ValueError:
+        value = value.replace('\\"', '"').replace("\\n", "\n")
     return value.encode("utf-8", "replace").decode().strip()  # half a pair fits into no file
 
 
@@ -827,7 +793,7 @@ class Refused(InputError):
 
 
 # ================================================================================================
-# §4 Tokens [needs: copy, math, dataclass, torch, InputError, explaining, §1, §2]
+# §4 Tokens [needs: math, dataclass, torch, InputError, explaining, §1, §2]
 # ================================================================================================
 
 
@@ -886,17 +852,13 @@ class SmolVLM:
                     pixel_attention_mask=out["pixel_attention_mask"].transpose(0, 1))
 
     def image_text(self, out, processor):
-        vision, fake = processor.config.vision_config, "<fake_token_around_image>"
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+        vision = processor.config.vision_config
         side = vision.image_size // vision.patch_size // processor.config.scale_factor
-        tile = self.placeholder * side**2
-        text = ""
-        for row in range(1, int(out["rows"][0][0]) + 1):
-            for col in range(1, int(out["cols"][0][0]) + 1):
-                text += f"{fake}<row_{row}_col_{col}>{tile}"
-            text += "\n"
-        if text:
-            text += "\n"
-        return text + f"{fake}<global-img>{tile}{fake}"
+        rows, cols = out["rows"][0][0], out["cols"][0][0]  # 0 of an image in one piece
+        return get_image_prompt_string(rows, cols, side**2, "<fake_token_around_image>",
+                                       self.placeholder, "<global-img>")
 
     def limit(self, images, max_pixels):
         edge = images.max_image_size["longest_edge"]
@@ -928,25 +890,18 @@ PLACEHOLDERS = {QwenOmni.audio_placeholder, *(f.placeholder for f in FAMILIES.va
 
 def layer_types(config):
     """Which kinds of layers the language model has, by its configuration."""
-    text = config.get_text_config()
-    if getattr(text, "layer_types", None):
-        return set(text.layer_types)
-    return {"sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"}
+    return set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
 
 
 def family_of(config):
     """The entry of FAMILIES. Raises InputError for a model whose layout would be wrong here: the
     branch mask is exact for full attention alone; with recurrent layers (linear_attention) each
     branch is a row of its own; windows, convolutions and other classes are refused."""
-    what = f"model {config._name_or_path!r} is a {config.model_type}"
-    known = f"known families: {', '.join(FAMILIES)}"
-    strange = layer_types(config) - {"full_attention", "linear_attention"}
-    if strange:
-        raise InputError(f"{what} with layers of {', '.join(sorted(strange))}, where branches "
-                         f"behind a shared prefix would be wrong; {known}")
-    if config.model_type not in FAMILIES:
-        raise InputError(f"{what}: how its images and positions are laid out is not known here; "
-                         f"{known}")
+    layers = layer_types(config)
+    if config.model_type not in FAMILIES or layers - {"full_attention", "linear_attention"}:
+        raise InputError(f"model {config._name_or_path!r} is a {config.model_type} with layers of "
+                         f"{', '.join(sorted(layers))}; here are {', '.join(FAMILIES)}, with "
+                         "layers of full_attention and linear_attention alone")
     return FAMILIES[config.model_type]
 
 
@@ -970,7 +925,7 @@ class Processor:
     def __init__(self, config, tokenizer, image_processor, extractor=None):
         self.config, self.family = config, family_of(config)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.extractor, self.turns = extractor, {}
+        self.extractor = extractor
         self.placeholder_id = tokenizer.convert_tokens_to_ids(self.family.placeholder)
         self.end_id = self.template_ids(self.turn(images=0, sounds=0).end)[0]
         self.pad_id = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -979,11 +934,6 @@ class Processor:
 
     def turn(self, images, sounds):
         """The Turn of a post with so many images and sounds, by the tokenizer's own template."""
-        if (images, sounds) not in self.turns:
-            self.turns[images, sounds] = self._render(images, sounds)
-        return self.turns[images, sounds]
-
-    def _render(self, images, sounds):
         user, answer = "@@user@@", "@@answer@@"
         content = [dict(type="image")] * images + [dict(type="audio")] * sounds
         messages = [dict(role="user", content=[*content, dict(type="text", text=user)]),
@@ -1010,11 +960,6 @@ class Processor:
     def template_ids(self, text):
         """Ids of what the chat template wrote, control tokens among it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def image(self, path):
-        """({input of the model: tensor}, what stands in the prompt) of an image file."""
-        out = self.image_processor([load_image(path)], return_tensors="pt", **self.family.options)
-        return self.family.inputs(out), self.family.image_text(out, self)
 
     def audio(self, path):
         """Log-mel features (10 ms frames, mel bins) of a WAV file: those of the model's own
@@ -1057,12 +1002,13 @@ def encode(post, branches, processor, shared=None):
     chat template. trap: train on the end of the turn and mask by length; with pad == eos a model
     never learns to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
-    head, *rest = turn.head.split(processor.family.placeholder)
+    family = processor.family
+    head, *rest = turn.head.split(family.placeholder)
     images = []
     for path, after in zip(post.images, rest):
-        inputs, text = processor.image(path)
-        images.append(inputs)
-        head += text + after
+        out = processor.image_processor([load_image(path)], return_tensors="pt", **family.options)
+        images.append(family.inputs(out))
+        head += family.image_text(out, processor) + after
     media = join_media(images)
     if post.audio:
         if processor.extractor is None:
@@ -1070,7 +1016,7 @@ def encode(post, branches, processor, shared=None):
                              "Qwen2.5-Omni, or leave audio out (train.py readout --without audio)")
         media["audio"] = processor.audio(post.audio)
         pooled = (len(media["audio"]) + 1) // 2 // 2  # as the audio tower pools
-        sound = processor.family.audio_placeholder
+        sound = family.audio_placeholder
         head = head.replace(sound, sound * pooled)
     if shared is None:
         shared = post_prompt(post)
@@ -1107,11 +1053,10 @@ def rope_positions(ids, placeholder, grids, merge_size):
             positions.append((start, start, start))
             next_position += 1
             continue
-        frames, height, width = next(grids).tolist()
+        _, height, width = next(grids).tolist()  # one frame
         height, width = height // merge_size, width // merge_size
-        for t in range(frames):
-            for h in range(height):
-                positions += [(start + t, start + h, start + w) for w in range(width)]
+        for h in range(height):
+            positions += [(start, start + h, start + w) for w in range(width)]
         next_position += max(height, width)
     return torch.tensor(positions, dtype=torch.long).reshape(-1, 3).T
 
@@ -1128,10 +1073,6 @@ class Batch:
     branch_ids: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T)
     media: dict
-
-    def __post_init__(self):
-        padding = self.branch_ids == -1  # (B, T)
-        assert not (padding[:, :-1] & ~padding[:, 1:]).any(), "padding stands at the end of a row"
 
     def supervised(self, branch):
         """Where an answer token of this branch is to be predicted (B, T)."""
@@ -1151,12 +1092,9 @@ class Batch:
         return places, attended.gather(1, places)
 
     def to(self, device):
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(moved, name, value.to(device))
-        moved.media = {name: tensor.to(device) for name, tensor in self.media.items()}
-        return moved
+        media = {name: tensor.to(device) for name, tensor in self.media.items()}
+        return Batch(self.input_ids.to(device), self.position_ids.to(device),
+                     self.branch_ids.to(device), self.targets.to(device), media)
 
 
 def collate(examples, pad_id):
@@ -1175,8 +1113,8 @@ def collate(examples, pad_id):
             input_ids[b, start:end] = torch.tensor(ids)
             position_ids[:, b, start:end] = torch.arange(position, position + len(ids))
             branch_ids[b, start:end] = branch
-            if n_answer:  # the only shift in the house: position t learns to predict token t + 1
-                targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
+            # the only shift in the house: position t learns to predict token t + 1
+            targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             start = end
     media = join_media(example.media for example in examples)
     if media.pop("audio", None) is not None:  # sounds are padded instead
@@ -1196,8 +1134,7 @@ def branch_mask(branch_ids, dtype):
     causal = torch.ones(T, T, dtype=torch.bool, device=branch_ids.device).tril()
     key, query = branch_ids[:, None, :], branch_ids[:, :, None]  # (B, 1, T), (B, T, 1)
     visible = causal & ((key == 0) | (key == query))  # padding (-1) sees itself: no row turns NaN
-    mask = torch.zeros(visible.shape, dtype=dtype, device=branch_ids.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
 # ---- what a post is trained on
@@ -1232,11 +1169,10 @@ def training_items(paths, images, branches_of):
         for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
             try:
                 branches = branches_of(post)
+                if branches:
+                    items.append((post, branches))
             except InputError as e:
                 rejects.append((f"{path}: {post.id}", str(e)))
-                continue
-            if branches:
-                items.append((post, branches))
     report_rejects(rejects, "rows in all")
     if not items:
         raise InputError(f"{', '.join(paths)}: no row that this stage can use")
@@ -1244,7 +1180,7 @@ def training_items(paths, images, branches_of):
 
 
 # ================================================================================================
-# §5 LoRA [needs: math, os, re, sys, Path, torch, F, nn, InputError, explaining, write_json,
+# §5 LoRA [needs: math, os, re, Path, torch, F, nn, InputError, explaining, write_json,
 #    read_json, write_tensors, read_tensors]
 # ================================================================================================
 
@@ -1355,17 +1291,14 @@ def save_adapter(model, folder):
                   base_model_name_or_path=base, inference_mode=True)
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    write_json(os.path.join(folder, "mulcot.json"), {"nf4": is_quantized(model)})
-
-
-def is_quantized(model):
-    """Whether some layer is in 4 bits (§8)."""
-    return any(hasattr(module, "to_linear") for module in model.modules())
+    nf4 = any(hasattr(module, "to_linear") for module in model.modules())  # some layer of §8
+    write_json(os.path.join(folder, "mulcot.json"), {"nf4": nf4})
 
 
 def adapter_nf4(folder):
-    """Whether an adapter was trained over an NF4 base; None where no file says so."""
-    return read_json(Path(folder, "mulcot.json"), {}).get("nf4")
+    """Whether an adapter was trained over an NF4 base; PEFT's own do not say, and were not."""
+    file = Path(folder, "mulcot.json")
+    return file.exists() and read_json(file)["nf4"]
 
 
 def load_adapter(model, folder):
@@ -1402,10 +1335,6 @@ def load_adapter(model, folder):
         chosen = config.get("exclude_modules") or config.get("layers_to_transform")
         if odd or sorted(named) != names and not chosen:
             raise ValueError(f"{odd[:1] or 'part of target_modules'} is unfilled, or too much")
-    quantized = is_quantized(model)
-    if adapter_nf4(folder) not in (None, quantized):
-        print(f"note: {folder} was trained with nf4 {not quantized}, here it is {quantized}",
-              file=sys.stderr)
     return names
 
 
@@ -1421,8 +1350,8 @@ def _current_key(key, modules):
 
 
 # ================================================================================================
-# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, REMEDY, InputError, explaining,
-#    read_json, digest, write_tensors, read_tensors]
+# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, InputError, read_json, digest,
+#    write_tensors, read_tensors]
 # ================================================================================================
 
 
@@ -1467,34 +1396,19 @@ def in_chunks(sums_of, hidden, size):
     (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
     pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
     must be frozen: their gradient would be lost."""
-    sums = {"loss": hidden.new_zeros((), dtype=torch.float32)}
+    sums = sums_of(hidden[:0].detach(), slice(0, 0))  # zeros: of no position
+    assert not sums["loss"].requires_grad, "sums_of uses weights that are not frozen"
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         chunk = hidden[rows].detach().requires_grad_()
         terms = sums_of(chunk, rows)
-        if start == 0:
-            assert trained_leaves(terms["loss"]) == {chunk}, "sums_of uses weights not frozen"
         (gradient[rows],) = torch.autograd.grad(terms["loss"], chunk)
         for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+            sums[name] = sums[name] + value.detach()
     link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
     sums["loss"] = sums["loss"] + (link - link.detach())  # adds 0 to the value
     return sums
-
-
-def trained_leaves(loss):
-    """The set of tensors that `loss.backward()` would give a gradient to."""
-    leaves, nodes, seen = set(), [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        nodes += [before for before, _ in node.next_functions]
-    return leaves
 
 
 # ---- the assistant's soft labels
@@ -1508,15 +1422,11 @@ class SoftLabels:
 
     def __init__(self, folder):
         self.folder, self.head = Path(folder), None
-        if not (self.folder / "settings.json").exists():
-            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
-                             "train with --no-soft")
         self.settings = read_json(self.folder / "settings.json")
         self.parts = {}  # the open file of each entry
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            with explaining(f"{path} is damaged, {REMEDY}"):
-                file = safe_open(path, "pt")
-                self.parts.update(dict.fromkeys(file.keys(), file))
+            file = safe_open(path, "pt")
+            self.parts.update(dict.fromkeys(file.keys(), file))
 
     @staticmethod
     def names(example):
@@ -1581,7 +1491,7 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Model [needs: functools, inspect, os, re, Path, torch, F, LABELS, InputError, explaining,
+# §7 Model [needs: os, Path, torch, F, LABELS, InputError, explaining,
 #    read_json, §1, §2, §4, §5, §8]
 # ================================================================================================
 
@@ -1662,8 +1572,6 @@ def base_of(name):
             raise InputError(f"{name} holds a model and its adapter: give each its own folder")
     if Path(name, "best", "adapter_config.json").exists():
         raise InputError(f"{name} is a training run: use {name}/best")
-    if not os.path.isdir(base) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        raise InputError(f"model {base!r} is neither a folder nor a hub name (Qwen/…)")
     return base
 
 
@@ -1673,18 +1581,6 @@ CACHE_ROOM = 64  # tokens
 def new_cache(model):
     """An empty key-value cache for `forward_branches` to fill and `decode_branch` to extend."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    for n, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # recurrent layers have caches of their own
-            cache.layers[n] = roomy_layer_class()()
-    return cache
-
-
-@functools.cache
-def roomy_layer_class():
-    """The class of a cache's layers of full attention."""
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
@@ -1701,56 +1597,34 @@ def roomy_layer_class():
             start = self.keys.shape[2]
             end = start + keys.shape[2]
             if end > self.buffers[0].shape[2]:
-                self.buffers = [self.with_room(self.keys, keys, end),
-                                self.with_room(self.values, values, end)]
+                room = (0, 0, 0, end + CACHE_ROOM - start)  # none along D, this behind T
+                self.buffers = F.pad(self.keys, room), F.pad(self.values, room)
             self.buffers[0][:, :, start:end] = keys
             self.buffers[1][:, :, start:end] = values
             self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
             return self.keys, self.values
-
-        def with_room(self, held, new, end):
-            """A buffer for `end` tokens and some more that begins with `held`."""
-            buffer = new.new_empty(*new.shape[:2], end + CACHE_ROOM, new.shape[3])
-            buffer[:, :, : held.shape[2]] = held
-            return buffer
 
         def reorder_cache(self, kept):
             """Keeps these rows (indices); the old buffers go with the others."""
             super().reorder_cache(kept)
             self.buffers = self.keys, self.values
 
-    return RoomyLayer
-
-
-def keep_rows(cache, kept):
-    """Drops all rows of a cache but `kept` (indices), layer by layer: the buffers of all layers and
-    their copies are never held at once."""
-    for layer in cache.layers:
-        layer.reorder_cache(kept)
-
-
-@functools.cache
-def cache_name(model_class):
-    """What a model calls its cache. trap: "cache" from transformers 5.24 on, "past_key_values" in
-    5.23."""
-    known = inspect.signature(model_class.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    for n, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # recurrent layers have caches of their own
+            cache.layers[n] = RoomyLayer()
+    return cache
 
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
     our positions (3, B, T) and mask: additive (B, 1, T, T), or (B, T) of 1 and 0 for recurrent
     layers. The logits are left to the caller, who needs them at few positions."""
-    dtype = model.get_input_embeddings().weight.dtype
-    inputs = {}
-    for name, tensor in media.items():
-        inputs[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
-    if cache is not None:
-        inputs[cache_name(type(model.model))] = cache
+    # trap: transformers 5.24 calls past_key_values `cache`
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
-                      use_cache=cache is not None, **inputs)
+                      past_key_values=cache, use_cache=cache is not None, **media)
     return out.last_hidden_state
 
 
@@ -1855,6 +1729,7 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
         raise InputError(f"{model.config._name_or_path} or its adapter yields NaN: is it damaged?")
     position = batch.position_ids[:, rows, last]  # (3, B)
     visible = batch.alone(branch)[1] if is_recurrent(model) else batch.attended(branch)  # (B, T)
+    dtype = model.get_input_embeddings().weight.dtype
     never = torch.tensor(processor.never_generated, device=device)
     stop_ids = (processor.end_id, processor.pad_id)
     generated_ids = [[] for _ in range(B)]
@@ -1878,20 +1753,12 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
             alive = [alive[n] for n in going]
             kept = torch.tensor(going, device=device)
             token, position, visible = token[kept], position[:, kept], visible[kept]
-            keep_rows(cache, kept)
+            cache.reorder_cache(kept)
         position = position + 1
         visible = torch.cat([visible, visible.new_ones(len(alive), 1)], 1)
-        h = _next_hidden(model, token, position, visible, cache)
+        mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]
+        h = run_model(model, token[:, None], position[..., None], mask, cache)[:, 0]  # (B, D)
     return list(zip(processor.tokenizer.batch_decode(generated_ids), finish))
-
-
-def _next_hidden(model, token, position, visible, cache):
-    """The hidden states (B, D) of one more token (B,) at position (3, B), which sees the cached
-    tokens that are `visible` (B, T)."""
-    dtype = model.get_input_embeddings().weight.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]  # (B, 1, 1, T)
-    return run_model(model, token[:, None], position[..., None], mask, cache)[:, 0]
 
 
 # ---- a post from Python
@@ -1908,12 +1775,9 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     three answers are scored; decode="greedy" generates one, as the authors do (`raw_label`)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
-    if not posts:
-        return []
     answers = []
     if decode == "score" and chain:  # one pass over image and post serves the labels and the chain
-        branches = [*label_branches(), (REASON_FORMAT, None)]
-        batch = encode_batch(posts, branches, model, processor)
+        batch = encode_batch(posts, [*label_branches(), (REASON_FORMAT, None)], model, processor)
         cache = new_cache(model)
         hidden = forward_branches(model, batch, cache)
         rows = label_rows(score_labels(model, batch, hidden).exp())
@@ -2181,7 +2045,7 @@ def regression_metrics(gold, predicted):
 
 # ================================================================================================
 # §10 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
-#    LABELS, InputError, explaining, read_json, read_tensors, §1]
+#    LABELS, explaining, read_json, read_tensors, §1]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2309,18 +2173,12 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
     def encoder(name):
         options = dict(attn_implementation="eager", dtype=torch.float32)
         if weights:
-            model = AutoModel.from_pretrained(name, **options)
-        else:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(name), **options)
-        if any(key.startswith("pooler.") for key, _ in model.named_parameters()):
-            model.pooler = None  # unused here; without it no weight lacks a gradient
-        return model
+            return AutoModel.from_pretrained(name, **options)
+        return AutoModel.from_config(AutoConfig.from_pretrained(name), **options)
 
     with explaining(f"encoder {text!r} or {image!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(text)
         processor = AutoImageProcessor.from_pretrained(image, backend="pil") if image else None
-        if tokenizer.pad_token is None or not tokenizer.is_fast:
-            raise InputError(f"encoder {text!r}: its tokenizer must be a fast one with a pad token")
         ensemble = []
         for _ in range(members):
             image_encoder = encoder(image) if image else None
@@ -2330,13 +2188,12 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
 
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
-    with explaining(f"{folder} is no folder of train.py ubm, or a damaged one"):
-        config = read_json(Path(folder, "ubm.json"))
-        image = str(Path(folder, "image")) if config["image"] else None
-        model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
-                        weights=False)
-        model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
-        model.temperature = config["temperature"]
+    config = read_json(Path(folder, "ubm.json"))
+    image = str(Path(folder, "image")) if config["image"] else None
+    model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
+                    weights=False)
+    model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
+    model.temperature = config["temperature"]
     return model.to(device).eval()
 
 
@@ -2448,7 +2305,7 @@ def _mean_verdict(ubm, mllm):
 
 # ================================================================================================
 # §11 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    threading, timedelta, version, Path, np, torch, tqdm, InputError, explaining, write_text,
+#    timedelta, version, Path, np, torch, tqdm, InputError, explaining, write_text,
 #    to_json, write_json, read_json, digest]
 # ================================================================================================
 
@@ -2493,8 +2350,6 @@ class RowWriter:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self.file = open(self.path, "ab")
         torn = Path(path).read_bytes().rpartition(b"\n")[2]
-        if torn[:1] not in (b"", b"{"):  # trap: truncating would eat a user's file
-            raise InputError(f"{path} does not end in a row of ours: choose another --out")
         self.file.truncate(self.file.tell() - len(torn))
         self.done = {str(row[key]) for row in read_rows(path) if key in row}
 
@@ -2593,9 +2448,8 @@ def init_distributed(device):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         with explaining(f"there are fewer GPUs than processes: {device} cannot be used"):
             torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
-                                             timeout=timedelta(days=7))  # work may be uneven
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                         timeout=timedelta(days=7))  # work may be uneven
     if get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -2686,9 +2540,8 @@ def run_stage(stage, args):
     disk or GPU or a path that cannot be written is one line and 2; Ctrl-C (130) and SIGTERM (143)
     say how to go on."""
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, _interrupted)
-            signal.signal(signal.SIGTERM, _interrupted)
+        signal.signal(signal.SIGINT, _interrupted)
+        signal.signal(signal.SIGTERM, _interrupted)
         if args.out and get_rank() == 0 and not getattr(args, "dry_run", False):
             lock = lock_out(args.out)  # noqa: F841, held until this function ends
         stage(args)

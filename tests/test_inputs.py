@@ -260,7 +260,7 @@ def test_label_file(tmp_path):
         "video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode\n"
         'v1,2,"HE SAID, ""GOOD""",1.6,,,,Positive,train\n\nv1,3,FINE,-0.2,,,,Negative,'
         'valid\n-x$y,10,BAD,-3.0,,,,Negative,test\nv2,1,ODD,much,,,,,test\nv2,2,FAR,3.4,,,,,test\n'
-        "v2,3,SHORT,1.0\n")
+        "v2,3,SHORT,1.0\nv2,4,SIMS,0.8,0.6,0.4,1.0,,test\n")
     rejects = []
     a, b, c = read_posts(tmp_path / "label.csv", rejects=rejects)
     assert (a.id, a.text, a.score, a.split) == ("v1$_$2", 'HE SAID, "GOOD"', 1.6, "train")
@@ -268,7 +268,8 @@ def test_label_file(tmp_path):
     assert (b.split, b.frames, b.audio) == ("dev", [], None)
     assert (c.id, c.split, c.score) == ("-x$y$_$10", "test", -3.0)
     assert [reason.split(":")[0] for _, reason in rejects] == [
-        "not a row", "score 3.4 lies outside [-3, 3]", "expected 9 cells, got 4"]
+        "not a row", "score must be a number in [-3, 3], got 3.4", "expected 9 cells, got 4",
+        "a row of CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]"]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="must have the columns"):
         read_posts(tmp_path / "other.csv")

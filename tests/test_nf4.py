@@ -211,23 +211,20 @@ def test_peft_over_bitsandbytes_reads_what_we_write(toy, tmp_path, inputs):  # n
     assert (logits(theirs, inputs) - logits(ours, inputs)).abs().max() < 1e-5
 
 
-def test_an_adapter_remembers_its_base(adapted, toy, inputs, tmp_path, capsys):  # noqa: F811
-    """Loaded by its folder alone it gets the base it was trained over; another one is told. What
-    PEFT reads is as over a dense base."""
+def test_an_adapter_remembers_its_base(adapted, toy, inputs, tmp_path):  # noqa: F811
+    """Loaded by its folder alone it gets the base it was trained over; another one if asked for.
+    What PEFT reads is as over a dense base."""
     model, folder = adapted  # noqa: F811
     again = mulcot.load_trained(folder)[0]
-    assert len(packed_names(again)) == 14 and not capsys.readouterr().err
+    assert len(packed_names(again)) == 14
     assert torch.equal(logits(again, inputs), logits(model, inputs))
     dense = mulcot.load_trained(folder, nf4=False)[0]
     assert not packed_names(dense)
-    assert "trained with nf4 True, here it is False" in capsys.readouterr().err
     mulcot.save_adapter(dense, tmp_path / "dense")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "dense" / name).read_bytes() == (folder / name).read_bytes()
     assert not packed_names(mulcot.load_trained(tmp_path / "dense")[0])
-    assert not capsys.readouterr().err
     assert len(packed_names(mulcot.load_trained(tmp_path / "dense", nf4=True)[0])) == 14
-    assert "trained with nf4 False, here it is True" in capsys.readouterr().err
 
 
 def test_export_merges_into_the_dequantised_base(adapted, toy, inputs, tmp_path):  # noqa: F811
@@ -265,9 +262,9 @@ def test_train_and_predict(toy, tmp_path, capsys):
     assert packed_names(mulcot.load_trained(best)[0]) == [f"{name}.base" for name in names]
     predict = ["predict", "--data", posts, "--images", str(toy / "images"), "--model", str(best),
                "--no-chain", "--out", str(tmp_path / "nf4.jsonl")]
-    assert generate.main(predict) == 0 and "note:" not in capsys.readouterr().err
+    assert generate.main(predict) == 0
     assert generate.main([*predict, "--no-nf4"]) == 2  # other rows, another file
     predict[-1] = str(tmp_path / "dense.jsonl")
-    assert generate.main([*predict, "--no-nf4"]) == 0 and "note:" in capsys.readouterr().err
+    assert generate.main([*predict, "--no-nf4"]) == 0
     a, b = (mulcot.read_rows(tmp_path / f"{name}.jsonl") for name in ("nf4", "dense"))
     assert [r["id"] for r in a] == [r["id"] for r in b] and a != b

@@ -514,13 +514,13 @@ def test_one_line_and_exit_code_2(road, tmp_path, capsys):
     config["base_model_name_or_path"] = str(road / "base/student")  # made for the assistant
     mulcot.write_json(adapter / "adapter_config.json", config)
     for flags, told in ((["--data", "no.jsonl"], "does not exist"),
-                        (["--model", "no/such/folder"], "neither a folder nor a hub name"),
+                        (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),
                         (["--model", tmp_path], "cannot be loaded"),
                         (["--model", adapter], "wrong base model?"),
                         (["--out", tmp_path], "nobody knows")):
         assert told in fails(capsys, generate, [*predict, *flags])
     student = command(road, "student", "--out", tmp_path / "out")[1]
-    for flags, told in ((["--soft", tmp_path], "no soft labels"),
+    for flags, told in ((["--soft", tmp_path], "settings.json is missing"),
                         (["--no-soft", "--model", road / "student/best"], "export makes a model"),
                         (["--no-soft", "--lr", "1e30", "--clip", "0"], "training diverged")):
         assert told in fails(capsys, train, [*student, *flags])
