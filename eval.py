@@ -7,11 +7,11 @@
 
 Last line: `wrote results/metrics.json, results/table.md and results/report.html`. A prediction row
 needs id and prediction; with `raw` (the chain) the chain is judged too, with `probs` its
-confidence, with `score` the number. Gold labels come from --gold, never from prediction rows; all
-runs are judged on the same gold posts, those of --split. The only network that may run is Sim's
-sentence embedder. Files of one NAME are its seeds, shown as mean ± deviation; NAME may be
-GROUP/NAME and is the file's without its ending if none is given. The report shows the posts of the
-first run, beside the second.
+confidence, with `score` the number alone. Gold labels come from --gold, never from prediction rows;
+all runs are judged on the same gold posts, those of --split. The only network that may run is Sim's
+sentence embedder. Files of one NAME are its seeds, shown as mean ± deviation; a file's NAME is its
+own without ending if none is given. The report shows the posts and the calibration of the first
+run, its posts beside the second's.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from mulcot import (
-    FIELDS, LABELS, Help, InputError, confusion_scores, confusion_table, data_url, explaining,
-    parse_reasoning, read_json, read_posts, read_rows, regression_metrics, report_rejects,
-    run_info, run_stage, select_split, sibling, split_name, write_json, write_text)
+    LABELS, Help, InputError, confusion_scores, confusion_table, data_url, explaining,
+    parse_reasoning, read_posts, read_rows, regression_metrics, report_rejects, run_info,
+    run_stage, select_split, sibling, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -42,8 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot")
     p.add_argument("--chains", help="the teacher's rows, for their statistics")
     p.add_argument("--cards", type=int, default=200, help="posts in the report, wrong ones first")
-    p.add_argument("--all-columns", action="store_true", help="print more than ten columns")
-    p.add_argument("--baseline", metavar="NAME", help="column p: accuracy against this run's")
+    p.add_argument("--baseline", metavar="NAME", help="columns p: accuracy, F1 against this run's")
     p.add_argument("--wordnet", metavar="DIR", help="WordNet 3.0's files, for METEOR's synonyms")
     p.add_argument("--embedder", help="all-MiniLM-L6-v2, folder or hub name, for Sim")
     p.add_argument("--out", required=True, help="folder for metrics.json, table.md, report.html")
@@ -67,16 +66,11 @@ def is_distribution(value):
             and min(value) >= 0 and abs(sum(value) - 1) < 1e-3)
 
 
-KINDS = dict(stage=is_number, tries=is_number, probs=is_distribution)  # of a row's values, if any
-
-
 def checked_rows(path, stage):
-    """("FILE:LINE", row) of each JSON object in a file that `stage` wrote."""
+    """("FILE:LINE", row) of each JSON object with an id in a file that `stage` wrote."""
     require(Path(path).exists(), f"{path} does not exist: run {stage} first")
     for n, row in enumerate(read_rows(path), 1):
-        for name, fits in KINDS.items():
-            require(row.get(name) is None or fits(row[name]),
-                    f"{path}:{n}: {name} is no {fits.__name__.removeprefix('is_')}")
+        require("id" in row, f"{path}:{n}: a row needs an id")
         yield f"{path}:{n}", row
 
 
@@ -91,10 +85,8 @@ def classification_metrics(gold, predicted):
     assert len(gold) == len(predicted) and gold, (len(gold), len(predicted))
     table = confusion_table(gold, predicted)  # (3, 4)
     per_class = {}
-    for k, label in enumerate(LABELS):
-        right = int(table[k, k])
-        predictions = max(predicted.count(label), 1)
-        support = gold.count(label)
+    for label, right, row, column in zip(LABELS, table.diagonal(), table, table.T):
+        support, predictions = int(row.sum()), max(int(column.sum()), 1)
         per_class[label] = dict(precision=right / predictions, recall=right / max(support, 1),
                                 f1=2 * right / (predictions + support), support=support)
     return dict(n=len(gold), unparsed=predicted.count(None), confusion=table.tolist(),
@@ -150,25 +142,62 @@ def intervals(samples):
     return {k: np.nanpercentile(values, [2.5, 97.5]).tolist() for k, values in samples.items()}
 
 
-def p_value(a, b, posts=np.inf):
-    """Two-sided p of the paired bootstrap (Berg-Kirkpatrick et al. 2012) from two runs' samples of
-    one metric (SAMPLES,): how often their difference strays from its mean by as much as that is
-    from 0; never below the least p of a sign test over so many `posts`."""
-    difference = (a - b)[~np.isnan(a - b)]
-    center = difference.mean()
-    strays = (abs(difference - center) >= abs(center)).sum()
-    return max(float(1 + strays) / (1 + len(difference)), 0.5 ** (posts - 1))
+def welch(value, seeds, variance):
+    """(p, margin) of a mean over seeds, or of the difference of two such means: the two-sided p
+    that it is 0 in truth, and half the width of its 95 % interval, by Welch's t with the variance
+    of the posts added.
+
+    value: that mean or difference; seeds: for each setting its seeds' values, two at least;
+    variance: of `value` when other posts are drawn, taken as known, with infinitely many degrees of
+    freedom. With variance 0 equal to scipy's ttest_ind(equal_var=False)."""
+    parts = [np.var(values, ddof=1) / len(values) for values in seeds]
+    total = sum(parts) + variance
+    if total == 0:
+        return float(value == 0), 0.0
+    # Welch-Satterthwaite: 1 / df; 10,000 degrees of freedom are as good as any more
+    inverse = sum(part**2 / (len(values) - 1) for part, values in zip(parts, seeds)) / total**2
+    df = 1 / max(inverse, 1e-4)
+    # t = √df tan(angle) has a density in proportion to cos(angle)^(df - 1)
+    angle = np.linspace(np.pi / 2, 0, 4001)
+    density = np.cos(angle) ** (df - 1)
+    tail = np.append(0, np.cumsum(density[1:] + density[:-1]))  # of |T|, by the trapezoidal rule
+    tail /= tail[-1]
+    p = np.interp(-np.arctan(abs(value) / (df * total) ** 0.5), -angle, tail)
+    limit = np.tan(np.interp(0.05, tail, angle)) * df**0.5
+    return float(p), float(limit * total**0.5)
+
+
+def p_value(a, b, key):
+    """Two-sided p of a metric's difference between two settings (metrics, samples) over the same
+    posts. Of two runs the paired bootstrap's (Berg-Kirkpatrick et al. 2012): how often their
+    difference strays from its mean by as much as that is from 0. Of two settings of several seeds
+    `welch`'s; None of a run against several seeds, since its deviation is not known, and where a
+    setting lacks the metric. Never below the least p of a sign test over the posts."""
+    (first, first_samples), (second, second_samples) = a, b
+    comparable = key in first_samples and key in second_samples
+    if not comparable or ("seeds" in first) != ("seeds" in second):
+        return None
+    difference = first_samples[key] - second_samples[key]
+    difference = difference[~np.isnan(difference)]
+    if "seeds" in first:
+        seeds = [[seed[key] for seed in metrics["seeds"]] for metrics in (first, second)]
+        p, _ = welch(first[key] - second[key], seeds, difference.var())
+    else:
+        strays = (abs(difference - difference.mean()) >= abs(difference.mean())).sum()
+        p = float(1 + strays) / (1 + len(difference))
+    posts = first["referenced" if f"{key}_floor" in first else "n"]
+    return max(p, 0.5 ** (posts - 1))
 
 
 def group_seeds(runs):
     """[(metrics, samples), …] of one setting's seeds -> one such pair. Numbers become means (None
     where a seed lacks it); `deviation` holds their sample deviations, `seeds` the seeds' own
-    metrics; what is no number is the first seed's. A grouped sample is the mean of as many seeds,
-    drawn with replacement, over the same posts."""
+    metrics; what is no number is the first seed's. A grouped sample is the mean of the seeds' over
+    the same posts; intervals are `welch`'s, within [0, 1]."""
     if len(runs) == 1:
         return runs[0]
     seeds, samples = zip(*runs)
-    grouped, deviation, mixed = dict(seeds[0]), {}, {}
+    grouped, deviation, means_of, limits = dict(seeds[0]), {}, {}, {}
     for name, value in seeds[0].items():
         values = [seed.get(name) for seed in seeds]
         if is_number(value) and None in values:
@@ -176,30 +205,31 @@ def group_seeds(runs):
         elif is_number(value):
             grouped[name] = value if len(set(values)) == 1 else float(np.mean(values))
             deviation[name] = float(np.std(values, ddof=1))
-    pick = np.random.default_rng(0).integers(len(runs), size=(len(runs), SAMPLES))
-    for name in sorted(deviation.keys() & samples[0].keys()):
-        of_seeds = np.stack([sample[name] for sample in samples])  # (seeds, SAMPLES)
-        mixed[name] = np.take_along_axis(of_seeds, pick, axis=0).mean(0)
-    return grouped | dict(deviation=deviation, seeds=list(seeds), intervals=intervals(mixed)), mixed
+            if name in samples[0]:
+                means_of[name] = np.mean([sample[name] for sample in samples], axis=0)
+                _, margin = welch(grouped[name], [values], np.nanvar(means_of[name]))
+                limits[name] = np.clip(grouped[name] + margin * np.array([-1, 1]), 0, 1).tolist()
+    return grouped | dict(deviation=deviation, seeds=list(seeds), intervals=limits), means_of
 
 
 # ---- BLEU, ROUGE, Distinct ---------------------------------------------------------------------
 
 # sacrebleu's default tokenizer, mteval-v13a, and nltk's TreebankWordTokenizer
-_13A = [("<skipped>|-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
+_13A = (("<skipped>|-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
         ("&gt;", ">"), (r"\A|\Z", " "), (r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 "),
-        (r"([^0-9])([\.,])", r"\1 \2 "), (r"([\.,])([^0-9])", r" \1 \2"), ("([0-9])(-)", r"\1 \2 ")]
-_TREEBANK = [
+        (r"([^0-9])([\.,])", r"\1 \2 "), (r"([\.,])([^0-9])", r" \1 \2"), ("([0-9])(-)", r"\1 \2 "))
+_TREEBANK = (
     ('^"', "``"), ("``", " `` "), (r"""([ ([{<])("|'')""", r"\1 `` "), (r"([:,])(\D)", r" \1 \2"),
     (r"[:,]$|\.\.\.|[;@#$%&?!]", r" \g<0> "), (r"""([^.])(\.)([])}>"']*)[^\S\x1c-\x1f]*$""",
     r"\1 \2\3 "), ("([^'])' ", r"\1 ' "), (r"[][(){}<>]|--", r" \g<0> "), (r"\A|\Z", " "),
     ("''|\"", " '' "), ("([^' ])('[smd]|') ", r"\1 \2 "), ("([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
     (r"\b(can(?=not)|gim(?=me)|lem(?=me)|gon(?=na)|wan(?=na\s)|got(?=ta)|d(?='ye)|more(?='n))"
-     r"(not|me|na|ta|'ye|'n)\b", r" \1 \2 "), (r" ('t)(is|was)\b", r" \1 \2 ")]
+     r"(not|me|na|ta|'ye|'n)\b", r" \1 \2 "), (r" ('t)(is|was)\b", r" \1 \2 "))
 
 
+@cache
 def tokenize(text, rules):
-    """Words of a text after one substitution [(pattern, replacement), …] after the other."""
+    """Words of a text after one substitution ((pattern, replacement), …) after the other."""
     for pattern, replacement in rules:
         text = re.sub(pattern, replacement, text)
     return text.split()
@@ -266,8 +296,11 @@ def rouge_l(prediction, reference):
 def distinct_n(texts, n):
     """Distinct-n (Li et al. 2016): mean over texts of different / all n-grams of lower-cased
     Treebank tokens; a text shorter than n tokens scores 0."""
-    of_texts = [ngrams(treebank_tokens(text), n) for text in texts]
-    return float(np.mean([len(set(grams)) / max(len(grams), 1) for grams in of_texts] or 0))
+    shares = []
+    for text in texts:
+        grams = ngrams(treebank_tokens(text), n)
+        shares.append(len(set(grams)) / max(len(grams), 1))
+    return float(np.mean(shares or 0))
 
 
 # ---- METEOR ------------------------------------------------------------------------------------
@@ -373,14 +406,16 @@ def read_wordnet(folder):
 def match(prediction, reference, alternatives=lambda word: (word,)):
     """Pairs of positions (i, j) where alternatives(prediction[i]) hold reference[j], from the end,
     each position once; removes them from both {position: word}."""
+    places = defaultdict(list)  # of each word of the reference, rising
+    for j, word in reference.items():
+        places[word].append(j)
     pairs = []
     for i in list(reversed(prediction)):
-        words = alternatives(prediction[i])
-        for j in reversed(reference):
-            if reference[j] in words:
-                pairs.append((i, j))
-                del prediction[i], reference[j]
-                break
+        free = [places[word][-1] for word in alternatives(prediction[i]) if places.get(word)]
+        if free:
+            pairs.append((i, max(free)))
+            places[reference.pop(max(free))].pop()
+            del prediction[i]
     return pairs
 
 
@@ -392,8 +427,9 @@ def meteor(prediction, reference, wordnet=None):
     reference = dict(enumerate(treebank_tokens(reference)))
     length = 0.1 * len(prediction) + 0.9 * len(reference)  # recall weighs 9 times precision
     pairs = match(prediction, reference)
-    prediction = {i: stem(word) for i, word in prediction.items()}
-    reference = {j: stem(word) for j, word in reference.items()}
+    for words in (prediction, reference):
+        for place in words:
+            words[place] = stem(words[place])
     pairs += match(prediction, reference)
     if wordnet:  # trap: nltk looks up synonyms of the stems, not of the words
         pairs += match(prediction, reference, read_wordnet(str(wordnet)))
@@ -431,18 +467,19 @@ def load_embedder(name):
 
 # ---- chains ------------------------------------------------------------------------------------
 
-SIGNATURES = {  # how each text metric is computed: its name is not enough to compare papers by
+SIGNATURES = {  # how a metric is computed: its name is not enough to compare papers by
+    "n": "n: gold posts of split {split} ({trained} training posts); bold: beats the next, p < .05",
+    "seeds": "seeds: mean ± deviation; p and interval by Welch's t, the posts' variance added",
+    "p_accuracy": "p: against {baseline}",
+    "accuracy_agree": "acc. =, ≠: accuracy where chain=label, and where not",
+    "parse_rate": "chains: raw text against raw reference, names and quotes included; missing "
+                  "chain = empty text",
+    "meteor_floor": "(…): floor, against the next post's reference, of another tweet if any",
     "bleu4": "BLEU-4|13a|per post, unsmoothed, mean|= sacrebleu sentence BLEU, smoothing none",
     "rouge_l": "ROUGE-L F|sentences at full stops, union LCS, distinct words|= rouge 1.0.1",
-    "meteor": "METEOR|Treebank tokens in lower case|exact, Porter, {synonyms}|= nltk 3.10",
+    "meteor": "METEOR|Treebank tokens in lower case|exact, Porter, WordNet: {wordnet}|= nltk 3.10",
     "sim": "Sim|cosine, mean-pooled {embedder}|first 256 pieces|= sentence-transformers",
-    "distinct_1": "Distinct-1|Treebank tokens in lower case|per text, mean",
-    "distinct_2": "Distinct-2|Treebank tokens in lower case|per text, mean"}
-
-
-def chain_text(parsed):
-    """What the text metrics compare: the fields' texts, in order, without names and quotes."""
-    return " ".join(parsed.fields[name] for name in FIELDS if name in parsed.fields)
+    "distinct_1": "Distinct-1, -2|Treebank tokens in lower case|per text, mean"}
 
 
 def names_only(parsed, label):
@@ -452,104 +489,113 @@ def names_only(parsed, label):
 
 
 def means(values):
-    """{metric: (n,), nan where a post has none} -> {metric: mean}."""
+    """{metric: (n,), nan where a post has none, but not of all} -> {metric: mean}."""
     return {name: float(np.nanmean(of_posts)) for name, of_posts in values.items()}
 
 
-def chain_metrics(rows, references, wordnet=None, similarity=None):
+def exchanged_references(posts):
+    """For each post with a chain (`cot`) the chain of the next such post, in their order and
+    wrapping round, that is of another tweet (has another text); of the next one where all are of
+    one tweet. None for a post without a chain."""
+    own = [post for post in posts if post.cot]
+    chains = {}
+    for i, post in enumerate(own):
+        others = own[i + 1 :] + own[:i] + [post]
+        chains[post.id] = next((x.cot for x in others if x.text != post.text), others[0].cot)
+    return [chains.get(post.id) for post in posts]
+
+
+def text_metrics(texts, references, wordnet=None, similarity=None):
+    """{metric: (n,) values} of n generated texts against n references (texts, or None), nan where
+    there is no reference. paper: the released script compares the text as it came with the chain
+    as it stands in the file."""
+    values = defaultdict(lambda: np.full(len(texts), np.nan))
+    for i, (text, reference) in enumerate(zip(texts, references)):
+        if reference:
+            values["bleu4"][i] = bleu4(text, reference)
+            values["rouge_l"][i] = rouge_l(text, reference)
+            values["meteor"][i] = meteor(text, reference, wordnet)
+            if similarity:
+                values["sim"][i] = similarity(text, reference)
+    return values
+
+
+def chain_metrics(rows, references, others=(), wordnet=None, similarity=None):
     """(metrics, values {metric: (n,), nan where a post has none}) of n prediction rows beside n
     reference chains (texts, or None). parse_rate: `raw`, the row's chain, has five fields and a
     label; agreement: its Prediction is the row's label; concludes: its Final_conclusion names that
-    label alone. A chain that is unparsed or not there scores 0 against its reference and counts in
-    `unparsed_chains`."""
-    values = defaultdict(lambda: np.full(len(rows), np.nan))
-    texts, reference_texts = [], []
-    for i, (row, reference) in enumerate(zip(rows, references)):
-        parsed = parse_reasoning(row.get("raw", ""))
-        texts.append(chain_text(parsed) if parsed.complete else "")
+    label alone. The text metrics take every chain as it came, a missing one as an empty text; their
+    floors (`meteor_floor`, …) are the same against the `others`, references of other posts."""
+    texts = [row.get("raw", "") for row in rows]
+    own_references = list(filter(None, references))
+    values = text_metrics(texts, references, wordnet, similarity)
+    floors = means(text_metrics(texts, others, wordnet, similarity))
+    for i, row in enumerate(rows):
+        parsed = parse_reasoning(texts[i])
         label = row.get("prediction")
         values["parse_rate"][i] = parsed.complete
         values["agreement"][i] = label is not None and parsed.prediction == label
         values["concludes"][i] = names_only(parsed, label)
-        reference = chain_text(parse_reasoning(reference or ""))
-        if reference:
-            reference_texts.append(reference)
-            values["bleu4"][i] = bleu4(texts[i], reference)
-            values["rouge_l"][i] = rouge_l(texts[i], reference)
-            values["meteor"][i] = meteor(texts[i], reference, wordnet)
-            if similarity:
-                values["sim"][i] = similarity(texts[i], reference)
-    whole = list(filter(None, texts))
-    metrics = dict(chains=len(texts), unparsed_chains=texts.count(""),
-                   distinct_1=distinct_n(whole, 1), distinct_2=distinct_n(whole, 2))
-    if reference_texts:
+    metrics = dict(distinct_1=distinct_n(texts, 1), distinct_2=distinct_n(texts, 2))
+    if own_references:
         # choice: Distinct is of the predictions; the authors' script measures the references.
-        metrics |= dict(referenced=len(reference_texts),
-                        distinct_1_references=distinct_n(reference_texts, 1),
-                        distinct_2_references=distinct_n(reference_texts, 2))
+        metrics |= dict(referenced=len(own_references),
+                        distinct_2_references=distinct_n(own_references, 2))
+    for name, value in floors.items():
+        metrics[f"{name}_floor"] = value
     return metrics | means(values), values
-
-
-def add_faithfulness(values, rows, posts):
-    """Adds whether each post's label is right, under what its chain is: it names that label or not;
-    the teacher's chain for the post came about unaided (stage 1) or label-conditioned (2). The
-    latter are the posts that the teacher got wrong: harder ones, whatever the chain's worth."""
-    of_stage = {1: "accuracy_unaided", 2: "accuracy_conditioned"}
-    for i, (row, post) in enumerate(zip(rows, posts)):
-        right = row.get("prediction") == post.label
-        values["accuracy_agree" if values["agreement"][i] else "accuracy_disagree"][i] = right
-        if post.columns.get("stage") in (1, 2):  # a gold file may hold anything there
-            values[of_stage[post.columns["stage"]]][i] = right
 
 
 def teacher_chains(path):
     """{id: row} of rows that hold a chain, checked."""
     rows = {}
     for where, row in checked_rows(path, "generate.py teacher"):
-        require("id" in row and isinstance(row.get("cot"), str), f"{where}: needs id and cot")
+        require(isinstance(row.get("cot"), str), f"{where}: needs cot, the chain")
         rows[str(row["id"])] = row
     return rows
 
 
 def teacher_metrics(path):
-    """How the teacher's kept chains came about. They were kept for being right; nobody chose them
-    for a Final_conclusion that names the label alone, so `concludes` compares the unaided with the
-    label-conditioned. `contradictions`: part of the stage-2 answers that contradict the label they
-    were given, at least: what came before a kept one is not on file."""
-    rows = teacher_chains(path).values()
+    """How the teacher's kept chains came about: unaided (stage 1) or told the label (stage 2).
+    `contradictions`: part of the stage-2 answers that contradict the label they were given, at
+    least: what came before a kept one is not on file. `unaided_accuracy`, `unaided_macro_f1`: of
+    what the teacher said before it was told the label, null being wrong, over the `unaided_n` rows
+    that hold it, kept or set aside."""
+    rows = list(teacher_chains(path).values())
     rejects = read_rows(sibling(path, "rejects.jsonl"))
-    tries = [row.get("tries") or 1 for row in rows]
-    concludes, contradicts = defaultdict(list), defaultdict(list)  # by stage
-    for row in rows:
-        parsed = parse_reasoning(row["cot"])
-        concludes[row.get("stage")].append(names_only(parsed, parsed.prediction))
-        contradicts[row.get("stage")].append(False)
-    with explaining(f"the rejects of {path} are damaged"):
-        for row in rejects:
+    stages = [row.get("stage") for row in rows]
+    labels, unaided, contradicts = [], [], [False] * stages.count(2)
+    with explaining(f"the rows or rejects of {path} are damaged"):
+        for row in [*rows, *rejects]:
+            if "unaided_prediction" in row:
+                labels.append(row["label"])
+                unaided.append(row["unaided_prediction"])
             for attempt in row.get("attempts", ()):
-                contradicts[attempt["stage"]].append(attempt["problem"].startswith("predicts "))
-    return dict(kept=len(rows), unaided=len(concludes[1]), label_conditioned=len(concludes[2]),
-                set_aside=len(rejects), answers_per_kept_chain=float(np.mean(tries or 0)),
-                concludes_unaided=float(np.mean(concludes[1] or 0)),
-                concludes_conditioned=float(np.mean(concludes[2] or 0)),
-                contradictions=float(np.mean(contradicts[2] or 0)))
+                if attempt["stage"] == 2:
+                    contradicts.append(attempt["problem"].startswith("predicts "))
+        metrics = dict(kept=len(rows), unaided=stages.count(1), label_conditioned=stages.count(2),
+                       set_aside=len(rejects), contradictions=float(np.mean(contradicts or 0)))
+        if labels:
+            scores = classification_metrics(labels, unaided)
+            for key in ("n", "accuracy", "macro_f1"):
+                metrics[f"unaided_{key}"] = scores[key]
+    return metrics
 
 
-def diagnose(runs, teacher={}):
+def diagnose(runs, teacher):
     """What the metrics of the runs {name: metrics} and of the teacher point to, in plain words, by
-    the paper's failure signatures; only what applies. choice: METEOR below 0.40 is low (two real
-    chains about different posts score 0.33), Distinct-2 as high as the references' is high, more
-    than 5 % contradictions are many."""
+    the paper's failure signatures; only what applies. choice: METEOR not 0.05 above its floor is
+    low, Distinct-2 as high as the references' is high, more than 5 % contradictions are many."""
     found = []
     for name, m in runs.items():
-        assistant = runs.get(name.removesuffix("student") + "assistant", m)
-        gap = 100 * (assistant["accuracy"] - m["accuracy"])
         sim, meteor = m.get("sim"), m.get("meteor")  # None where a seed has none
         if sim is not None and sim < 0.85:
             found.append(f"{name}: Sim {sim:.1%} is below 85 %: prompts unlike the task?")
+        assistant = runs.get(name.removesuffix("student") + "assistant", {})
+        gap = 100 * (assistant.get("accuracy", 0) - m.get("accuracy", 1))
         if name.endswith("student") and gap > 5 and m.get("source") != "base":
             found.append(f"{name}: {gap:.1f} points below its assistant: λ too high? Try 0.1")
-        ungrounded = meteor is not None and meteor < 0.4
+        ungrounded = meteor is not None and meteor < m["meteor_floor"] + 0.05
         if ungrounded and m["distinct_2"] >= m["distinct_2_references"]:
             found.append(f"{name}: METEOR is low, Distinct-2 high: fluent but ungrounded chains")
     if teacher.get("contradictions", 0) > 0.05:
@@ -559,16 +605,14 @@ def diagnose(runs, teacher={}):
 
 # ---- runs and table ----------------------------------------------------------------------------
 
-COLUMNS = dict(
-    n="n", accuracy="accuracy, 95 %", p="p", macro_f1="macro F1", weighted_f1="weighted F1",
-    parse_rate="parsed", agreement="chain=label", accuracy_agree="acc. =",
-    accuracy_disagree="acc. ≠", meteor="METEOR", rouge_l="ROUGE-L", sim="Sim", mae="MAE",
-    corr="Corr", acc7="Acc-7", acc2_non0="Acc-2", unparsed="unparsed", ece="ECE", aurc="AURC",
-    bleu4="BLEU-4")
-REFERENCED = {"meteor", "rouge_l", "sim", "bleu4"}  # of posts with a reference chain
+COLUMNS = dict(  # the most wanted first: a terminal shows as many as fit
+    n="n", accuracy="accuracy, 95 %", p_accuracy="p acc.", macro_f1="macro F1", p_macro_f1="p F1",
+    mae="MAE", corr="Corr", acc2_non0="Acc-2", acc7="Acc-7", parse_rate="parsed",
+    agreement="chain=label", meteor="METEOR", rouge_l="ROUGE-L", sim="Sim", bleu4="BLEU-4",
+    weighted_f1="weighted F1", accuracy_agree="acc. =", accuracy_disagree="acc. ≠",
+    unparsed="unparsed", missing="no row", referenced="references", ece="ECE", aurc="AURC")
 # Names of no run, because metrics.json has its own entries of these names.
-RESERVED = {"", *"majority teacher command versions signatures comparisons diagnosis date split n "
-            "seed warnings".split()}
+RESERVED = {"", *"majority teacher command versions signatures diagnosis date split n".split()}
 
 
 def sign_label(score):
@@ -576,13 +620,13 @@ def sign_label(score):
     return None if score is None else LABELS[1 + int(np.sign(score))]
 
 
-def prediction_rows(path):
+def prediction_rows(path, posts):
     """{id: row} of a prediction file, checked: prediction is a label or None, score a number or
-    None, probs a distribution whose largest is the prediction's, raw a text where given."""
+    None, probs a distribution whose largest is the prediction's, raw a text where given. Prints how
+    many of the judged posts they cover."""
     rows = {}
     for where, row in checked_rows(path, "generate.py predict"):
-        require("id" in row and row.keys() & {"prediction", "score"},
-                f"{where}: a prediction row needs id and prediction (or score)")
+        require(row.keys() & {"prediction", "score"}, f"{where}: needs prediction (or score)")
         require(str(row["id"]) not in rows, f"{where}: duplicate id {row['id']!r}: one row a post")
         score = row.get("predicted_score", row.get("score"))  # the former of a cascade or UBM
         require(score is None or is_number(score), f"{where}: score {score!r} is no number")
@@ -591,25 +635,28 @@ def prediction_rows(path):
         if "prediction" not in row or "predicted_score" in row:  # as for gold posts with scores
             row["prediction"] = sign_label(score)
         require(row["prediction"] in (*LABELS, None), f"{where}: prediction is no label nor null")
-        if row["prediction"] and row.get("probs"):
-            probs = dict(zip(LABELS, row["probs"]))
-            require(probs[row["prediction"]] > max(probs.values()) - 1e-6,
-                    f"{where}: probs contradict the prediction")
+        probs = row.get("probs")
+        require(probs is None or is_distribution(probs), f"{where}: probs is no distribution")
+        if row["prediction"] and probs:
+            likeliest = probs[LABELS.index(row["prediction"])] > max(probs) - 1e-6
+            require(likeliest, f"{where}: probs contradict the prediction")
         rows[str(row["id"])] = row | dict(score=score)
+    covered = sum(post.id in rows for post in posts)
+    require(covered, f"{path}: no id occurs among the judged gold posts: wrong --gold or --split?")
+    print(f"{path}: {covered} of {len(posts)} judged posts have a row, others count as wrong")
     return rows
 
 
 def read_gold(args):
     """(gold posts of --split that have a label, the split); the default is test where there are
-    such posts, else all. `cot` is a post's reference chain, from the reference files or its own,
-    and `columns["stage"]` the teacher's stage that it came from."""
+    such posts, else all. `cot` is a post's reference chain, from the reference files or its
+    own."""
     references, rejects, gold = {}, [], []
     for file in args.references:
         references |= teacher_chains(file)
     for post in read_posts(args.gold, args.images, rejects):
         if post.id in references:
             post.cot = references[post.id]["cot"]
-            post.columns["stage"] = references[post.id].get("stage")
         post.label = post.label or sign_label(post.score)  # MOSI and MOSEI have scores alone
         if post.label:
             gold.append(post)
@@ -618,13 +665,9 @@ def read_gold(args):
     split = args.split or ("test" if any(post.split == "test" for post in gold) else "all")
     posts = select_split(gold, split)
     require(posts, f"{args.gold} has no labelled post of split {split!r}: try --split all")
-    print(f"judged: {len(posts)} gold posts, split {split}; {len(gold) - len(posts)} left out")
     own = [post for post in posts if post.id in references]
-    require(own or not args.references, "--references hold no judged post: are these the ids of "
-            "--gold, and is this the right --split?")
-    known = sum(bool(chain_text(parse_reasoning(post.cot or ""))) for post in posts)
-    if known:
-        print(f"references: chains of {known} of {len(posts)} judged posts")
+    require(own or not args.references, "--references hold no judged post: other ids or --split?")
+    print(f"judged: {len(posts)} gold posts, split {split}; {len(gold) - len(posts)} left out")
     return posts, split
 
 
@@ -634,84 +677,49 @@ def read_specs(specs):
     for spec in specs:
         *given, path = spec.split("=", 1)
         name = given[0] if given else Path(path).stem
-        nests = any(x.startswith(f"{name}/") or name.startswith(f"{x}/") for x in files)
-        require(not nests and name.split("/")[0] not in RESERVED and (given or name not in files),
-                f"run name {name!r} is taken: name the files apart, NAME=FILE")
+        is_free = name not in RESERVED and (given or name not in files)
+        require(is_free, f"run name {name!r} is taken: name the files apart, NAME=FILE")
         files.setdefault(name, []).append(path)
     return files
 
 
-def training_posts(model):
-    """{(id, text)} that a model was trained on, as far as train.py's config.json beside it and the
-    row files named there are at hand."""
-    folder, found = Path(model), set()
-    if not (folder / "ubm.json").exists():
-        folder = folder.parent
-    config = read_json(folder / "config.json", {})
-    with explaining(f"{model}: the config.json beside it names no row files"):
-        for file in config.get("data", ()):
-            if file.endswith(".jsonl"):
-                for row in read_rows(file):
-                    text = str(row.get("text")).replace("$T$", row.get("aspect") or "$T$")
-                    # train.py sets the others aside
-                    if split_name(row.get("split")) not in ("dev", "test"):
-                        found.add((str(row.get("id")), text))
-    return found
-
-
-def coverage_warnings(path, rows, posts):
-    """Lines on what makes the numbers of a file's rows too low or too high; prints how many of the
-    judged posts they cover."""
-    covered = [post for post in posts if post.id in rows]
-    require(covered, f"{path}: no id occurs among the judged gold posts: wrong --gold or --split?")
-    print(f"{path}: {len(covered)} of {len(posts)} judged posts; {len(rows) - len(covered)} others")
-    trained = training_posts(str(rows[covered[0].id].get("model")))
-    counts = Counter({"have no row and count as wrong": len(posts) - len(covered)})
-    for post in covered:
-        counts["are training posts"] += post.split == "train"
-        counts["are among its model's training rows"] += (post.id, post.text) in trained
-    return [f"{path}: {n} of {len(posts)} judged posts {what}" for what, n in counts.items() if n]
-
-
 def run_metrics(rows, posts, wordnet=None, similarity=None):
     """(metrics, bootstrap samples) of prediction rows {id: row} against gold posts: a post without
-    a row counts as unparsed, and its chain as empty."""
+    a row counts as unparsed, and its chain as empty. Rows with scores, where the posts have them,
+    are judged by these alone."""
     own = [rows.get(post.id, {}) for post in posts]
+    about = dict(missing=own.count({}), source=next(iter(rows.values())).get("source"))
     labels = [post.label for post in posts]
     predictions = [row.get("prediction") for row in own]
-    metrics = classification_metrics(labels, predictions)
-    metrics |= dict(missing=own.count({}), source=next(iter(rows.values())).get("source"))
-    values = {}
-    if any("raw" in row for row in own):
-        of_chains, values = chain_metrics(own, [post.cot for post in posts], wordnet, similarity)
-        add_faithfulness(values, own, posts)
-        metrics |= of_chains | means(values)
-    probs = [(post.label, row["probs"]) for post, row in zip(posts, own) if row.get("probs")]
-    if len(probs) == len(posts):  # of some posts alone they would flatter
-        metrics |= calibration_metrics(*zip(*probs))
-    scores = [(post.score, row.get("score")) for post, row in zip(posts, own)
-              if post.score is not None]
+    scores = [(p.score, row.get("score")) for p, row in zip(posts, own) if p.score is not None]
     if any(score is not None for _, score in scores):
-        metrics["scores"] = regression_metrics(*zip(*scores))
-        metrics |= {name: metrics["scores"][name] for name in ("mae", "corr", "acc7", "acc2_non0")}
+        # choice: a score's sign is judged as no label, for neutral would be exactly 0.0
+        return about | dict(n=len(scores)) | regression_metrics(*zip(*scores)), {}
+    metrics, values = about | classification_metrics(labels, predictions), {}
+    if any("raw" in row for row in own):
+        of_chains, values = chain_metrics(own, [post.cot for post in posts],
+                                          exchanged_references(posts), wordnet, similarity)
+        right = np.array(labels, object) == np.array(predictions, object)
+        values["accuracy_agree"] = np.where(values["agreement"] == 1, right, np.nan)
+        values["accuracy_disagree"] = np.where(values["agreement"] == 0, right, np.nan)
+        values = {key: of_posts for key, of_posts in values.items() if not np.isnan(of_posts).all()}
+        metrics |= of_chains | means(values)
+    probs = [row["probs"] for row in own if row.get("probs")]
+    if len(probs) == len(posts):  # of some posts alone they would flatter
+        metrics |= calibration_metrics(labels, probs)
     samples = bootstrap(labels, predictions, values)
     return metrics | dict(intervals=intervals(samples)), samples
 
 
-def best_against_next(runs, samples):
-    """{metric: best run, next best, difference, p} over the runs of `samples`, which cover the same
-    posts."""
-    tests = {}
-    for key in COLUMNS:
-        names = [name for name in samples if key in samples[name]]
-        if len(names) > 1 and not key.startswith("accuracy_"):  # those are of other posts
-            best, after, *_ = sorted(names, key=lambda name: -runs[name][key])
-            posts = runs[best]["n"]
-            if key in REFERENCED:
-                posts = runs[best]["referenced"]
-            tests[key] = dict(best=best, next=after, difference=runs[best][key] - runs[after][key],
-                              p=p_value(samples[best][key], samples[after][key], posts))
-    return tests
+def best_of(settings, key):
+    """The setting {name: (metrics, samples)} whose metric beats the next best's with p < 0.05, if
+    there is one; all cover the same posts."""
+    names = [name for name, (_, samples) in settings.items() if key in samples]
+    if len(names) < 2 or key.startswith("accuracy_"):  # those are of other posts
+        return None
+    names.sort(key=lambda name: -settings[name][0][key])
+    p = p_value(settings[names[0]], settings[names[1]], key)
+    return names[0] if p is not None and p < 0.05 else None
 
 
 def cell(metrics, key, is_best=False):
@@ -722,6 +730,8 @@ def cell(metrics, key, is_best=False):
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     if key in metrics.get("deviation", {}):
         text += f" ± {metrics['deviation'][key]:.3f}"
+    if f"{key}_floor" in metrics:
+        text += f" ({metrics[f'{key}_floor']:.3f})"
     if is_best:
         text = f"**{text}**"
     if key == "accuracy" and "intervals" in metrics:
@@ -729,28 +739,30 @@ def cell(metrics, key, is_best=False):
     return text
 
 
-def table(runs, tests, skipped=()):
-    """{name: metrics} -> columns of cells, their titles first, but the skipped and the empty ones;
-    **bold** is a best value that is significantly better than the next."""
+def table(runs, settings):
+    """{name: metrics} -> columns of cells, their titles first, but the empty ones; **bold** is a
+    best value that is significantly better than the next."""
     columns = [["run", *runs]]
     for key, title in COLUMNS.items():
-        best = tests[key]["best"] if key in tests and tests[key]["p"] < 0.05 else None
+        best = best_of(settings, key)
         cells = [cell(metrics, key, name == best) for name, metrics in runs.items()]
-        if any(cells) and key not in skipped:
+        if any(cells):
             columns.append([title, *cells])
     return columns
 
 
-def markdown(columns, notes):
-    """A table of columns, padded so that it reads well as plain text too, and notes under it."""
-    padded = []
+def markdown(columns, width=np.inf):
+    """A table of columns, padded so that it reads well as plain text too; the first of them alone
+    that fit into so many characters."""
+    lines = ["|"] * (1 + len(columns[0]))
     for column in columns:
-        cells = [cell.replace("|", "&#124;") for cell in column]
-        width = max(2, *map(len, cells))
-        cells.insert(1, "-" * (width - 1) + ":")
-        padded.append([cell.rjust(width) for cell in cells])
-    lines = ["|" + " |".join(row) + " |" for row in zip(*padded)]
-    return "\n- ".join(["\n".join(lines) + "\n", *notes]) + "\n"
+        cells = [text.replace("|", "&#124;") for text in column]
+        longest = max(2, *map(len, cells))
+        cells.insert(1, "-" * (longest - 1) + ":")
+        if len(lines[0]) + longest + 1 > width:
+            break
+        lines = [f"{line}{text.rjust(longest)}|" for line, text in zip(lines, cells)]
+    return "\n".join(lines) + "\n"
 
 
 def evaluate(args):
@@ -759,91 +771,69 @@ def evaluate(args):
     require(args.baseline in (None, *specs), f"--baseline {args.baseline!r} is none of the runs")
     posts, split = read_gold(args)
     similarity = args.embedder and load_embedder(args.embedder)
-    labels = [post.label for post in posts]
-    commonest = Counter(labels).most_common(1)[0][0]
-    majority = classification_metrics(labels, [commonest] * len(labels))
-    runs = dict(majority=majority | dict(label=commonest))
-    samples, rows_of, warnings = {}, {}, []
+    runs, settings, rows_of = {}, {}, {}
     for name, paths in specs.items():
         seeds = []
         for path in paths:
-            rows = prediction_rows(path)
-            warnings += coverage_warnings(path, rows, posts)
+            rows = prediction_rows(path, posts)
             seeds.append(run_metrics(rows, posts, args.wordnet, similarity))
             rows_of.setdefault(name, rows)
-        runs[name], samples[name] = group_seeds(seeds)
-    tests = best_against_next(runs, samples)
+        settings[name] = group_seeds(seeds)
+        runs[name], _ = settings[name]
     if args.baseline:
-        base = samples[args.baseline]["accuracy"]
-        for name in samples.keys() - {args.baseline}:
-            runs[name]["p"] = p_value(samples[name]["accuracy"], base, len(posts))
-    teacher = teacher_metrics(args.chains) if args.chains else {}
-    settings = read_json(sibling(next(iter(specs.values()))[0], "settings.json"), {})
-    synonyms = "WordNet 3.0 synonyms" if args.wordnet else "no synonyms"
+        for name in settings.keys() - {args.baseline}:
+            for key in ("accuracy", "macro_f1"):
+                runs[name][f"p_{key}"] = p_value(settings[name], settings[args.baseline], key)
     used = set().union(*runs.values())  # names of metrics
-    about = args.info | dict(
-        date=time.strftime("%Y-%m-%d %H:%M"), split=split, n=len(posts), seed=settings.get("seed"),
-        warnings=warnings, diagnosis=diagnose(runs, teacher), comparisons=tests, teacher=teacher,
-        signatures={key: text.format(synonyms=synonyms, embedder=args.embedder)
-                    for key, text in SIGNATURES.items() if key in used})
-    write_results(about, runs, posts, rows_of, args)
+    if "accuracy" in used:
+        labels = [post.label for post in posts]
+        commonest = Counter(labels).most_common(1)[0][0]
+        majority = classification_metrics(labels, [commonest] * len(labels))
+        runs = dict(majority=majority | dict(label=commonest)) | runs
+    facts = vars(args) | dict(split=split, trained=sum(post.split == "train" for post in posts))
+    signatures = {key: text.format(**facts) for key, text in SIGNATURES.items() if key in used}
+    teacher = teacher_metrics(args.chains) if args.chains else {}
+    about = args.info | dict(date=time.strftime("%Y-%m-%d %H:%M"), split=split, n=len(posts),
+                             signatures=signatures, teacher=teacher,
+                             diagnosis=diagnose(runs, teacher))
+    write_results(about, runs, table(runs, settings), posts, rows_of, args)
 
 
-def write_results(about, runs, posts, rows_of, args):
+def write_results(about, runs, columns, posts, rows_of, args):
     """The table in the console and in table.md, report.html, metrics.json. about: metrics.json's
     entries that are no run; rows_of: {name: {id: row} of its first file}."""
-    # paper: macro F1 on Twitter-2015 and -2017, weighted F1 on MVSA, which is a folder
-    f1 = "weighted_f1" if Path(args.gold).is_dir() else "macro_f1"
-    hidden = {"macro_f1", "weighted_f1", "unparsed", "ece", "aurc", "bleu4"} - {f1}
-    short = table(runs, about["comparisons"], hidden)[:11]
-    full = table(runs, about["comparisons"])
-    notes = [f"n: gold posts of split {about['split']}", "acc. =, ≠: where chain=label, where not",
-             "bold: beats the next best, p < 0.05", *about["signatures"].values()]
-    lines = [*map("warning: {}".format, about["warnings"]),
-             *map("diagnosis: {}".format, about["diagnosis"])]
-    text = markdown(full if args.all_columns else short, notes + lines)
-    if about["teacher"]:
-        print(f"teacher: {about['teacher']}")
-    print(text)
-    write_text(Path(args.out, "table.md"), text)
-    page = report(about, runs, (short, full), (notes, lines), f1, posts, rows_of, args.cards)
+    notes = list(about["signatures"].values())
+    lines = list(map("diagnosis: {}".format, about["diagnosis"]))
+    for name in about["teacher"]:
+        lines.append(f"teacher: {name} {cell(about['teacher'], name)}")
+    below = "\n- ".join(["", *notes, *lines]) + "\n"
+    print(markdown(columns, width=100) + below)
+    write_text(Path(args.out, "table.md"), markdown(columns) + below)
+    page = report(about, runs, columns, notes, lines, posts, rows_of, args.cards)
     write_text(Path(args.out, "report.html"), page)
-    metrics = dict(about)
-    for name, of_run in runs.items():  # base/student becomes {"base": {"student": …}}
-        *groups, leaf = name.split("/")
-        place = metrics
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[leaf] = of_run
-    write_json(Path(args.out, "metrics.json"), metrics)
+    write_json(Path(args.out, "metrics.json"), about | runs)
     print(f"wrote {args.out}/metrics.json, {args.out}/table.md and {args.out}/report.html")
 
 
 # ---- report ------------------------------------------------------------------------------------
 
-STYLE = """
-:root{color-scheme:light dark;--dim:light-dark(#59606c,#a7aebb)}*{box-sizing:border-box;margin:0}
-body{background:Canvas;max-width:78rem;margin:auto;padding:1rem;font:15px/1.5 system-ui;
+STYLE = """:root{color-scheme:light dark;--dim:light-dark(#59606c,#a7aebb)}*{box-sizing:border-box;
+margin:0}body{background:Canvas;max-width:78rem;margin:auto;padding:1rem;font:15px/1.5 system-ui;
 overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{font-size:1.7rem;
-margin-right:1rem}small,dt,th{color:var(--dim);font-size:.87rem;font-weight:400}
+margin-right:1rem}img{width:9rem;float:left;margin:0 1rem 1rem 0}small,dt,th{color:var(--dim);
+font-size:.87rem;font-weight:400}mark{background:light-dark(#fd8,#654)}
 .negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}
-span,small[class]{color:var(--c,var(--dim));font-weight:600}mark{background:light-dark(#fd8,#654)}
-.wide,.note,figure,form,article{background:Canvas;border:1px solid var(--dim);margin:.5rem 0;
-padding:.6rem .9rem}.note,article{border-left:.4rem solid var(--c,var(--dim))}
+span,small[class]{color:var(--c,var(--dim));font-weight:600}.note,article{border-left-width:.4rem}
+.wide,.note,figure,form,article{border:1px solid var(--c,var(--dim));margin:.5rem 0;padding:.6rem}
 .pair,dl{display:flex;flex-wrap:wrap;gap:0 1rem}figure,dd{flex:1 1 17rem}figure{max-width:27rem}
 .wide{overflow-x:auto;width:fit-content;max-width:100%}table{border-collapse:collapse}
 td,th{padding:.2rem .5rem;text-align:right;white-space:nowrap}th:first-child{text-align:left}
-path{stroke:var(--dim);opacity:.4}text{fill:var(--dim);font-size:11px}circle{fill:var(--run)}
-polyline{fill:none;stroke:var(--run);stroke-width:2}.faint{opacity:.5}.strong{--run:CanvasText}
-i{background:var(--run);display:inline-block;width:1rem;height:.3rem;margin:.2rem}
-circle~polyline,[hidden]{display:none}label{white-space:nowrap;margin-right:.6rem}img{width:9rem}
-dt{width:100%}dd{white-space:pre-wrap}article{scroll-margin-top:6rem;content-visibility:auto;
-contain-intrinsic-size:auto 20rem}@media(min-width:46rem){form{position:sticky;top:0;z-index:1}
-article:not([hidden]){display:grid;gap:0 1rem;grid-template-columns:9rem 1fr}}
-"""
+path{stroke:var(--dim);opacity:.4}text{fill:var(--dim);font-size:11px}polyline{fill:none;
+stroke:CanvasText;stroke-width:2}circle{fill:CanvasText}dt{width:100%}.neutral{--c:var(--dim)}
+circle~polyline,[hidden]{display:none}dd{white-space:pre-wrap}article{content-visibility:auto;
+contain-intrinsic-size:auto 20rem}label{white-space:nowrap}"""
 
-SCRIPT = """
-const all = query => [...document.querySelectorAll(query)], form = document.forms[0];
+SCRIPT = """const all = query => [...document.querySelectorAll(query)], form = document.forms[0];
 form.onreset = () => setTimeout(form.oninput);
 (form.oninput = () => {
   const words = form.search.value.toLowerCase().split(/\\s+/);
@@ -853,8 +843,7 @@ form.onreset = () => setTimeout(form.oninput);
     post.hidden = !words.every(x => text.includes(x)) || !wanted.every(x => marks.includes(x));
   }
   form.left.value = `${all("article:not([hidden])").length} of ${all("article").length} posts`;
-})();
-"""
+})();"""
 
 # Of the first run's label and chain; the last is of two runs.
 FLAGS = ("wrong", "chain ≠ label", "unparsed", "chain ≠ teacher's", "only one of them right")
@@ -879,55 +868,31 @@ def html_table(rows, title):
     return html + "</table></div>"
 
 
-def error_tables(metrics, posts, rows):
-    """Right and wrong labels where the chain names them and where not; how often each chain and
-    label stand together for each gold label; the confusion matrix with each class's scores."""
-    html = ""
-    if "agreement" in metrics:
-        agree, counts = defaultdict(Counter), defaultdict(Counter)
-        for post in posts:
-            label = rows.get(post.id, {}).get("prediction")
-            chain = parse_reasoning(rows.get(post.id, {}).get("raw", "")).prediction
-            sign = "=" if label and chain == label else "≠"
-            agree[f"chain {sign} label"][label == post.label] += 1
-            counts[str(chain), str(label)][post.label] += 1
-        table = [["", "label right", "label wrong", "n", "accuracy"]]
-        for title, n in sorted(agree.items()):
-            table.append([title, n[True], n[False], n.total(), f"{n[True] / n.total():.3f}"])
-        html = html_table(table, "chain and label")
-        table = [["chain names", "label", "gold negative", "gold neutral", "gold positive"]]
-        for (chain, label), gold in sorted(counts.items()):
-            table.append([chain, label, gold["negative"], gold["neutral"], gold["positive"]])
-        html += html_table(table, "chain by label by gold")
+def error_table(metrics):
+    """The confusion matrix with each class's precision, recall, F1 and support."""
     table = [["gold", *LABELS, "unparsed", "precision", "recall", "F1", "n"]]
     for counts, (label, scores) in zip(metrics["confusion"], metrics["per_class"].items()):
         table.append([label, *counts, *(cell(scores, name) for name in scores)])
-    return html + html_table(table, "confusion")
+    return html_table(table, "confusion")
 
 
-def chart(title, runs, key, summary):
-    """The points metrics[key] of runs {name: metrics} as inline SVG: [[x, y, count], …] as dots of
-    that area, [[x, y], …] as a line; x from 0 to 1. The first run is strong, the others faint."""
+def chart(title, points, n):
+    """The points of a run over n posts as inline SVG: [[x, y, count], …] as dots of that area, [[x,
+    y], …] as a line; x from 0 to 1."""
     # quarters of a multiple of 0.04 are short numbers
-    top = max(1, *(np.ceil(25 * np.max(m[key], axis=0)[1]) for m in runs.values())) / 25
-    art = '<path d="M40 174L300 14"/>' * (key == "reliability")  # confidence = accuracy
-    marks, legend = "", ""
+    top = max(1, np.ceil(25 * np.max(points, axis=0)[1])) / 25
+    art, line = "", ""
     for k in range(5):
         y = 174 - 40 * k
         art += (f'<path d="M40 {y}H300"/><text x=34 y={y + 4} text-anchor=end>{top * k / 4:g}'
                 f"</text><text x={40 + 65 * k} y=190 text-anchor=middle>{k / 4:g}</text>")
-    for i, (name, metrics) in enumerate(runs.items()):
-        look = f'class=faint style="--run:hsl({280 + 130 * i} 45% 50%)"' if i else "class=strong"
-        dots, line = "", ""
-        for x, y, *count in metrics[key]:
-            place = 40 + 260 * x, 174 - 160 * y / top
-            line += "{:.1f},{:.1f} ".format(*place)
-            radius = 2 + 10 * (sum(count) / metrics["n"]) ** 0.5
-            dots += "<circle cx={:.1f} cy={:.1f} r={:.1f} />".format(*place, radius) * len(count)
-        marks = f'<g {look}>{dots}<polyline points="{line}"/></g>{marks}'  # the first on top
-        legend += f"<i {look}></i><small>{escape(name)} {metrics[summary]:.3f}</small> "
-    return (f'<figure>{title}<svg viewBox="0 0 310 196" role=img aria-label="{title}">{art}{marks}'
-            f"</svg>{legend}</figure>")
+    for x, y, *count in points:
+        place = 40 + 260 * x, 174 - 160 * y / top
+        line += "{:.1f},{:.1f} ".format(*place)
+        radius = 2 + 10 * (sum(count) / n) ** 0.5
+        art += "<circle cx={:.1f} cy={:.1f} r={:.1f} />".format(*place, radius) * len(count)
+    return (f'<figure>{title}<svg viewBox="0 0 310 196" role=img aria-label="{title}">{art}'
+            f'<polyline points="{line}"/></svg></figure>')
 
 
 def chain_fields(texts):
@@ -983,45 +948,46 @@ def card(post, shown):
             f"{chain_fields(texts)}</div></article>\n")
 
 
-def report(about, runs, tables, notes, f1, posts, rows_of, most):
-    """The self-contained page. runs: {name: metrics}; tables: their columns, the short one and the
-    full; about: metrics.json's other entries; notes: (how numbers are computed, what is wrong);
+def report(about, runs, columns, notes, lines, posts, rows_of, most):
+    """The self-contained page. runs: {name: metrics}; columns: of their table; about:
+    metrics.json's other entries; notes: how numbers are computed; lines: what they point to;
     rows_of: {name: {id: row}}, of the first two so many posts are shown. Every string from data is
     escaped, and the page's policy lets nothing run but SCRIPT, and nothing load."""
     pair = dict(list(rows_of.items())[:2])
     name = next(iter(pair))
     metrics = runs[name]
 
-    def sureness_of_error(post):
-        row = pair[name].get(post.id, {})
-        return (row.get("prediction") != post.label) * (1 + max(row.get("probs") or [0]))
-
     cards, charts, boxes = "", "", ""
-    for post in sorted(posts, key=sureness_of_error, reverse=True)[:most]:
+    wrong_first = lambda post: pair[name].get(post.id, {}).get("prediction") == post.label
+    for post in sorted(posts, key=wrong_first)[:most]:
         cards += card(post, {run: rows.get(post.id, {}) for run, rows in pair.items()})
     flags = FLAGS[: 3 + len(pair)]
     for mark in (*flags, *map("gold {}".format, LABELS), *map("label {}".format, LABELS)):
         boxes += f' <label><input type=checkbox value="{mark}"> {mark}</label>'
-    curves = {run: runs[run] for run in (name, *list(runs)[:7])
-              if runs[run].get("ece") is not None}  # of seeds each needs one
-    if metrics.get("ece") is not None:
-        charts = chart("accuracy by confidence, area: posts; ECE", curves, "reliability", "ece")
-        charts += chart("error rate by coverage; AURC", curves, "risk_coverage", "aurc")
-    short, full = tables
-    computed, lines = ("<p class=note>".join(["", *map(escape, each)]) for each in notes)
+    if metrics.get("ece") is not None:  # of seeds each needs one
+        for title, summary, points in (
+                ("accuracy by confidence, area: posts; ECE", "ece", metrics["reliability"]),
+                ("error rate by coverage; AURC", "aurc", metrics["risk_coverage"])):
+            charts += chart(f"{title} {cell(metrics, summary)}", points, metrics["n"])
+    computed = "<p class=note>".join(["", *map(escape, notes)])
+    lines = "<p class=note>".join(["", *map(escape, lines)])
     seeds = metrics.get("seeds", [metrics])
-    made = [about["date"], f"seed {about['seed']}", *map(" ".join, about["versions"].items())]
+    errors = error_table(seeds[0]) if "confusion" in metrics else ""
+    # paper: macro F1 on Twitter-2015 and -2017, weighted F1 on MVSA
+    lead = ""
+    for key in ("accuracy", "macro_f1", "weighted_f1", "mae", "corr"):
+        if key in metrics:
+            lead += f"{COLUMNS[key]}&nbsp;<b>{cell(metrics, key)}</b> "
+    made = [about["date"], *map(" ".join, about["versions"].items())]
     nonce = secrets.token_urlsafe()
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=\
 device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; \
 style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'">
 <title>MulCoT-RD: {escape(name)}</title><style>{STYLE}</style><h1>MulCoT-RD: {escape(name)}</h1>
-<p class=lead>{COLUMNS["accuracy"]}&nbsp;<b>{cell(metrics, "accuracy")}</b> {COLUMNS[f1]}&nbsp;<b>\
-{cell(metrics, f1)}</b> n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
+<p class=lead>{lead} n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
 <p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}
-<div class=pair>{error_tables(seeds[0], posts, pair[name])}</div><h2>Runs</h2>
-{html_table(zip(*short), "runs")}<details><summary>all columns, and how they are computed</summary>
-{html_table(zip(*full), "runs")}{computed}</details><div class=pair>{charts}</div>
+{html_table(zip(*columns), "runs")}<details><summary>how the columns are computed</summary>
+{computed}</details>{errors}<div class=pair>{charts}</div>
 <h2>{min(most, len(posts))} of {len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
 <output name=left></output></form>{cards}<script nonce={nonce}>{SCRIPT}</script></html>

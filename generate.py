@@ -2,7 +2,7 @@
 
     python generate.py teacher --data train.tsv --images img --model gpt-4o-mini \\
         --endpoint https://api.openai.com/v1 --out chains.jsonl
-    python generate.py augment --data chains.jsonl --images img --model runs/assistant/best \\
+    python generate.py augment --data train.tsv --images img --model runs/assistant/best \\
         --out augmented.jsonl
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out predictions.jsonl
@@ -17,33 +17,40 @@ it skips what is done and ends with the same rows.
 """
 
 import argparse
+import base64
+import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import requests
 import torch
 
 from mulcot import (
-    BIN_FORMAT, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Endpoint, Help,
-    InputError, Refused, Request, RowWriter, SoftLabels, Unreachable, answer_verdict, barrier,
-    base_of, best_thresholds, build_messages, cascade_route, check_answer, check_at_least,
-    check_settings, chunks, collate, count_parameters, default_dtype, digest, encode,
-    encode_batch, explaining, fingerprint, forward_branches, gather, generate_text, get_rank,
-    get_world_size, init_distributed, label_branches, load_image, load_trained, load_ubm,
-    mark_aspect, merge_lora, post_prompt, predict, progress, read_dev_posts, read_json, read_out,
-    read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects, row_text, run_info,
-    run_stage, score_labels, second_pass_prompt, select_split, settings_file, settings_of,
-    sibling, stages_asked, threshold_grid, to_json, to_post, tokenizer_hash, training_branches,
-    training_items, two_stage_cot, verdict, write_json, write_rows)
+    FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
+    RowWriter, SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
+    check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
+    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather,
+    generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
+    load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, passes_asked, post_prompt,
+    predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
+    render_reasoning, report_rejects, row_text, run_info, run_stage, say, score_labels,
+    score_verdict, select_split, settings_file, settings_of, sibling, to_json, to_post,
+    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -103,9 +110,9 @@ def shared_flags(flag, stage):
          help=".jsonl, .json, .tsv or .csv")
     flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
     flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
-    flag("--batch", type=int, default=64, help="posts at once (authors: 24)")
+    flag("--batch", type=int, default=64, help="posts at once (release: 16 to 24)")
     flag("--max-pixels", type=int, default=0,
-         help="image size cap, 0: the model's own (paper: 280 * 280 = 78400)")
+         help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
     if stage != "soft":
         flag("--split", default=None if stage in ("predict", "cascade") else "train",
              help="only posts of this split, where posts have one, or all (predict, cascade: test)")
@@ -144,7 +151,7 @@ def own_flags(flag, stage):
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
     elif stage == "soft":
-        flag("--max-answer", type=int, default=512, help="as in training (paper: 512)")
+        flag("--max-answer", type=int, default=512, help="longest chain in tokens, as in training")
     elif stage == "predict":
         flag("--decode", choices=("score", "greedy"), default="score",
              help="label by scoring the three answers, or generated as the authors do")
@@ -205,8 +212,11 @@ FREE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endp
 
 
 class Output:
-    """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. `done`: ids to skip.
-    Only the first process writes. `model`: who answers, if it is at hand."""
+    """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. Only the first process
+    writes. `model`: who answers, if it is at hand.
+
+    Done again after a kill: posts whose id is in neither file. `done` are the others; a torn last
+    line counts as not written. --out may not go on with other settings or another model."""
 
     def __init__(self, args, rejects, model=None):
         self.path, self.rejected, done = args.out, sibling(args.out, "rejects.jsonl"), set()
@@ -278,44 +288,43 @@ def new_row(post, args, source, predicted):
 # ---- teacher -----------------------------------------------------------------------------------
 
 
-def teacher(args, ask=None):
-    """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations."""
+def teacher(args, own_ask=None):
+    """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations.
+
+    Done again after a kill: a post whose row is in neither --out nor its rejects. Of an endpoint
+    its answers are read from the journal of paid calls, so that only those are asked for that were
+    under way."""
     posts, rejects = select_posts(args, labelled=True)
     if args.endpoint and not args.allow_test and any(post.split == "test" for post in posts):
         raise InputError("these are posts of split test, and stage 2 would send their labels: "
                          "choose another --split, or say --allow-test")
     if args.dry_run:
         return dry_run(args, posts)
-    model = None
-    if not args.endpoint and not ask:
-        model, processor = load(args)
-        ask = local_teacher(args, model, processor)
-    output, counts, began = Output(args, rejects, model), Counter(), time.time()
     options = (args.max_tries, args.max_new_tokens, args.stage2)
-
-    def dialogue(post, ask):
-        return two_stage_cot([post], ask, *options)[0]
-
-    def respond(posts, _):
-        return two_stage_cot(posts, ask, *options)
-
     if args.endpoint:
-        results = from_endpoint(args, posts, output.done, counts, dialogue)
+        output = Output(args, rejects)
+        results = from_endpoint(args, posts, output.done,
+                                lambda post, ask: two_stage_cot([post], ask, *options)[0])
     else:
-        results = in_batches(args, posts, output.done, respond)
+        model, ask = None, own_ask
+        if not own_ask:
+            model, processor = load(args)
+            ask = local_teacher(args, model, processor)
+        output = Output(args, rejects, model)
+        results = in_batches(args, posts, output.done,
+                             lambda batch, _: two_stage_cot(batch, ask, *options))
+    counts, began = Counter(), time.time()
     for post, result in results:
-        for attempt in result.get("attempts", ()):
-            if attempt["problem"]:
-                counts[f"answers: {attempt['problem'].split()[0]}"] += 1
         row = new_row(post, args, "teacher", result)
         kept = "cot" in row
         if kept:
             del row["attempts"]
         output.write(row, keep=kept)
-        counts[f"chains of stage {row['stage']}" if kept else "set aside"] += 1
-        counts.update({"answers": row["tries"], "asked again": max(0, row["tries"] - row["stage"]),
-                       "tokens in": row["tokens_in"], "tokens out": row["tokens_out"]})
-    counts["answers a minute"] = round(60 * counts["answers"] / max(1e-9, time.time() - began))
+        kind = {1: "unaided chains", 2: "explained chains"}[row["stage"]] if kept else "set aside"
+        counts.update({kind: 1, "answers": row["tries"], "tokens in": row["tokens_in"],
+                       "tokens out": row["tokens_out"]})
+    minutes = max(1e-9, time.time() - began) / 60
+    counts["answers a minute"] = round(counts["answers"] / minutes)
     print(f"this run   {row_text(dict(sorted(counts.items())))}")
     output.close()
 
@@ -323,56 +332,279 @@ def teacher(args, ask=None):
 def local_teacher(args, model, processor):
     """ask(list of Requests) -> list of Answers of a local model, a batch at once."""
     def ask(requests):
-        torch.manual_seed(int(digest(args.seed, requests[0].temperature,
-                                     [request.post.id for request in requests])[:8], 16))
+        ids = [request.post.id for request in requests]
+        torch.manual_seed(int(digest(args.seed, requests[0].temperature, ids)[:8], 16))
         examples = []
         for request in requests:
             prompt = request.messages[-1]["content"][-1]["text"]
             examples.append(encode(request.post, [("", None)], processor, prompt))
         batch = collate(examples, processor.pad_id).to(model.device)
         budget = max(request.max_tokens for request in requests)  # the batch shares the largest
-        texts = generate_text(model, processor, batch, budget, requests[0].temperature)
-        return [Answer(text, finish, len(example), len(processor.text_ids(text)))
-                for example, (text, finish) in zip(examples, texts)]
+        answers = []
+        for example, (text, finish) in zip(examples, generate_text(
+                model, processor, batch, budget, requests[0].temperature)):
+            answers.append(Answer(text, finish, len(example), len(processor.text_ids(text))))
+        return answers
 
     return ask
 
 
+def dry_run(args, posts):
+    """One prompt of each kind as it would be sent, and what the whole stage would cost."""
+    post = posts[0]
+    prompts = dict(unaided=post_prompt(post, "unaided") + FORMATS["unaided"])
+    if args.stage2:
+        prompts["explained"] = post_prompt(post, "explained", post.label) + FORMATS["explained"]
+    for task, prompt in prompts.items():
+        print(f"---- {task} ----\n[image {post.image}]\n{prompt}\n")
+    calls = round((1.5 if args.stage2 else 1) * min(len(posts), args.max_posts or len(posts)))
+    tokens = len(prompts["unaided"]) // 4 + 400  # words, and a picture of moderate size
+    print(f"{len(posts)} posts, about {calls} calls of {tokens} tokens in and 300 out (a guess), "
+          f"{calls * (tokens + 300):,} tokens in all; nothing was sent")
+
+
+# ---- an endpoint ---------------------------------------------------------------------------------
+
+
+class Unreachable(InputError):
+    """The server gave no usable answer, however often it was asked. `kind`: of the last failure."""
+
+    kind = ""
+
+
+class OverBudget(InputError):
+    """This call might cost more than is left of --budget-tokens."""
+
+
+class Endpoint:
+    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp); many
+    threads may call it at once. The key is read from OPENAI_API_KEY and cut out of every text that
+    comes back. `timeout`: seconds without a byte. `extra_body` is merged into each request; None
+    removes a key. `proxy`: a URL; those of the environment are not used.
+
+    `retries` counts failures by kind ("HTTP 503"), `mended` are the kinds that asking again got
+    over, `waiting` says what is waited for, `stop` ends all waiting."""
+
+    RETRIED = {408, 409, 429} | set(range(500, 600))
+
+    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
+                 proxy=None):
+        check_url(url, allow_http)
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.timeout, self.max_retries = model, timeout, max_retries
+        self.extra_body = extra_body or {}
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
+            raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
+        self.retries = Counter()
+        self.mended = set()
+        self.waiting = ""
+        self.stop = threading.Event()
+        self._paused_until = 0.0  # of all threads
+        self.session = requests.Session()  # of all threads, which it keeps connections for
+        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
+        self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
+        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        self.session.proxies = dict(http=proxy, https=proxy)
+        if self._key:
+            self.session.headers["Authorization"] = f"Bearer {self._key}"
+
+    def __call__(self, request):
+        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are asked again with
+        jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
+        what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
+        of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
+        body, ready_at, kinds = self._body(request), 0.0, set()
+        for attempt in range(self.max_retries + 1):
+            delay = max(ready_at, self._paused_until) - time.monotonic()
+            if delay > 0:
+                self.pause(delay)
+            answer, problem = self._post(body)
+            if answer:
+                self.mended |= kinds
+                return answer
+            kind = problem.split(":")[0]
+            kinds.add(kind)
+            self.retries[kind] += 1
+            if self.retries[kind] == 1:
+                say(f"asked again: post {request.post.id}: {problem}")
+            seconds = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+            ready_at = time.monotonic() + seconds
+            self.waiting = (f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in "
+                            f"{seconds:.0f} s")
+        error = Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: {problem}")
+        error.kind = kind
+        raise error
+
+    def _body(self, request):
+        """What is sent for a Request."""
+        messages = []
+        for message in request.messages:
+            content = [_wire_part(part) for part in message["content"]]
+            messages.append(message | dict(content=content))
+        body = dict(model=self.model, messages=messages, temperature=request.temperature,
+                    max_tokens=request.max_tokens)
+        if request.logprobs:
+            body |= dict(logprobs=True, top_logprobs=5)
+        body |= self.extra_body
+        return {key: value for key, value in body.items() if value is not None}
+
+    def _post(self, body):
+        """One call -> (Answer or None, why it is worth another try)."""
+        try:  # whatever happens while a reply is read and understood is worth another try
+            reply = self.session.post(self.url, json=body, timeout=self.timeout,
+                                      allow_redirects=False)
+            if reply.status_code == 200:
+                return _read_reply(reply.json(), self._plain), ""
+            seconds = _retry_after(reply.headers.get("Retry-After", ""))
+        except Exception as e:
+            return None, self._line(f"{type(e).__name__}: {e}")
+        status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
+        if status == 401:
+            problem += " (the key is read from OPENAI_API_KEY)"
+        if re.search("unsupported.(parameter|value)", problem, re.I):
+            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
+            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
+            if "logprobs" in problem:
+                remedy = "say --no-logprobs"
+            raise InputError(f"{self.url} refused: {problem}; {remedy}")
+        if status in (401, 402, 404) or status < 400:
+            raise InputError(f"{self.url} refused: {problem}")
+        if status not in self.RETRIED:
+            raise Refused(f"{self.url} refused: {problem}")
+        if seconds > 3600:
+            raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+        return None, problem
+
+    def pause(self, seconds):
+        """Sleeps; raises InputError if asked to stop meanwhile."""
+        if self.stop.wait(seconds):
+            raise InputError("stopped")
+
+    def _plain(self, text):
+        """A text from the server without the key. choice: keys of fewer than 8 characters are no
+        secrets (EMPTY, x)."""
+        return text.replace(self._key, "***") if len(self._key) >= 8 else text
+
+    def _line(self, text):
+        """The start of such a text, as one line."""
+        return " ".join(self._plain(text).split())[:300]
+
+
+def check_url(url, allow_http=False):
+    """Raises InputError for an address that is none, or that sends posts and key in the clear."""
+    with explaining(f"--endpoint {url!r} is no address"):
+        address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
+    local = address.hostname in ("localhost", "127.0.0.1", "::1")
+    if address.scheme == "http" and not local and not allow_http:
+        raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
+                         "--allow-http")
+
+
+def _retry_after(header):
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
+    there is to raise if it cannot be read."""
+    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
+        return float(header or 0)
+    return parsedate_to_datetime(header).timestamp() - time.time()
+
+
+def _read_reply(reply, plain):
+    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
+    (refusal, null content) is an empty answer. Raises what there is to raise."""
+    choice = reply["choices"][0]
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):  # some servers answer in content parts
+        content = "".join(part.get("text") or "" for part in content)
+    logprobs = []
+    for token in (choice.get("logprobs") or {}).get("content") or []:
+        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
+        logprobs.append((plain(token["token"]), likely))
+    usage = reply.get("usage") or {}
+    tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
+    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
+
+
+def _wire_part(part):
+    """A content part as it goes over the wire: images become data URLs, audio base64."""
+    if part["type"] == "audio":
+        data = base64.b64encode(Path(part["audio"]).read_bytes()).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    if part["type"] == "image":
+        return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
+    return part
+
+
 class PaidCalls:
     """Asks the endpoint, and keeps every answer in NAME.calls.jsonl before it is used: killed and
-    rerun, the stage pays for nothing twice but the calls that were in flight."""
+    rerun, the stage pays for nothing twice but the calls that were in flight. No call is sent that
+    might take the tokens spent beyond --budget-tokens."""
 
     def __init__(self, args, done):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http, extra_body=args.extra_body,
                                  proxy=args.proxy)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
-        self.lock, self.known, self.spent = threading.Lock(), {}, 0
         self.budget = args.budget_tokens
+        self.lock = threading.Condition()  # of all below
+        self.first = threading.Lock()
+        self.spent = self.under_way = self.longest_prompt = 0  # in tokens
+        self.known = {}  # answers that unfinished posts will ask for, by the name of the call
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
-            self.spent += answer.tokens_in + answer.tokens_out
-            if row["id"] not in done:  # finished posts need theirs no more
+            self.count(answer)
+            if row["id"] not in done:
                 self.known[row["call"]] = answer
+
+    def count(self, answer):
+        """Adds what an answer cost."""
+        self.spent += answer.tokens_in + answer.tokens_out
+        self.longest_prompt = max(self.longest_prompt, answer.tokens_in)
 
     def ask(self, requests):
         """list of Requests -> list of Answers."""
         return [self.call(request) for request in requests]
 
     def call(self, request):
+        """The Answer, from the journal if it is there."""
         text = request.messages[-1]["content"][-1]["text"]
         name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
                       request.temperature, request.max_tokens, request.logprobs,
                       self.endpoint.extra_body)
         if name in self.known:
             return self.known.pop(name)
+        if self.budget:
+            with self.first:  # one call alone tells how long a prompt is
+                if not self.longest_prompt:
+                    return self.pay(request, name)
+        return self.pay(request, name)
+
+    def pay(self, request, name):
+        """Asks the server, within the budget: a call is expected to cost its whole max_tokens and
+        the longest prompt so far."""
         self.endpoint.pause(0)  # ends this post's dialogue if the stage is stopping
-        began = time.time()
-        answer = self.endpoint(request)
-        answer.seconds = round(time.time() - began, 4)
+        most = self.endpoint.extra_body.get("max_completion_tokens") or request.max_tokens
         with self.lock:
-            self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
-            self.spent += answer.tokens_in + answer.tokens_out
+            expected = self.longest_prompt + most
+            while self.budget and self.spent + self.under_way + expected > self.budget:
+                if not self.under_way:
+                    raise OverBudget("over --budget-tokens")
+                self.lock.wait()  # what is under way may cost less than expected
+            self.under_way += expected
+        try:
+            began = time.time()
+            answer = self.endpoint(request)
+            answer.seconds = round(time.time() - began, 4)
+            with self.lock:
+                self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
+                self.count(answer)
+        finally:
+            with self.lock:
+                self.under_way -= expected
+                self.lock.notify_all()
         if self.budget and not answer.tokens_in + answer.tokens_out:
             raise InputError("the server counts no tokens, so --budget-tokens cannot hold: say "
                              "--max-posts")
@@ -385,80 +617,63 @@ def files_digest(post):
     return digest(*[Path(file).read_bytes() for file in post.images + sound])
 
 
-def from_endpoint(args, posts, done, counts, dialogue):
+def from_endpoint(args, posts, done, dialogue):
     """(post, dialogue(post, ask)) as they are finished, --workers posts at once; a dialogue may ask
-    as often as it likes. A post that the server refuses is set aside; when it answers none, or the
-    budget is spent, the stage stops."""
+    as often as it likes. Posts that the server refuses are set aside when it answers another. The
+    stage stops where it refuses many in a row, where asking again never helped, and before a call
+    that --budget-tokens does not cover."""
     calls = PaidCalls(args, done)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
-    running, failed = {}, []
-
-    def timed(post):
-        answers = []
-
-        def ask(requests):
-            answers.extend(calls.ask(requests))
-            return answers[-len(requests) :]
-
-        result = dialogue(post, ask)
-        return result | dict(seconds=round(sum(answer.seconds for answer in answers), 4))
-
+    running, refused = {}, []
+    over_budget = False
     with bar, ThreadPoolExecutor(args.workers) as pool:
         try:
             while True:
-                if not args.budget_tokens or calls.spent < args.budget_tokens:
+                if not over_budget:
                     for post in islice(todo, 2 * args.workers - len(running)):
-                        running[pool.submit(timed, post)] = post
+                        running[pool.submit(dialogue, post, calls.ask)] = post
                 if not running:
                     break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
+                if not finished:
+                    bar.set_postfix_str(calls.endpoint.waiting)
+                for future in finished:
                     post = running.pop(future)
                     bar.update()
                     try:
                         result = future.result()
-                    except (Refused, Unreachable) as e:  # this post's fault, or the server's?
-                        failed.append((post, e))
-                        if len(failed) > max(8, args.workers):
-                            if calls.file.done:  # the server does answer: what it refuses is done
-                                yield from refused_posts(failed, counts)
-                            raise InputError(f"{len(failed)} posts in a row failed: {e}") from None
-                        continue
-                    yield from refused_posts(failed, counts)
-                    failed = []
-                    yield post, result
-            if failed and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
-                raise InputError(f"no post was answered: {failed[0][1]}")
-            yield from refused_posts(failed, counts)
+                    except OverBudget:
+                        over_budget = True
+                    except Unreachable as e:
+                        if e.kind not in calls.endpoint.mended:
+                            raise InputError(f"post {post.id}: {e}; asking again helped no post: "
+                                             "mend this and run again") from None
+                        say(f"unanswered, run again: post {post.id}: {e}")
+                    except Refused as e:
+                        refused.append((post, e))
+                        if len(refused) > max(8, args.workers):
+                            raise InputError(f"{len(refused)} posts in a row: {e}") from None
+                    else:
+                        yield from set_aside(refused)
+                        refused = []
+                        yield post, result
+            if refused and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
+                raise InputError(f"no post was answered: {refused[0][1]}")
+            yield from set_aside(refused)
         finally:
             calls.endpoint.stop.set()
-    counts.update({f"retries: {name}": n for name, n in calls.endpoint.retries.items()})
-    if args.budget_tokens and calls.spent >= args.budget_tokens:
+    if calls.endpoint.retries:
+        print(f"asked again {row_text(calls.endpoint.retries)}")
+    if over_budget:
         print(f"stopped    {calls.spent} tokens spent of --budget-tokens {args.budget_tokens}")
 
 
-def refused_posts(failed, counts):
-    """(post, result) of posts that the server refused; unanswered ones are left for a rerun."""
-    for post, error in failed:
-        if isinstance(error, Unreachable):
-            counts["unanswered, run again"] += 1
-        else:
-            yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0,
-                             tokens_out=0)
-
-
-def dry_run(args, posts):
-    """One prompt of each kind as it would be sent, and what the whole stage would cost."""
-    post = posts[0]
-    prompts = dict(predict=post_prompt(post, "predict") + FORMATS["predict"])
-    if args.stage2:
-        prompts["explain"] = post_prompt(post, "explain", post.label) + FORMATS["explain"]
-    for task, prompt in prompts.items():
-        print(f"---- {task} ----\n[image {post.image}]\n{prompt}\n")
-    calls = round((1.5 if args.stage2 else 1) * min(len(posts), args.max_posts or len(posts)))
-    tokens = len(prompts["predict"]) // 4 + 400  # words, and a picture of moderate size
-    print(f"{len(posts)} posts, about {calls} calls of {tokens} tokens in and 300 out (a guess), "
-          f"{calls * (tokens + 300):,} tokens in all; nothing was sent")
+def set_aside(refused):
+    """(post, result) of posts that the server refused."""
+    for post, error in refused:
+        say(f"set aside  post {post.id}: {error}")
+        yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0, tokens_out=0)
 
 
 # ---- augment and soft --------------------------------------------------------------------------
@@ -510,9 +725,9 @@ def soft(args):
     for start in starts:
         examples = [encode(*item, processor) for item in items[start : start + args.batch]]
         names = [SoftLabels.names(example) for example in examples]
-        if not all(soft_labels.parts.keys() >= set(own) for own in names):
+        if not soft_labels.parts.keys() >= set(itertools.chain(*names)):
             soft_labels.write_part(soft_entries(model, processor, examples, names))
-        count += sum(len(own) for own in names)
+        count += sum(map(len, names))
         bar.update()
     bar.close()
     print(f"wrote {sum(gather(count))} entries to {args.out}")
@@ -525,8 +740,8 @@ def soft_entries(model, processor, examples, names):
     entries = {}
     for branch in range(1, int(batch.branch_ids.max()) + 1):
         supervised = batch.supervised(branch)  # (B, T)
-        for row, own in enumerate(names):
-            entries[own[branch - 1]] = hidden[row, supervised[row]].cpu()
+        for row, of_branches in enumerate(names):
+            entries[of_branches[branch - 1]] = hidden[row, supervised[row]].cpu()
     return entries
 
 
@@ -556,7 +771,7 @@ def responder(args):
 
     def respond(posts, _=0):
         if processor is None:
-            return [verdict(probs, model.classes) for probs in model.probs(posts)]
+            return [verdict(p, model.classes).row(cost=False) for p in model.probs(posts)]
         if hasattr(model, "readout"):
             return read_out(model, processor, posts)
         rows = predict(model, processor, posts, args.chain, args.decode, args.max_new_tokens)
@@ -626,14 +841,17 @@ def export(args):
     for name in ("processor_config.json", "video_preprocessor_config.json"):
         file = cached_file(base_of(args.model), name, _raise_exceptions_for_missing_entries=False)
         if file:
-            own = read_json(file)
-            own.pop("image_processor", None)  # it would stand before the sizes of training
-            write_json(Path(part, name), own)
+            config = read_json(file)
+            config.pop("image_processor", None)  # it would stand before the sizes of training
+            write_json(Path(part, name), config)
     os.replace(part, args.out)
     print(f"wrote {args.out}: {count_parameters(model):,} weights in {model.dtype}")
 
 
-# ---- cascade -----------------------------------------------------------------------------------
+# ---- U-ACS: the cascade (arXiv 2509.04459) -----------------------------------------------------
+
+BIN_FORMAT = """Answer with this field only:
+"Prediction": a whole number from -3 (most negative) to 3 (most positive)"""
 
 
 def cascade(args):
@@ -651,47 +869,39 @@ def cascade(args):
     if hasattr(mllm, "readout"):
         raise InputError(f"--mllm {args.mllm} is a readout, which writes no label to score")
     output = Output(args, rejects, mllm)
-    steps = CascadeSteps(args, ubm, mllm, processor)
+    passes = CascadePasses(args, ubm, mllm, processor)
 
-    def error(answer, n):  # of scores their distance, 6 for none
+    def error(answer, n):  # of scores their distance
         if ubm.target == "label":
-            return float(answer is None or answer["prediction"] != dev[n].label)
-        return abs(answer["predicted_score"] - dev[n].score) if answer else 6.0
+            return float(answer.prediction != dev[n].label)
+        return abs(answer.predicted_score - dev[n].score)
 
-    grid = threshold_grid(steps.verdicts(dev, -1, -1), error)
-    passes, dev_error, *taus = best_thresholds(grid, args.budget)
-    print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {passes:.2f} MLLM passes a post, "
+    grid = threshold_grid(passes.verdicts(dev, -1, -1), error)
+    dev_passes, dev_error, *taus = best_thresholds(grid, args.budget)
+    print(f"thresholds {taus[0]:.3f} UBM, {taus[1]:.3f} MLLM: {dev_passes:.2f} MLLM passes a post, "
           f"error {dev_error:.3f}, on {len(dev)} dev posts")
     rows = []
-    for post, verdicts in zip(posts, steps.verdicts(posts, *taus)):
-        rows.append(new_row(post, args, "cascade", cascade_fields(verdicts, taus)))
-    routes = Counter(row["route"] for row in rows)
+    routes = Counter()
     costs = dict(passes=0.0, seconds=0.0)  # of a post
-    for row in rows:
-        costs["passes"] += (len(row["stages"]) - 1) / len(rows)
-        for answer in row["stages"].values():
-            if isinstance(answer, dict):
-                costs["seconds"] += answer["seconds"] / len(rows)
+    for post, verdicts in zip(posts, passes.verdicts(posts, *taus)):
+        route, answer, reason = cascade_route(*verdicts, *taus)
+        asked = verdicts[: passes_asked(verdicts, *taus)]
+        by_pass = {name: each.row() for name, each in zip(("ubm", "mllm", "second_pass"), asked)}
+        fields = answer.row(cost=False) | dict(route=route, reason=reason, passes=by_pass)
+        rows.append(new_row(post, args, "cascade", fields))
+        routes[route] += 1
+        costs["passes"] += (len(asked) - 1) / len(posts)
+        costs["seconds"] += sum(each.seconds for each in asked) / len(posts)
     write_json(sibling(args.out, "cascade.json"), dict(
-        taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=passes,
+        taus=taus, budget=args.budget, ubm=args.ubm, mllm=args.model, dev_passes=dev_passes,
         dev_error=dev_error, routes=routes, costs=costs))
     write_rows(args.out, rows)
     print(f"routes     {row_text(routes)}\na post     {row_text(costs)}")
     output.close()
 
 
-def cascade_fields(verdicts, taus):
-    """The answer, its route and why, and the verdict (or failure) of every stage that this route
-    asked, as fields of a row."""
-    route, answer, reason = cascade_route(*verdicts, *taus)
-    asked = stages_asked(verdicts, *taus)
-    fields = dict(answer or dict(prediction=None), route=route, reason=reason,
-                  stages=dict(zip(("ubm", "mllm", "second_pass")[:asked], verdicts)))
-    return {key: x for key, x in fields.items() if key not in ("tokens", "seconds")}  # the stages'
-
-
-class CascadeSteps:
-    """Asks the stages for their verdicts. The MLLM's are kept as they come, a local model's in
+class CascadePasses:
+    """Asks the passes for their verdicts. The MLLM's are kept as they come, a local model's in
     NAME.asked.jsonl, an endpoint's answers in the journal of paid calls: killed and rerun, also
     with another --budget, nothing is asked twice."""
 
@@ -699,75 +909,67 @@ class CascadeSteps:
         self.args, self.ubm, self.mllm, self.processor = args, ubm, mllm, processor
         prompt = LABEL_FORMAT if ubm.classes == LABELS else BIN_FORMAT
         self.branches = label_branches(ubm.classes, prompt)
-        self.cache, self.file = {}, None
+        self.known, self.file = {}, None
         if mllm is not None:
             self.settings = settings_of(args, FREE), fingerprint(mllm), ubm.classes
             self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
-            self.cache = {row["key"]: row["verdict"] for row in read_rows(self.file.path)}
+            for row in read_rows(self.file.path):
+                self.known[row["key"]] = Verdict(**row["verdict"])
 
     def verdicts(self, posts, tau1, tau2):
         """[[UBM, MLLM, second pass], …] on posts, asking no more than the routes at these
         thresholds want (-1: nobody is ever sure)."""
         verdicts = [[self.ask_ubm(post), None, None] for post in posts]
-        for stage, wanted in ((1, "ask mllm"), (2, "ask second_pass")):
+        for number, wanted in ((1, "ask mllm"), (2, "ask second_pass")):
             questions = []  # (number of the post, post, prompt)
-            for i, (post, own) in enumerate(zip(posts, verdicts)):
-                if cascade_route(*own, tau1, tau2)[0] == wanted:
-                    prompt = post_prompt(post) if stage == 1 else second_pass_prompt(post, *own[:2])
+            for i, post in enumerate(posts):
+                if cascade_route(*verdicts[i], tau1, tau2)[0] == wanted:
+                    prompt = post_prompt(post)
+                    if number == 2:
+                        prompt = second_pass_prompt(post, *verdicts[i][:2])
                     questions.append((i, post, prompt))
             ask = self.ask_endpoint if self.args.endpoint else self.ask_model
             for i, answer in ask(questions):
-                verdicts[i][stage] = answer
-            if any(verdicts[i][stage] is None for i, _, _ in questions):
+                verdicts[i][number] = answer
+            if any(verdicts[i][number] is None for i, _, _ in questions):
                 raise InputError("the server did not answer all questions: run the same command "
                                  "again, what was answered is kept")
         return verdicts
 
     def ask_ubm(self, post):
-        """The UBM's verdict, or why it has none."""
+        """The UBM's Verdict."""
         began = time.time()
-        try:
-            answer = verdict(self.ubm.probs([post])[0], self.ubm.classes)
-        except InputError as e:
-            return str(e)
-        tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
-        return answer | dict(tokens=tokens, seconds=round(time.time() - began, 4))
+        answer = verdict(self.ubm.probs([post])[0], self.ubm.classes)
+        answer.tokens = len(self.ubm.tokenizer(*mark_aspect(post)[:2]).input_ids)
+        answer.seconds = round(time.time() - began, 4)
+        return answer
 
     def ask_model(self, questions):
-        """(number, verdict or why there is none) of [(number, post, prompt), …]: a local model
-        scores all answers, so that its distribution is exact."""
+        """(number, Verdict) of [(number, post, prompt), …]: a local model scores all answers, so
+        that its distribution is exact."""
         new = []
         for i, post, prompt in questions:
             key = digest(self.settings, post.id, files_digest(post), prompt)
-            if key in self.cache:
-                yield i, self.cache[key]
+            if key in self.known:
+                yield i, self.known[key]
             else:
                 new.append((i, post, prompt, key))
         new.sort(key=lambda question: len(question[2]))
         bar = progress(len(new), "mllm", "post")
         for part in chunks(new, self.args.batch):
-            for (i, _, _, key), answer in zip(part, self.score(part)):
-                self.file.write(dict(key=key, verdict=answer))
+            began = time.time()
+            examples = [encode(post, self.branches, self.processor, prompt)
+                        for _, post, prompt, _ in part]
+            batch = collate(examples, self.processor.pad_id).to(self.args.device)
+            probs = score_labels(self.mllm, batch).exp().cpu()
+            seconds = round((time.time() - began) / len(part), 4)
+            for (i, _, _, key), example, p in zip(part, examples, probs):
+                answer = verdict(p, self.ubm.classes)
+                answer.tokens, answer.seconds = len(example), seconds
+                self.file.write(dict(key=key, verdict=answer.row()))
                 yield i, answer
             bar.update(len(part))
         bar.close()
-
-    def score(self, questions):
-        """[verdict or why there is none] of some questions at once, in their order."""
-        began, answers, examples = time.time(), {}, {}
-        for i, post, prompt, _ in questions:
-            try:
-                examples[i] = encode(post, self.branches, self.processor, prompt)
-            except InputError as e:
-                answers[i] = str(e)
-        if examples:
-            batch = collate(list(examples.values()), self.processor.pad_id).to(self.args.device)
-            probs = score_labels(self.mllm, batch).exp().cpu()
-            seconds = round((time.time() - began) / len(examples), 4)
-            for (i, example), p in zip(examples.items(), probs):
-                answers[i] = verdict(p, self.ubm.classes)
-                answers[i] |= dict(tokens=len(example), seconds=seconds)
-        return [answers[i] for i, _, _, _ in questions]
 
     def ask_endpoint(self, questions):
         """The same from an endpoint, with the teacher stage's client, retries and stops."""
@@ -777,19 +979,97 @@ class CascadeSteps:
             messages = build_messages(post, "label")
             messages[-1]["content"][-1]["text"] = by_id[post.id][1] + self.branches[0][0]
             (answer,) = ask([Request(post, messages, 0.0, 32, self.args.logprobs)])
-            return dict(verdict=answer_verdict(answer, self.ubm.classes),
-                        tokens=answer.tokens_in + answer.tokens_out)
+            return answer_verdict(answer, self.ubm.classes)
 
         posts = [post for _, post, _ in questions]
-        for post, result in from_endpoint(self.args, posts, set(), Counter(), dialogue):
-            answer = result.get("verdict", result.get("problem"))
-            if isinstance(answer, dict):
-                answer |= dict(tokens=result["tokens"], seconds=result["seconds"])
+        for post, answer in from_endpoint(self.args, posts, set(), dialogue):
+            if not isinstance(answer, Verdict):  # the server refused
+                answer = Verdict(failed=answer["problem"])
             yield by_id[post.id][0], answer
 
 
-def main(argv=None, ask=None):
-    """Runs the command line; returns the exit code. ask(list of Requests) -> list of Answers: a
+def second_pass_prompt(post, ubm, mllm):
+    """The shared part of the prompt of the second pass: the post, then both answers and how sure
+    they were."""
+    return (post_prompt(post) + "Two earlier answers disagree. A small classifier: "
+            f"{_in_words(ubm)}. You: {_in_words(mllm)}. Look again and decide.\n\n")
+
+
+def _in_words(answer):
+    words = answer.prediction
+    if answer.predicted_score is not None:
+        words = f"{answer.predicted_score:+.1f}"
+    if answer.uncertainty is None:
+        return words
+    return f"{words} (uncertainty {answer.uncertainty:.2f} of 1)"
+
+
+def answer_verdict(answer, classes):
+    """The Verdict of an endpoint's Answer. Its uncertainty is None without log-probabilities, and
+    for scores, whose signs are tokens apart."""
+    found = Verdict(failed=f"no label in {answer.text[:80]!r}")
+    parsed = parse_reasoning(answer.text)
+    if tuple(classes) != LABELS:
+        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
+        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
+        found.failed = f"no score in {answer.text[:80]!r}"
+        if len(numbers) == 1 and classes[0] <= float(numbers[0]) <= classes[-1]:
+            found = score_verdict(float(numbers[0]), None)
+    elif parsed.prediction:
+        found = Verdict(parsed.prediction)
+        for token, likely in reversed(answer.logprobs or []):
+            if _label_of_token(token) == parsed.prediction:  # where the label begins
+                mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
+                for other, log_p in likely.items():
+                    mass[_label_of_token(other)] += math.exp(log_p)
+                probs = torch.tensor([mass[label] for label in LABELS])
+                found = verdict(probs / probs.sum(), LABELS)  # choice: the largest is the answer
+                break
+    found.tokens, found.seconds = answer.tokens_in + answer.tokens_out, answer.seconds
+    return found
+
+
+def _label_of_token(token):
+    """The one label that begins with this token ("neg", " Positive"), or None."""
+    start = token.strip(' "').lower()
+    labels = [label for label in LABELS if start and label.startswith(start)]
+    return labels[0] if len(labels) == 1 else None
+
+
+def threshold_grid(verdicts, error):
+    """[(passes per post, mean error, τ1, τ2), …] for `verdicts`, a list of (ubm, mllm, second_pass)
+    of posts that were all asked, at all pairs of the quantiles of u. error(Verdict, n): what an
+    answer to post n costs."""
+    grid = []
+    levels = [_uncertainty_levels([v[number] for v in verdicts]) for number in (0, 1)]
+    for tau1, tau2 in itertools.product(*levels):
+        passes = wrong = 0.0
+        for n, of_post in enumerate(verdicts):
+            passes += passes_asked(of_post, tau1, tau2) - 1
+            _, answer, _ = cascade_route(*of_post, tau1, tau2)
+            wrong += error(answer, n)
+        grid.append((passes / len(verdicts), wrong / len(verdicts), tau1, tau2))
+    return grid
+
+
+def _uncertainty_levels(answers):
+    """Nobody is sure (-1), and the 5 % quantiles of the answers' uncertainties."""
+    u = sorted(each.uncertainty for each in answers if each and each.uncertainty is not None)
+    if not u:
+        return [-1.0]
+    return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(21)})
+
+
+def best_thresholds(grid, budget):
+    """The entry of least error whose passes stay within the budget (the UBM alone always does).
+    choice: few dev posts leave many equals; of those the one that asks about most posts, then the
+    one that asks a second time about fewest."""
+    affordable = [entry for entry in grid if entry[0] <= budget]
+    return min(affordable or [min(grid)], key=lambda entry: (entry[1], entry[2], -entry[3]))
+
+
+def main(argv=None, own_ask=None):
+    """Runs the command line; returns the exit code. own_ask(list of Requests) -> list of Answers: a
     teacher of one's own in place of --model."""
     args = parse_args(argv)
 
@@ -798,7 +1078,7 @@ def main(argv=None, ask=None):
             refuse_ranks("this stage (an endpoint has --workers)")
         args.device = init_distributed(args.device)
         if args.stage == "teacher":
-            return teacher(args, ask)
+            return teacher(args, own_ask)
         stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade,
                       export=export)
         stages[args.stage](args)

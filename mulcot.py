@@ -10,8 +10,8 @@ MulCoT-RD ends. Its two neighbours come after it:
   §2 Prompts    Post -> messages, text -> fields   §6 Losses  the paper's equations, dev metrics
   §3 Teacher    two-stage chains with retries      §7 Model   loading, branches, labels, chains
   §4 Tokens     Post -> Example -> Batch
-  §8 Readout and NF4   arXiv 2606.05713            §9 UBM and cascade   arXiv 2509.04459
-  §10 Files            rows, soft labels, settings, processes
+  §8 NF4        a frozen base in 4 bits            §10 UBM and cascade   arXiv 2509.04459
+  §9 Readout    arXiv 2606.05713                   §11 Files  rows, soft labels, processes
 
 Every section runs alone with what its ruler names, and what that needs in turn (a test does that).
 Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
@@ -19,32 +19,75 @@ silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them
 P prefix tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a
 loss, n a chunk of them, C classes.
 
-Departures from the paper and from the authors' released scripts
- 1. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
+Departures of MulCoT-RD from the paper and from the authors' released scripts ("theirs"), with the
+way back to theirs where there is one
+  Chains
+ 1. Chains are brought into one written form. Theirs are trained on as they came.
+ 2. Chains that are cut off, incomplete or contradict their label are set aside, after all retries
+    and again before training. Theirs filter stage 1 and the assistant's chains by the label alone,
+    stage 2 by nothing.
+ 3. A teacher is asked three times a stage at most (`--max-tries`), each time at a higher
+    temperature; the paper asks until the structure is whole.
+ 4. A training row with a chain of over 512 tokens is set aside. Theirs cap generation alone:
+    `--max-answer 8192` in train.py and in generate.py soft.
+ 5. The prompts are our own wording; field names and their order are the paper's. Ours ask the
+    teacher for two to four sentences a field and for nothing behind the Prediction.
+ 6. MVSA is read in CLMLF's split, the one in print. Their files of it are not released.
+  Tokens
+ 7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
+ 8. The label's answer is quoted, `"Prediction": "positive"`, as the prompt shows it. Theirs is not.
+ 9. Images keep their shape under a pixel cap, are turned upright, and lie on white where they are
+    transparent; `--max-pixels 78400` gives 25 to 100 visual tokens. Theirs resize to 280 x 280,
+    always 100 tokens: `mogrify -resize '280x280!' images/*` beforehand does that.
+  Training
+10. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
     it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
-    prefix's draw; the authors run each task by itself. (Qwen3.5: a pass for each branch.)
- 2. Task weights 0.8 / 0.2 as the paper says; the released scripts sum the tasks 1 : 1.
- 3. The KL term covers response tokens; the released script also averages prompt, image and padding
-    positions. `generate.py soft --kl-positions all` adds prompt and image, never padding.
- 4. Losses are means over all supervised tokens of an optimiser step, not means of means of
-    micro-batches.
- 5. LoRA adapts the language model only; suffix matching, as the authors do, also hits the vision
-    tower's MLPs. `--scope all` is theirs.
- 6. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
-    states at the supervised positions (in 16 bits) and its output matrix; the authors run it
-    beside the student at each step.
- 7. Chains are brought into one written form before training; those that contradict their label
-    after all retries are set aside, label-conditioned ones too. The authors keep what came.
- 8. Labels are decided by scoring the three answers, on dev too; `--decode greedy` generates them,
-    as the authors do, but does not search an answer without `Prediction` for a label word.
- 9. The prompts are our own wording; field names and their order are the paper's.
-10. Gradients are clipped at norm 1 (`--clip 0` for the authors' unclipped run).
-11. Images keep their shape under a pixel cap; the paper resizes to 280 x 280. Give
-    `--max-pixels 78400` for as many visual tokens; without it the model's own cap holds.
-12. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL), not to the
-    smaller output layer (151,936): the rows between mean nothing.
-13. The assistant's chain per post is sampled at temperature 0.7, for posts whose teacher chain was
-    kept; the sources are silent on both.
+    prefix's draw. (Qwen3.5: a pass for each branch.)
+11. Task weights 0.8 / 0.2 as the paper says. Theirs sum the tasks 1 : 1, 0.8 / 0.2 is a comment:
+    `--reasoning-weight 1 --label-weight 1`.
+12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0:
+    prompt, image and padding too, which are most of them.
+13. Losses are means over all supervised tokens of an optimiser step. Theirs add up, undivided, the
+    means of its 20 micro-batches, so that a token of a short chain weighs more.
+14. An epoch's last, incomplete step is taken. Theirs drop its gradient and count on, so that the
+    next epoch's first step is short by as many micro-batches.
+15. The posts of a step are of like length (sorted within four steps). Theirs are drawn freely.
+16. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
+    states (in 16 bits) and its output matrix. Theirs runs beside the student at each step, with
+    its LoRA dropout of 0.2 left on.
+17. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL); the rows
+    behind mean nothing. Theirs resize the student's output layer up to the assistant's 152,064
+    rows, for both losses.
+18. LoRA adapts the language model only. Theirs, by suffix, also the MLPs of the vision tower:
+    `--scope all`.
+19. LoRA's factors are held in fp32 and multiplied in the base's dtype. Theirs multiply in fp32.
+20. Gradients are clipped at norm 1. Theirs are not: `--clip 0`.
+21. Macro F1 breaks ties in dev accuracy. On MVSA theirs take weighted F1.
+  Answers and metrics
+22. Labels are decided by scoring the three answers, on dev too. Theirs generate them;
+    `--decode greedy` of generate.py predict does that for test posts.
+23. Generation is plain: the largest logit, or all tokens at a temperature. Theirs use the model's
+    own defaults (Qwen2.5-VL: a repetition penalty of 1.05; top-k when sampling).
+24. A generated answer is read behind its last `Prediction`; two different labels there are none.
+    Theirs take the first label word behind the first "Prediction", else the last label word.
+25. METEOR looks up synonyms only with `--wordnet`, theirs always. Distinct is of the predictions,
+    theirs of the references (metrics.json has both). Sim of a missing chain is 0.
+
+Departures of the readout (§9) from arXiv 2606.05713
+R1. A clip's frames are separate pictures. Theirs go through Omni's video path: pairs of frames,
+    positions aligned in time, audio between them.
+R2. NF4 is of the linears that LoRA adapts in the language model, its block sizes in float32.
+    bitsandbytes within the library takes every linear but the output head, the towers' too.
+R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch and schedule
+    are ours, as is `--target label`.
+
+Departures of U-ACS (§10) from arXiv 2509.04459, of which little more than the abstract is known
+U1. A score is learned as weights of its two neighbouring whole numbers, so that u measures how
+    fractional it is, too: of 0.5 known exactly u is 0.36, of 1 it is 0.
+U2. u is entropy over its maximum; the MLLM's distribution is that of its scored answers, thresholds
+    are those of least error on dev within `--budget` MLLM passes a post.
+U3. The UBM (several short runs of a text encoder, adversarial steps, averaged weights, a fitted
+    temperature), the prompt of the second pass and what happens when a pass fails are ours.
 """
 
 from __future__ import annotations
@@ -52,33 +95,27 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import signal
 import sys
 import threading
-import time
 import wave
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -170,8 +207,8 @@ def read_tensors(path):
 
 
 # ================================================================================================
-# §1 Posts [needs: csv, json, os, re, wave, dataclass, field, replace, Path, torch, Image,
-#    ImageOps, LABELS, InputError, explaining]
+# §1 Posts [needs: base64, csv, io, json, os, re, wave, dataclass, field, replace, Path, torch,
+#    Image, ImageOps, LABELS, InputError, explaining]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -314,6 +351,17 @@ def load_image(path, check=False):
         return image.convert("RGB")
 
 
+def data_url(path, max_side=1120, quality=92):
+    """The image as a data URL, written anew as JPEG: upright, its longer side at most max_side,
+    without metadata (GPS!), wherever the file hid it."""
+    image = load_image(path)
+    image.info = {}  # trap: Pillow writes a comment found there
+    image.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def load_audio(path):
     """A 16-bit PCM WAV of 16 kHz as floats (samples,) in [-1, 1), channels averaged. Raises
     InputError with the reason."""
@@ -393,7 +441,7 @@ def _open_rows(path, images):
     if path.suffix == ".jsonl":
         return _lines(path), json.loads, images
     if path.suffix == ".json":
-        return _json_rows(path), lambda row: row, images
+        return _json_rows(path), lambda row: _json_row(path.stem, row), images
     if path.suffix == ".tsv":
         return _lines(path)[1:], lambda line: _tsv_row(path.stem, line), images
     raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json, .tsv or .csv")
@@ -408,12 +456,26 @@ def _lines(path):
 
 
 def _json_rows(path):
-    """The authors' release: a list of rows."""
+    """A list of rows: the authors' release, or a file of CLMLF's split of MVSA."""
     with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
     if not isinstance(rows, list):
         raise InputError(f"{path} must be a list of rows, as in the authors' release")
+    known = {"label", "emotion_label", "score", *FILES}
+    if not known & set().union(*(row for row in rows if isinstance(row, dict))):
+        print(f"note       {path}: no row has a label or an image ({', '.join(sorted(known))})")
     return [(f"{path}[{n}]", row) for n, row in enumerate(rows)]
+
+
+def _json_row(stem, row):
+    """A row of the authors' release as it is; of MVSA with its label (0 positive, 1 neutral, 2
+    negative), its picture and the split, which is the file's name."""
+    if not isinstance(row, dict) or "emotion_label" not in row:
+        return row
+    if row["emotion_label"] not in (0, 1, 2):
+        raise InputError(f"emotion_label must be 0, 1 or 2, got {row['emotion_label']!r}")
+    label = ("positive", "neutral", "negative")[row["emotion_label"]]
+    return row | dict(label=label, image=f"{row.get('id')}.jpg", split=stem)
 
 
 def _tsv_row(stem, line):
@@ -487,6 +549,14 @@ def _csv_rows(path, folder):
             row["audio"] = f"audio/{name}.wav"
         return row
 
+    # CH-SIMS has scores in [-1, 1], and one of each modality, which MOSI's file may leave empty
+    by_modality = {"label_T", "label_A", "label_V"} <= set(header)
+    if by_modality and len(lines) > 1:
+        rows = [dict(zip(header, next(csv.reader([line.decode("utf-8", "replace")]))))
+                for _, line in lines[1:]]
+        if all(row.get("label_T") and abs(float(row["label"])) <= 1 for row in rows):
+            raise InputError(f"{path} looks like CH-SIMS, with scores in [-1, 1] and not in "
+                             "[-3, 3]: multiply its column label by 3 and empty label_T")
     return lines[1:], parse, folder
 
 
@@ -523,31 +593,31 @@ TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
 you rely on. \
 Give exactly one word as the Prediction and write nothing after it."""
-FORMATS = dict(reason=REASON_FORMAT, label=LABEL_FORMAT, predict=REASON_FORMAT + TEACHER_RULES,
-               explain=REASON_FORMAT + TEACHER_RULES)
+FORMATS = dict(reason=REASON_FORMAT, label=LABEL_FORMAT, unaided=REASON_FORMAT + TEACHER_RULES,
+               explained=REASON_FORMAT + TEACHER_RULES)
 
 
 def post_prompt(post, task="reason", gold=None):
     """The shared part of a prompt: task, definitions (teacher only), the post. Ends in a blank
     line."""
     lines = [TASK_ASPECT if post.aspect else TASK]
-    if task == "explain":
+    if task == "explained":
         lines = [TASK_EXPLAIN + (TOWARD_ASPECT if post.aspect else "")]
-    if task in ("predict", "explain"):
+    if task in ("unaided", "explained"):
         lines.append(DEFINITIONS)
     lines.append("Text: " + " ".join(post.text.split()))  # trap: line breaks could fake our layout
     if post.aspect:
         lines.append("Target aspect: " + " ".join(post.aspect.split()))
-    if task == "explain":
+    if task == "explained":
         lines.append(f"Given sentiment: {gold}")
     return "\n".join(lines) + "\n\n"
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" for the trained models, "predict" |
-    "explain" for the teacher's two stages; only "explain" takes (and needs) the gold label.
+    """OpenAI-style messages. task: "reason" | "label" for the trained models, "unaided" |
+    "explained" for the teacher's two stages; only "explained" takes (and needs) the gold label.
     paper: stage 1 / stage 2."""
-    assert task in FORMATS and (gold in LABELS) == (task == "explain"), (task, gold)
+    assert task in FORMATS and (gold in LABELS) == (task == "explained"), (task, gold)
     content = [{"type": "image", "image": path} for path in post.images]
     if post.audio:
         content.append({"type": "audio", "audio": post.audio})
@@ -567,7 +637,9 @@ class Reasoning:
     problem: str | None
 
 
-_NAME = "|".join(FIELDS)
+# choice: models write `Text_Analysis`, `text analysis` or `Text-analysis` as well
+_NAME = "(?i:" + "|".join(name.replace("_", "[_ -]") for name in FIELDS) + ")"
+_FIELD_OF = {name.lower(): name for name in FIELDS}
 # A field opens at the start of a line, in Markdown, list or JSON markup, or behind { or , when its
 # name is quoted. Within a sentence its name is text. Bounded repeats keep this linear on any input.
 _HEADING = re.compile(
@@ -588,7 +660,7 @@ def parse_reasoning(text):
     ends = [heading.start() for heading in headings[1:]] + [len(text)]
     fields = {}
     for heading, end in zip(headings, ends):
-        name = heading[1] or heading[2]
+        name = _FIELD_OF[re.sub("[ -]", "_", (heading[1] or heading[2]).lower())]
         value = _clean(text[heading.end() : end], quoted='"' in heading[0])
         fields[name] = value or fields.get(name, "")  # an empty heading takes nothing back
     answer = fields.get("Prediction", "")
@@ -650,8 +722,7 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: base64, hashlib, io, os, random, re, threading, time, Counter, dataclass,
-#    field, parsedate_to_datetime, Path, urlsplit, requests, InputError, explaining, §1, §2]
+# §3 Teacher [needs: hashlib, dataclass, field, InputError, §1, §2]
 # ================================================================================================
 
 
@@ -684,33 +755,33 @@ def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
     """The teacher's chains of labelled posts: `ask(list of Requests) -> list of Answers`, in their
     order, so that a local model answers a batch at once. Returns a row per post: `cot` (None if
     every try failed), `prediction`, `unaided_prediction` (what stage 1 said, right or wrong),
-    `stage`, `tries`, `problem`, `attempts`, tokens.
+    `stage`, `tries`, `problem`, `attempts`, tokens and seconds.
 
     paper: stage 1 asks without the label and is kept if right; stage 2 is given the label of the
     posts that failed, and explains it."""
     attempts = {post.id: [] for post in posts}
-    ask_until_valid(posts, "predict", ask, attempts, max_tries, max_tokens)
+    ask_until_valid(posts, "unaided", ask, attempts, max_tries, max_tokens)
     if stage2:
         failed = [post for post in posts if attempts[post.id][-1]["problem"]]
-        ask_until_valid(failed, "explain", ask, attempts, max_tries, max_tokens)
+        ask_until_valid(failed, "explained", ask, attempts, max_tries, max_tokens)
     rows = []
     for tries in attempts.values():
         unaided = [each["prediction"] for each in tries if each["stage"] == 1]
         rows.append(tries[-1] | dict(tries=len(tries), attempts=tries,
-                                     unaided_prediction=unaided[-1],
-                                     tokens_in=sum(each["tokens_in"] for each in tries),
-                                     tokens_out=sum(each["tokens_out"] for each in tries)))
+                                     unaided_prediction=unaided[-1]))
+        for name in ("tokens_in", "tokens_out", "seconds"):
+            rows[-1][name] = sum(each[name] for each in tries)
     return rows
 
 
 def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
-    """One stage: asks about each post until its answer is valid; every try is appended to
-    `attempts` {post id: tries}.
+    """One stage: asks about each post until its answer is valid, at most `max_tries` times. Every
+    try is appended to `attempts` {post id: tries}.
 
     paper: the adaptive retry controller (ARC) asks again while the structure is incomplete.
-    choice: a retry raises the temperature (0, 0.4, 0.8, 1.2) and doubles the token budget after a
-    truncated answer; a whole stage-1 answer with the wrong label is what stage 2 is for; a stage-2
-    chain that contradicts its label is asked again."""
+    choice: each retry is at a higher temperature (0, 0.4, 0.8, 1.2). An answer that was cut off
+    gets twice as many tokens the next time. An unaided answer that is whole but wrong is not asked
+    for again: that is what stage 2 is for. An explanation that contradicts its label is."""
     budget = dict.fromkeys(attempts, max_tokens)
     pending = posts
     for retry in range(max_tries):
@@ -719,8 +790,9 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
         temperature = min(0.4 * retry, 1.2)
         requests = []
         for post in pending:
-            messages = build_messages(post, task, post.label if task == "explain" else None)
-            requests.append(Request(post, messages, temperature, budget[post.id]))
+            gold = post.label if task == "explained" else None
+            requests.append(Request(post, build_messages(post, task, gold), temperature,
+                                    budget[post.id]))
         try:
             answers = ask(requests)
         except Refused:
@@ -735,7 +807,7 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
             cut_off = answer.finish == "length"
             if cut_off:
                 budget[post.id] *= 2
-            if cut_off or (problem and (task == "explain" or not parsed.complete)):
+            if cut_off or (problem and (task == "explained" or not parsed.complete)):
                 pending.append(post)
 
 
@@ -744,175 +816,33 @@ def _attempt(task, request, answer, parsed, problem):
     prompt = request.messages[-1]["content"][-1]["text"]
     cot = render_reasoning(parsed.fields) if problem is None else None
     return dict(cot=cot, raw=answer.text, prediction=parsed.prediction, problem=problem,
-                stage=1 if task == "predict" else 2, label_conditioned=task == "explain",
+                stage=1 if task == "unaided" else 2, label_conditioned=task == "explained",
                 prompt=hashlib.sha256(prompt.encode()).hexdigest()[:16],
                 temperature=request.temperature, max_tokens=request.max_tokens,
-                tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
+                tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, seconds=answer.seconds)
 
 
 class Refused(InputError):
     """The server will not answer this one request (400, 413, 422 …); others may fare better."""
 
 
-class Unreachable(InputError):
-    """The server gave no usable answer, however often it was asked."""
-
-
-class Endpoint:
-    """An OpenAI-compatible chat-completions server (OpenAI, vLLM, SGLang, Ollama, llama.cpp) over
-    requests; many threads may call it at once. The key is read from OPENAI_API_KEY and cut
-    out of every text that comes back. `timeout`: seconds without a byte.
-    `extra_body` is merged into each request; None removes a key. `proxy`: a URL; those of the
-    environment are not used. `retries` counts what went wrong, `stop` ends all waiting."""
-
-    RETRIED = {408, 409, 429} | set(range(500, 600))
-
-    def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
-                 proxy=None):
-        check_url(url, allow_http)
-        self.url, self.model = url.rstrip("/") + "/chat/completions", model
-        self.timeout, self.max_retries, self.extra_body = timeout, max_retries, extra_body or {}
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):  # trap: requests would print it
-            raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
-        self.retries, self.stop = Counter(), threading.Event()
-        self._paused_until = 0.0  # of all threads
-        self.session = requests.Session()  # of all threads, which it keeps connections for
-        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
-        self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
-        self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-        self.session.proxies = dict(http=proxy, https=proxy)
-        if self._key:
-            self.session.headers["Authorization"] = f"Bearer {self._key}"
-
-    def __call__(self, request):
-        """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are retried with
-        jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
-        what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
-        of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
-        messages = [message | dict(content=[_wire_part(part) for part in message["content"]])
-                    for message in request.messages]
-        body = dict(model=self.model, messages=messages, temperature=request.temperature,
-                    max_tokens=request.max_tokens)
-        if request.logprobs:
-            body |= dict(logprobs=True, top_logprobs=5)
-        body |= self.extra_body
-        body = {key: value for key, value in body.items() if value is not None}
-        ready_at = 0.0
-        for attempt in range(self.max_retries + 1):
-            delay = max(ready_at, self._paused_until) - time.monotonic()
-            if delay > 0:
-                self.pause(delay)
-            answer, problem = self._post(body)
-            if answer:
-                return answer
-            self.retries[problem.split(":")[0]] += 1
-            ready_at = time.monotonic() + min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
-        raise Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: "
-                          f"{problem}; run again to go on")
-
-    def _post(self, body):
-        """One call -> (Answer or None, why it is worth another try)."""
-        answer, seconds = None, 0.0
-        try:  # all that happens while a reply is read and understood is worth another try
-            reply = self.session.post(self.url, json=body, timeout=self.timeout,
-                                      allow_redirects=False)
-            if reply.status_code == 200:
-                return _read_reply(reply.json(), self._plain), ""
-            seconds = _retry_after(reply.headers.get("Retry-After", ""))
-        except Exception as e:
-            return None, self._line(f"{type(e).__name__}: {e}")
-        status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
-        if re.search("unsupported.(parameter|value)", problem, re.I):
-            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
-            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
-            if "logprobs" in problem:
-                remedy = "say --no-logprobs"
-            raise InputError(f"{self.url} refused: {problem}; {remedy}")
-        if status in (401, 402, 404) or status < 400:
-            raise InputError(f"{self.url} refused: {problem}")
-        if status not in self.RETRIED:
-            raise Refused(f"{self.url} refused: {problem}")
-        if seconds > 3600:
-            raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
-        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-        return None, problem
-
-    def pause(self, seconds):
-        """Sleeps; raises InputError if asked to stop meanwhile."""
-        if self.stop.wait(seconds):
-            raise InputError("stopped")
-
-    def _plain(self, text):
-        """A text from the server without the key. choice: keys of fewer than 8 characters are no
-        secrets (EMPTY, x)."""
-        return text.replace(self._key, "***") if len(self._key) >= 8 else text
-
-    def _line(self, text):
-        """The start of such a text, as one line."""
-        return " ".join(self._plain(text).split())[:300]
-
-
-def check_url(url, allow_http=False):
-    """Raises InputError for an address that is none, or that sends posts and key in the clear."""
-    with explaining(f"--endpoint {url!r} is no address"):
-        address = urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
-    local = address.hostname in ("localhost", "127.0.0.1", "::1")
-    if address.scheme == "http" and not local and not allow_http:
-        raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
-                         "--allow-http")
-
-
-def _retry_after(header):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
-    there is to raise if it cannot be read."""
-    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
-        return float(header or 0)
-    return parsedate_to_datetime(header).timestamp() - time.time()
-
-
-def _read_reply(reply, plain):
-    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
-    (refusal, null content) is an empty answer. Raises what there is to raise."""
-    choice = reply["choices"][0]
-    content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # some servers answer in content parts
-        content = "".join(part.get("text") or "" for part in content)
-    logprobs = []
-    for token in (choice.get("logprobs") or {}).get("content") or []:
-        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
-        logprobs.append((plain(token["token"]), likely))
-    usage = reply.get("usage") or {}
-    tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
-
-
-def _wire_part(part):
-    """A content part as it goes over the wire: images become data URLs, audio base64."""
-    if part["type"] == "audio":
-        data = base64.b64encode(Path(part["audio"]).read_bytes()).decode()
-        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-    if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
-    return part
-
-
-def data_url(path, max_side=1120, quality=92):
-    """The image as a data URL, written anew as JPEG: upright, its longer side at most max_side,
-    without metadata (GPS!), wherever the file hid it."""
-    image = load_image(path)
-    image.info = {}  # trap: Pillow writes a comment found there
-    image.thumbnail((max_side, max_side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 # ================================================================================================
-# §4 Tokens [needs: math, dataclass, replace, torch, InputError, explaining, §1, §2]
+# §4 Tokens [needs: copy, math, dataclass, torch, InputError, explaining, §1, §2]
 # ================================================================================================
+
+
+# How a post becomes a row of tokens, of Qwen2.5-VL (| is where one piece ends):
+#
+#   prefix     <|im_start|>system⏎You are a helpful assistant.<|im_end|>⏎<|im_start|>user⏎
+#              <|vision_start|><|image_pad|> … <|vision_end|> | Judge … Text: so dismal …
+#   branch 1   Answer with these five fields … | <|im_end|>⏎<|im_start|>assistant⏎ |
+#              "Text_analysis": … "Prediction": "positive"<|im_end|>
+#   branch 2   Answer with this field only … | <|im_end|>⏎<|im_start|>assistant⏎ |
+#              "Prediction": "positive"<|im_end|>
+#
+# A *turn* is what the chat template writes around the user's words and the answer; a *branch* is a
+# question with its answer behind the shared prefix. The *shift*: the position before a token is
+# where that token is predicted, so the answer's targets stand one position before the answer.
 
 
 # ---- model families: how an image enters the prompt; all else is common code
@@ -1063,13 +993,13 @@ class Processor:
         with explaining("the tokenizer's chat template cannot be used"):
             asked = render(messages[:1], add_generation_prompt=True, **options)
             before, tail = asked.split(user)
-            told, end = render(messages, **options).split(answer)
+            answered, end = render(messages, **options).split(answer)
             tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
             cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
         # trap: SmolVLM2 puts a space after "Assistant:"; other templates leave out empty thoughts
-        lead = told.removeprefix(asked) if told.startswith(asked) else ""
+        lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
         return Turn(before[:cut], before[cut:], tail, lead, end)
 
     def text_ids(self, text):
@@ -1199,6 +1129,10 @@ class Batch:
     targets: torch.Tensor  # (B, T)
     media: dict
 
+    def __post_init__(self):
+        padding = self.branch_ids == -1  # (B, T)
+        assert not (padding[:, :-1] & ~padding[:, 1:]).any(), "padding stands at the end of a row"
+
     def supervised(self, branch):
         """Where an answer token of this branch is to be predicted (B, T)."""
         return (self.targets != -100) & (self.branch_ids == branch)
@@ -1212,13 +1146,17 @@ class Batch:
         (B, T'), and which of them are no padding (B, T')."""
         attended = self.attended(branch)
         width = int(attended.sum(1).max())
-        at = attended.int().argsort(dim=1, stable=True)[:, -width:]  # the unattended stand first
-        return at, attended.gather(1, at)
+        order = attended.int().argsort(dim=1, stable=True)  # the unattended stand first
+        places = order[:, -width:]
+        return places, attended.gather(1, places)
 
     def to(self, device):
-        tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        media = {k: v.to(device) for k, v in self.media.items()}
-        return replace(self, **tensors, media=media)
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(moved, name, value.to(device))
+        moved.media = {name: tensor.to(device) for name, tensor in self.media.items()}
+        return moved
 
 
 def collate(examples, pad_id):
@@ -1227,19 +1165,19 @@ def collate(examples, pad_id):
     input_ids, position_ids = torch.full((B, T), pad_id), torch.zeros(3, B, T, dtype=torch.long)
     branch_ids, targets = torch.full((B, T), -1), torch.full((B, T), -100)
     for b, example in enumerate(examples):
-        at = len(example.prefix)
-        input_ids[b, :at] = torch.tensor(example.prefix)
-        position_ids[:, b, :at] = example.position_ids
-        branch_ids[b, :at] = 0
-        first = int(example.position_ids.max()) + 1  # where every branch starts
-        for k, (ids, n_answer) in enumerate(example.branches, 1):
-            end = at + len(ids)
-            input_ids[b, at:end] = torch.tensor(ids)
-            position_ids[:, b, at:end] = torch.arange(first, first + len(ids))
-            branch_ids[b, at:end] = k
+        start = len(example.prefix)
+        input_ids[b, :start] = torch.tensor(example.prefix)
+        position_ids[:, b, :start] = example.position_ids
+        branch_ids[b, :start] = 0
+        position = int(example.position_ids.max()) + 1  # where every branch begins
+        for branch, (ids, n_answer) in enumerate(example.branches, 1):
+            end = start + len(ids)
+            input_ids[b, start:end] = torch.tensor(ids)
+            position_ids[:, b, start:end] = torch.arange(position, position + len(ids))
+            branch_ids[b, start:end] = branch
             if n_answer:  # the only shift in the house: position t learns to predict token t + 1
                 targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
-            at = end
+            start = end
     media = join_media(example.media for example in examples)
     if media.pop("audio", None) is not None:  # sounds are padded instead
         clips = [example.media["audio"] for example in examples if "audio" in example.media]
@@ -1262,23 +1200,47 @@ def branch_mask(branch_ids, dtype):
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def show_tokens(batch, tokenizer, row=0):
-    """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
-    per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
-    green, plain = "\033[32m", "\033[0m"
-    lines, branch, piece = [], None, None
-    for t, token in enumerate(batch.input_ids[row].tolist()):
-        before, branch = branch, int(batch.branch_ids[row, t])
-        last, piece = piece, tokenizer.decode([token])
-        if branch == -1:  # padding
-            break
-        if branch != before:
-            lines.append(f"\n{plain}---- {f'branch {branch}' if branch else 'prefix'} ----\n")
-        if piece == last and piece in PLACEHOLDERS:
-            continue  # hundreds of one placeholder are shown once
-        supervised = branch == before and batch.targets[row, t - 1] != -100
-        lines.append((green if supervised else plain) + piece)
-    return "".join(lines) + plain
+# ---- what a post is trained on
+
+
+def training_branches(post, processor, max_answer=512, need_chain=True):
+    """The training tasks of a labelled post as branches: reasoning, then label; without
+    `need_chain` the label task alone. The chain is brought into the one written form. Raises
+    InputError that says why a post is unfit; choice: one whose chain contradicts its label is."""
+    if post.label is None:
+        raise InputError("no label")
+    label_task = (LABEL_FORMAT, render_label(post.label))
+    if not need_chain:
+        return [label_task]
+    if not post.cot:
+        raise InputError("no cot: run generate.py teacher first")
+    parsed, problem = check_answer(post.cot, post.label)
+    if problem:
+        raise InputError(f"chain unfit: {problem}")
+    chain = render_reasoning(parsed.fields)
+    if len(processor.text_ids(chain)) >= max_answer:  # with <|im_end|>
+        raise InputError(f"chain longer than --max-answer {max_answer} tokens")
+    return [(REASON_FORMAT, chain), label_task]
+
+
+def training_items(paths, images, branches_of):
+    """([(post, branches)], [(where, why it was set aside)]) of rows. branches_of(post) -> branches;
+    it raises InputError with the reason to set a row aside, and returns [] to leave one out without
+    a word."""
+    items, rejects = [], []
+    for path in paths:
+        for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
+            try:
+                branches = branches_of(post)
+            except InputError as e:
+                rejects.append((f"{path}: {post.id}", str(e)))
+                continue
+            if branches:
+                items.append((post, branches))
+    report_rejects(rejects, "rows in all")
+    if not items:
+        raise InputError(f"{', '.join(paths)}: no row that this stage can use")
+    return items, rejects
 
 
 # ================================================================================================
@@ -1459,7 +1421,8 @@ def _current_key(key, modules):
 
 
 # ================================================================================================
-# §6 Losses [needs: np, torch, F, LABELS]
+# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, REMEDY, InputError, explaining,
+#    read_json, digest, write_tensors, read_tensors]
 # ================================================================================================
 
 
@@ -1482,7 +1445,7 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
     1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
     (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); soft labels come cut to the tokenizer's
-    ids (departure 12)."""
+    ids (departure 17)."""
     assert student_logits.shape[:-1] == teacher_logits.shape[:-1], (
         student_logits.shape, teacher_logits.shape)
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
@@ -1497,24 +1460,27 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     return total / max(kl.numel(), 1) if reduction == "mean" else total
 
 
-def in_chunks(loss_of, hidden, size):
-    """The sum of `loss_of(hidden[a:b], slice(a, b))` over chunks of `size` rows of hidden (N, D) ->
-    scalar. Value and gradient are those of `loss_of(hidden, slice(0, N))`, but only one chunk's
+def in_chunks(sums_of, hidden, size):
+    """{name: scalar}, the sums over chunks of `size` rows of hidden (N, D) of what
+    `sums_of(hidden[a:b], slice(a, b))` -> {"loss": scalar, …} returns. "loss" is differentiable:
+    value and gradient are those of `sums_of(hidden, slice(0, N))["loss"]`, but only one chunk's
     (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
-    pass, and reaches `hidden` through the returned scalar. Weights that loss_of uses (an output
-    head) must be frozen: their gradient would be lost."""
-    total = hidden.new_zeros((), dtype=torch.float32)
+    pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
+    must be frozen: their gradient would be lost."""
+    sums = {"loss": hidden.new_zeros((), dtype=torch.float32)}
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         chunk = hidden[rows].detach().requires_grad_()
-        loss = loss_of(chunk, rows)
+        terms = sums_of(chunk, rows)
         if start == 0:
-            assert trained_leaves(loss) == {chunk}, "loss_of uses weights that are not frozen"
-        (gradient[rows],) = torch.autograd.grad(loss, chunk)
-        total += loss.detach()
+            assert trained_leaves(terms["loss"]) == {chunk}, "sums_of uses weights not frozen"
+        (gradient[rows],) = torch.autograd.grad(terms["loss"], chunk)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
     link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
-    return total + (link - link.detach())  # the value is `total`, the gradient that of `link`
+    sums["loss"] = sums["loss"] + (link - link.detach())  # adds 0 to the value
+    return sums
 
 
 def trained_leaves(loss):
@@ -1529,6 +1495,66 @@ def trained_leaves(loss):
             leaves.add(node.variable)
         nodes += [before for before, _ in node.next_functions]
     return leaves
+
+
+# ---- the assistant's soft labels
+
+
+class SoftLabels:
+    """The assistant's last hidden states at the supervised positions, in `folder`, and its output
+    matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
+    part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
+    hash of its token ids, its prefix and its files, so that a stale or foreign one is not found."""
+
+    def __init__(self, folder):
+        self.folder, self.head = Path(folder), None
+        if not (self.folder / "settings.json").exists():
+            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
+                             "train with --no-soft")
+        self.settings = read_json(self.folder / "settings.json")
+        self.parts = {}  # the open file of each entry
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            with explaining(f"{path} is damaged, {REMEDY}"):
+                file = safe_open(path, "pt")
+                self.parts.update(dict.fromkeys(file.keys(), file))
+
+    @staticmethod
+    def names(example):
+        """The entry name of each of an example's branches."""
+        prefix = digest(example.prefix, *example.media.values())
+        return [digest(prefix, ids, n_answer) for ids, n_answer in example.branches]
+
+    def write_part(self, entries):
+        """{name: hidden (n, D')} -> one more file, whole or not there; named by its content, so
+        that processes do not collide."""
+        tensors = {name: hidden.to(torch.float16) for name, hidden in entries.items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError("the assistant's hidden states do not fit 16 bits: train --no-soft")
+        write_tensors(self.folder / f"part-{digest(*sorted(entries))}.safetensors", tensors)
+
+    def write_head(self, weight):
+        """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""
+        write_tensors(self.folder / "head.safetensors", dict(weight=weight))
+
+    def load_head(self, device):
+        """Reads the assistant's output matrix."""
+        self.head = read_tensors(self.folder / "head.safetensors")["weight"].to(device)
+
+    def hidden(self, examples, branch):
+        """The assistant's hidden states (N, D') at the supervised positions of this branch of the
+        examples, one after the other, as wide and where the head is."""
+        entries = []
+        for example in examples:
+            name = self.names(example)[branch - 1]
+            if name not in self.parts:
+                raise InputError(f"{self.folder} has no soft labels for this post, prompt and "
+                                 "image: rerun generate.py soft with the same --data and "
+                                 "--max-pixels, or train with --no-soft")
+            entries.append(self.parts[name].get_tensor(name))
+        return torch.cat(entries).to(self.head)
+
+
+# ---- dev metrics
 
 
 def confusion_table(gold, predicted, classes=LABELS):
@@ -1561,8 +1587,13 @@ def confusion_scores(table):
 
 
 def default_dtype(device):
-    """Of a base on this device."""
-    return "bfloat16" if str(device).startswith("cuda") else "float32"
+    """Of a base on this device: bfloat16 where it is a GPU that has it, else float32."""
+    if not str(device).startswith("cuda"):
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    print("note       this GPU has no bfloat16, so the default is float32")
+    return "float32"
 
 
 def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
@@ -1748,13 +1779,13 @@ def _branch_by_branch(model, batch, cache):
     last = int(batch.branch_ids.max())
     hidden = None  # (B, T, D)
     for branch in range(1, last + 1):
-        at, real = batch.alone(branch)  # (B, T')
-        positions = batch.position_ids.gather(2, at.expand(3, -1, -1))
-        own = run_model(model, batch.input_ids.gather(1, at), positions, real.long(),
-                        cache if branch == last else None, **batch.media)  # (B, T', D)
+        places, real = batch.alone(branch)  # (B, T')
+        positions = batch.position_ids.gather(2, places.expand(3, -1, -1))
+        alone = run_model(model, batch.input_ids.gather(1, places), positions, real.long(),
+                          cache if branch == last else None, **batch.media)  # (B, T', D)
         if hidden is None:
-            hidden = own.new_zeros(*batch.input_ids.shape, own.shape[-1])
-        packed = torch.zeros_like(hidden).scatter(1, at[..., None].expand_as(own), own)
+            hidden = alone.new_zeros(*batch.input_ids.shape, alone.shape[-1])
+        packed = torch.zeros_like(hidden).scatter(1, places[..., None].expand_as(alone), alone)
         hidden = torch.where(batch.attended(branch)[..., None], packed, hidden)
     return hidden
 
@@ -1763,46 +1794,6 @@ def encode_batch(posts, branches, model, processor):
     """The posts, each with these branches, as a Batch on the model's device."""
     examples = [encode(post, branches, processor) for post in posts]
     return collate(examples, processor.pad_id).to(model.device)
-
-
-# ---- what a post is trained on
-
-
-def training_branches(post, processor, max_answer=512, need_chain=True):
-    """(the training tasks of a labelled post: reasoning, then label; why it has none). The chain is
-    brought into the one written form; choice: one that contradicts its label is unfit. Without
-    `need_chain` the label task alone, whatever the chain."""
-    if post.label is None:
-        return None, "no label"
-    label_task = (LABEL_FORMAT, render_label(post.label))
-    if not need_chain:
-        return [label_task], None
-    if not post.cot:
-        return None, "no cot: run generate.py teacher first"
-    parsed, problem = check_answer(post.cot, post.label)
-    if problem:
-        return None, f"chain unfit: {problem}"
-    chain = render_reasoning(parsed.fields)
-    if len(processor.text_ids(chain)) >= max_answer:  # with <|im_end|>
-        return None, f"chain longer than --max-answer {max_answer} tokens"
-    return [(REASON_FORMAT, chain), label_task], None
-
-
-def training_items(paths, images, branches_of):
-    """([(post, branches)], [(where, why it was set aside)]) of rows; branches_of(post) ->
-    (branches, None), (None, why not), or (None, None) where a row is left out on purpose."""
-    items, rejects = [], []
-    for path in paths:
-        for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
-            branches, problem = branches_of(post)
-            if problem:
-                rejects.append((f"{path}: {post.id}", problem))
-            elif branches is not None:
-                items.append((post, branches))
-    report_rejects(rejects, "rows in all")
-    if not items:
-        raise InputError(f"{', '.join(paths)}: no row that this stage can use")
-    return items, rejects
 
 
 # ---- labels
@@ -2055,7 +2046,7 @@ def count_parameters(model):
 
 # ================================================================================================
 # §9 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
-#    write_json, read_json, write_tensors, read_tensors, §1, §2, §6, §7]
+#    read_json, read_tensors, §1, §2, §6, §7]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2139,13 +2130,6 @@ def read_out(model, processor, posts):
     return [dict(score=score) for score in rounded(scores)]
 
 
-def save_readout(readout, folder):
-    """`head.safetensors` (where it has layers), then `head.json`."""
-    if readout.discriminative:
-        write_tensors(Path(folder, "head.safetensors"), readout.state_dict())
-    write_json(Path(folder, "head.json"), readout.config)
-
-
 def load_readout(model, folder):
     """Puts the head that `save_readout` wrote on the model."""
     with explaining(f"{folder} holds a damaged or foreign readout head"):
@@ -2196,13 +2180,11 @@ def regression_metrics(gold, predicted):
 
 
 # ================================================================================================
-# §10 UBM and cascade (arXiv 2509.04459) [needs: itertools, math, re, Path, np, torch, F, Image, nn,
-#    LABELS, InputError, explaining, write_json, read_json, write_tensors, read_tensors, §1, §2]
+# §10 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
+#    LABELS, InputError, explaining, read_json, read_tensors, §1]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
-BIN_FORMAT = """Answer with this field only:
-"Prediction": a whole number from -3 (most negative) to 3 (most positive)"""
 
 
 # ---- the UBM: a small classifier
@@ -2346,39 +2328,6 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
     return UBM(ensemble, classes)
 
 
-def reinit_top_layer(encoder):
-    """Draws the top layer of a text encoder anew: it is made for the task that it was trained on,
-    and on few posts a random start learns better (Zhang et al. 2021, arXiv 2006.05987). An encoder
-    whose layers share their weights (ALBERT) keeps them."""
-    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
-    layers = max(stacks, key=len, default=nn.ModuleList())
-    if len(layers) != encoder.config.num_hidden_layers:
-        return
-    for module in layers[-1].modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-
-
-def save_ubm(model, folder):
-    """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
-    hub."""
-    folder, member = Path(folder), model.members[0]
-    member.text.config.save_pretrained(folder / "text")
-    with explaining(f"{folder} cannot be written"):
-        model.tokenizer.save_pretrained(folder / "text")
-    if member.image is not None:
-        member.image.config.save_pretrained(folder / "image")
-        member.image_processor.save_pretrained(folder / "image")
-    write_tensors(folder / "ubm.safetensors", model.state_dict())
-    write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
-                                         members=len(model.members),
-                                         image=member.image is not None))
-
-
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
     with explaining(f"{folder} is no folder of train.py ubm, or a damaged one"):
@@ -2391,27 +2340,32 @@ def load_ubm(folder, device="cpu"):
     return model.to(device).eval()
 
 
-def class_targets(posts, classes):
-    """What to learn (N, C): the label; a score's two neighbouring bins, so that the expectation is
-    the score. Scores beyond the outer bins count as those."""
-    if tuple(classes) == LABELS:
-        labels = torch.tensor([LABELS.index(post.label) for post in posts])
-        return F.one_hot(labels, len(LABELS)).float()
-    scores = torch.tensor([float(post.score) for post in posts]).clamp(classes[0], classes[-1])
-    return (1 - (scores[:, None] - torch.tensor(classes)).abs()).clamp(min=0)
-
-
-def fit_temperature(logits, targets):
-    """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.5 and
-    11. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
-    grid = 2.0 ** torch.linspace(-1, 3.5, 313)
-    losses = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
-    return grid[losses.argmin()].item()
-
-
-# ---- verdicts: what a stage of the cascade says, and how sure it is
+# ---- verdicts: what a pass of the cascade says, and how sure it is
 
 POLARITY_EPSILON = 0.5  # choice: a score nearer to 0 than half a bin takes no side
+
+
+@dataclass
+class Verdict:
+    """What a pass says of a post: the label, of scores the polarity, as `prediction`; `uncertainty`
+    from 0 to 1, None where unknown; of labels `probs` in their order, of scores the expectation
+    `predicted_score` and the bins' `bin_probs`. `failed`: why it says nothing. What it cost:
+    `tokens`, `seconds`."""
+
+    prediction: str | None = None
+    uncertainty: float | None = None
+    probs: list | None = None
+    predicted_score: float | None = None
+    bin_probs: list | None = None
+    failed: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def row(self, cost=True):
+        """The fields that are known, for a row; without what it cost if asked so."""
+        left_out = () if cost else ("tokens", "seconds")
+        return {name: value for name, value in vars(self).items()
+                if value is not None and name not in left_out}
 
 
 def uncertainty(probs):
@@ -2421,94 +2375,57 @@ def uncertainty(probs):
 
 
 def verdict(probs, classes):
-    """What a distribution (C,) over `classes` says, as entries of a row: prediction, probs and
-    uncertainty; of a score the polarity, predicted_score (its expectation) and bin_probs."""
+    """The Verdict of a distribution (C,) over `classes` (LABELS or SCORE_BINS)."""
     u = round(uncertainty(probs).item(), 6)
     probs = [round(p, 6) for p in probs.tolist()]
     if tuple(classes) == LABELS:
-        return dict(prediction=LABELS[probs.index(max(probs))], probs=probs, uncertainty=u)
+        return Verdict(LABELS[probs.index(max(probs))], u, probs)
     expectation = sum(p * c for p, c in zip(probs, classes))
-    return score_verdict(expectation, u) | dict(bin_probs=probs)
+    return score_verdict(expectation, u, probs)
 
 
-def score_verdict(score, u):
-    """The entries of a predicted score with uncertainty u (None where unknown)."""
+def score_verdict(score, u, bin_probs=None):
+    """The Verdict of a score with uncertainty u (None where unknown)."""
     polarity = "neutral"
     if abs(score) > POLARITY_EPSILON:
         polarity = "positive" if score > 0 else "negative"
-    return dict(prediction=polarity, predicted_score=round(score, 6), uncertainty=u)
+    return Verdict(polarity, u, predicted_score=round(score, 6), bin_probs=bin_probs)
 
 
-def answer_verdict(answer, classes):
-    """What an endpoint's Answer says, as entries of a row, or a str: why it says nothing. Its
-    uncertainty is None without log-probabilities, and for scores, whose signs are tokens apart."""
-    parsed = parse_reasoning(answer.text)
-    if tuple(classes) != LABELS:
-        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
-        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
-        if len(numbers) != 1 or not classes[0] <= float(numbers[0]) <= classes[-1]:
-            return f"no score in {answer.text[:80]!r}"
-        return score_verdict(float(numbers[0]), None)
-    if parsed.prediction is None:
-        return f"no label in {answer.text[:80]!r}"
-    for token, likely in reversed(answer.logprobs or []):
-        if _label_of_token(token) == parsed.prediction:  # where the label begins
-            mass = dict.fromkeys((*LABELS, None), 1e-6)  # None: begins no label, or several
-            for other, log_p in likely.items():
-                mass[_label_of_token(other)] += math.exp(log_p)
-            probs = torch.tensor([mass[label] for label in LABELS])
-            return verdict(probs / probs.sum(), LABELS)  # choice: their largest is the prediction
-    return dict(prediction=parsed.prediction, uncertainty=None)
-
-
-def _label_of_token(token):
-    """The one label that begins with this token ("neg", " Positive"), or None."""
-    start = token.strip(' "').lower()
-    labels = [label for label in LABELS if start and label.startswith(start)]
-    return labels[0] if len(labels) == 1 else None
-
-
-# ---- the cascade: who settles a post
+# ---- the cascade: which pass settles a post
 
 
 def cascade_route(ubm, mllm, second_pass, tau1, tau2):
-    """How far a post is settled -> (route, answer, reason). `ubm`, `mllm`, `second_pass`: the
-    stages' verdicts, None where a stage was not asked, a str (why) where it failed. Routes "ask
-    mllm" and "ask second_pass" want the next stage; "ubm", "mllm", "agree", "second_pass" settle
-    the post; "none": all failed.
+    """How far a post is settled -> (route, Verdict or None, reason). `ubm`, `mllm`, `second_pass`:
+    the passes' Verdicts, None where a pass was not asked yet. Routes "ask mllm" and "ask
+    second_pass" want the next pass; "ubm", "mllm", "agree" and "second_pass" settle the post.
 
     paper: keep what the UBM is sure of; accept the MLLM if it is sure or of the UBM's polarity;
-    else ask it a second time. choice: sure is u <= τ, an unknown u never; a failed stage leaves the
-    surest earlier answer."""
-    ubm_failed = isinstance(ubm, str)
-    mllm_failed = isinstance(mllm, str)
-    if not ubm_failed and ubm["uncertainty"] <= tau1:
-        return "ubm", ubm, f"sure: uncertainty {ubm['uncertainty']:.2f} <= {tau1:.2f}"
+    else ask it a second time. choice: sure is u <= τ, an unknown u never is; where a pass failed
+    the surest earlier answer stands."""
+    if ubm.uncertainty <= tau1:
+        return "ubm", ubm, f"sure: uncertainty {ubm.uncertainty:.2f} <= {tau1:.2f}"
     if mllm is None:
-        return "ask mllm", None, f"UBM failed: {ubm}" if ubm_failed else "the UBM is unsure"
-    if ubm_failed and mllm_failed:
-        return "none", None, f"UBM failed: {ubm}; MLLM failed: {mllm}"
-    if mllm_failed:
-        return "ubm", ubm, f"unsure, but the MLLM failed: {mllm}"
-    if mllm["uncertainty"] is not None and mllm["uncertainty"] <= tau2:
-        return "mllm", mllm, f"sure: uncertainty {mllm['uncertainty']:.2f} <= {tau2:.2f}"
-    if ubm_failed:
-        return "mllm", mllm, f"unsure, but the UBM failed: {ubm}"
-    if mllm["prediction"] == ubm["prediction"]:
+        return "ask mllm", None, "the UBM is unsure"
+    if mllm.failed:
+        return "ubm", ubm, f"unsure, but the MLLM failed: {mllm.failed}"
+    if mllm.uncertainty is not None and mllm.uncertainty <= tau2:
+        return "mllm", mllm, f"sure: uncertainty {mllm.uncertainty:.2f} <= {tau2:.2f}"
+    if mllm.prediction == ubm.prediction:
         return "agree", _mean_verdict(ubm, mllm), "the MLLM is unsure and agrees with the UBM"
     if second_pass is None:
         return "ask second_pass", None, "the MLLM is unsure and contradicts the UBM"
-    if not isinstance(second_pass, str):
+    if not second_pass.failed:
         return "second_pass", second_pass, "asked again with both answers in the prompt"
-    surer = ("mllm", mllm)  # choice: also where its uncertainty is unknown
-    if mllm["uncertainty"] is not None and ubm["uncertainty"] < mllm["uncertainty"]:
-        surer = ("ubm", ubm)
-    return *surer, f"the surer of two; the second pass failed: {second_pass}"
+    reason = f"the surer of two; the second pass failed: {second_pass.failed}"
+    if mllm.uncertainty is not None and ubm.uncertainty < mllm.uncertainty:
+        return "ubm", ubm, reason
+    return "mllm", mllm, reason  # choice: also where its uncertainty is unknown
 
 
-def stages_asked(verdicts, tau1, tau2):
-    """How many of a post's three stages (1 to 3) its route asks; `verdicts` (ubm, mllm,
-    second_pass) may hold more of them. The MLLM passes are one less."""
+def passes_asked(verdicts, tau1, tau2):
+    """How many of a post's three passes (1 to 3) its route asks; `verdicts` (ubm, mllm,
+    second_pass) may hold more of them. Those of the MLLM are one less."""
     ubm, mllm, _ = verdicts
     if cascade_route(ubm, None, None, tau1, tau2)[0] != "ask mllm":
         return 1
@@ -2520,68 +2437,19 @@ def stages_asked(verdicts, tau1, tau2):
 def _mean_verdict(ubm, mllm):
     """Two answers of one polarity as one: for scores their mean, weighted by 1 - u (paper: v1; an
     unknown u counts as 0.5); the label is the same."""
-    if "predicted_score" not in mllm:
+    if mllm.predicted_score is None:
         return mllm
-    u = np.array([0.5 if x["uncertainty"] is None else x["uncertainty"] for x in (ubm, mllm)])
-    scores = np.array([x["predicted_score"] for x in (ubm, mllm)])
+    u = np.array([0.5 if x.uncertainty is None else x.uncertainty for x in (ubm, mllm)])
+    scores = np.array([ubm.predicted_score, mllm.predicted_score])
     weights = 1 - u + 1e-6
     return score_verdict(float(np.average(scores, weights=weights)),
                          float(np.average(u, weights=weights)))
 
 
-def threshold_grid(verdicts, error):
-    """[(passes per post, mean error, τ1, τ2), …] for `verdicts`, a list of (ubm, mllm, second_pass)
-    of posts that were all asked, at all pairs of the quantiles of u. error(answer or None, n): what
-    an answer to post n costs."""
-    grid = []
-    levels = [_uncertainty_levels([v[stage] for v in verdicts]) for stage in (0, 1)]
-    for tau1, tau2 in itertools.product(*levels):
-        passes = wrong = 0.0
-        for n, stages in enumerate(verdicts):
-            passes += stages_asked(stages, tau1, tau2) - 1
-            _, answer, _ = cascade_route(*stages, tau1, tau2)
-            wrong += error(answer, n)
-        grid.append((passes / len(verdicts), wrong / len(verdicts), tau1, tau2))
-    return grid
-
-
-def _uncertainty_levels(answers):
-    """Nobody is sure (-1), and the 5 % quantiles of the answers' uncertainties."""
-    u = sorted(a["uncertainty"] for a in answers
-               if isinstance(a, dict) and a["uncertainty"] is not None)
-    if not u:
-        return [-1.0]
-    return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(21)})
-
-
-def best_thresholds(grid, budget):
-    """The entry of least error whose passes stay within the budget (the UBM alone always does).
-    choice: few dev posts leave many equals; of those the one that asks about most posts, then the
-    one that asks a second time about fewest."""
-    affordable = [entry for entry in grid if entry[0] <= budget]
-    return min(affordable or [min(grid)], key=lambda entry: (entry[1], entry[2], -entry[3]))
-
-
-def second_pass_prompt(post, ubm, mllm):
-    """The shared part of the prompt of the second pass: the post, then both answers and how sure
-    they were."""
-    return (post_prompt(post) + "Two earlier answers disagree. A small classifier: "
-            f"{_in_words(ubm)}. You: {_in_words(mllm)}. Look again and decide.\n\n")
-
-
-def _in_words(answer):
-    words = answer["prediction"]
-    if "predicted_score" in answer:
-        words = f"{answer['predicted_score']:+.1f}"
-    if answer["uncertainty"] is None:
-        return words
-    return f"{words} (uncertainty {answer['uncertainty']:.2f} of 1)"
-
-
 # ================================================================================================
 # §11 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    threading, timedelta, version, Path, np, torch, safe_open, tqdm, REMEDY, InputError,
-#    explaining, write_text, to_json, write_json, read_json, digest, write_tensors, read_tensors]
+#    threading, timedelta, version, Path, np, torch, tqdm, InputError, explaining, write_text,
+#    to_json, write_json, read_json, digest]
 # ================================================================================================
 
 
@@ -2675,11 +2543,10 @@ def settings_of(args, free):
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
-def check_settings(file, settings, begun, may_grow=(), run=None):
+def check_settings(file, settings, begun, run=None):
     """Writes what a stage was started with (and `run`, which may differ); a rerun onto what others
     began is refused, since rows and weights of two settings would mix. `begun`: whether there is
-    something to go on with; `may_grow`: names of numbers that may be larger now. A file of that
-    name that no stage wrote is never written over."""
+    something to go on with. A file of that name that no stage wrote is never written over."""
     settings = json.loads(json.dumps(settings))
     previous = {}
     with contextlib.suppress(InputError):  # missing or foreign
@@ -2689,63 +2556,10 @@ def check_settings(file, settings, begun, may_grow=(), run=None):
                          "knows what this --out was begun with: choose another --out")
     for key, value in settings.items():
         old = previous.get(key)
-        grown = key in may_grow and isinstance(old, int) and value >= old
-        if begun and value != old and not grown:
+        if begun and value != old:
             raise InputError(f"this --out was begun with {key} = {old!r}, not {value!r} ({file}): "
                              "delete the --out itself or choose another")
     write_json(file, settings | (run or {}))
-
-
-# ---- the assistant's soft labels
-
-
-class SoftLabels:
-    """The assistant's last hidden states at the supervised positions, in `folder`, and its output
-    matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
-    part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
-    hash of its token ids, its prefix and its files, so that a stale or foreign one is not found."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not settings_file(folder).exists():
-            raise InputError(f"{folder} holds no soft labels: run generate.py soft first, or "
-                             "train with --no-soft")
-        self.settings = read_json(settings_file(folder))
-        self.parts, self.head = {}, None  # the open file of each entry; the student reads the head
-        for path in sorted(self.folder.glob("part-*.safetensors")):
-            with explaining(f"{path} is damaged, {REMEDY}"):
-                file = safe_open(path, "pt")
-                self.parts.update(dict.fromkeys(file.keys(), file))
-
-    @staticmethod
-    def names(example):
-        """The entry name of each of an example's branches."""
-        prefix = digest(example.prefix, *example.media.values())
-        return [digest(prefix, ids, n_answer) for ids, n_answer in example.branches]
-
-    def write_part(self, entries):
-        """{name: hidden (n, D')} -> one more file, whole or not there; named by its content, so
-        that processes do not collide."""
-        tensors = {name: hidden.to(torch.float16) for name, hidden in entries.items()}
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise InputError("the assistant's hidden states do not fit 16 bits: train --no-soft")
-        write_tensors(self.folder / f"part-{digest(*sorted(entries))}.safetensors", tensors)
-
-    def read(self, name):
-        """The entry (n, D') of this name."""
-        if name not in self.parts:
-            raise InputError(f"{self.folder} has no soft labels for this post, prompt and image: "
-                             "rerun generate.py soft with the same --data and --max-pixels, or "
-                             "train with --no-soft")
-        return self.parts[name].get_tensor(name)
-
-    def write_head(self, weight):
-        """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""
-        write_tensors(self.folder / "head.safetensors", dict(weight=weight))
-
-    def read_head(self):
-        """The assistant's output matrix (V, D')."""
-        return read_tensors(self.folder / "head.safetensors")["weight"]
 
 
 # ---- processes of torchrun
@@ -2776,12 +2590,9 @@ def init_distributed(device):
         return device
     on_gpu = str(device).startswith("cuda")
     if on_gpu:
-        count, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if found < count:
-            raise InputError(f"{count} processes need {count} GPUs here, {found} found: lower "
-                             "--nproc-per-node")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        with explaining(f"there are fewer GPUs than processes: {device} cannot be used"):
+            torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
                                              timeout=timedelta(days=7))  # work may be uneven
@@ -2803,16 +2614,6 @@ def gather(value):
     values = [None] * get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def all_reduce_gradients(parameters):
-    """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
-    parameter without a gradient (no image in the step) counts as zero, in one process too."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if get_world_size() > 1:
-            torch.distributed.all_reduce(p.grad)
 
 
 # ---- command lines
@@ -2876,7 +2677,7 @@ def lock_out(out):
         print(f"note       nothing keeps a second run from --out {out}: {e}")
 
 
-def _terminated(number, frame):
+def _interrupted(number, frame):
     raise KeyboardInterrupt(number)
 
 
@@ -2886,7 +2687,8 @@ def run_stage(stage, args):
     say how to go on."""
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminated)
+            signal.signal(signal.SIGINT, _interrupted)
+            signal.signal(signal.SIGTERM, _interrupted)
         if args.out and get_rank() == 0 and not getattr(args, "dry_run", False):
             lock = lock_out(args.out)  # noqa: F841, held until this function ends
         stage(args)
@@ -2901,5 +2703,5 @@ def run_stage(stage, args):
               "again", file=sys.stderr)
     except KeyboardInterrupt as e:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        return 143 if e.args else 130
+        return 128 + (e.args[0] if e.args else signal.SIGINT)
     return 2

@@ -23,37 +23,40 @@ import argparse
 import copy
 import math
 import runpy
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mulcot import (
-    CHUNK_LOGITS, LABELS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout, RowWriter,
-    SoftLabels, add_lora, all_reduce_gradients, barrier, check_at_least, check_settings, chunks,
-    class_targets, collate, confusion_scores, confusion_table, count_parameters, default_dtype,
-    digest, distill_kl, encode, explaining, fit_temperature, forward_branches, gather, get_rank,
-    get_world_size, in_chunks, init_distributed, load_adapter, load_processor, load_readout,
-    load_trained, lora_layers, multitask_loss, new_ubm, predict, progress, read_dev_posts,
-    read_out, read_rows, read_tensors, readout_branches, readout_loss, regression_metrics,
-    reinit_top_layer, render_score, row_text, run_info, run_stage, save_adapter, save_readout,
-    save_ubm, say, settings_file, settings_of, show_tokens, student_loss, tokenizer_hash,
+    CHUNK_LOGITS, LABELS, PLACEHOLDERS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout,
+    RowWriter, SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
+    confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
+    encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
+    init_distributed, load_adapter, load_processor, load_readout, load_trained, lora_layers,
+    multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_rows, read_tensors,
+    readout_branches, readout_loss, regression_metrics, render_score, row_text, run_info,
+    run_stage, save_adapter, say, settings_file, settings_of, student_loss, tokenizer_hash,
     training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
     write_tensors)
 
-# How to read this file: `train` sets up and calls `train_loop`. A stage is a class of (args,
-# processor) with three methods, `branches_of` (what to train on), `loss` and `metrics`: ChainStage
-# for assistant and student, ReadoutStage for readout; `ubm` is a small loop of its own. The losses
-# are functions of mulcot.py §6 and §9, called in `task_loss` and the stages' `loss`. A stage of
-# your own: its name in STAGES, its flags in parse_args, its class in `train`; weights beside LoRA
-# are made in build_model and saved in evaluate_and_save.
+# How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
+# and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
+# readout; `ubm` is a small loop of its own. The losses are functions of mulcot.py §6 and §9. A
+# stage of your own: its name in STAGES, its flags in parse_args, its class in `train`; weights
+# beside LoRA are made in build_model and saved in evaluate_and_save.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+SAVE_SECONDS = 600  # choice: a killed run loses ten minutes at most
 DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
 
 
@@ -130,7 +133,6 @@ def loop_flags(flag):
     flag("--scope", choices=("language", "all"), default="language",
          help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
     flag("--accumulate", type=int, default=20, help="micro-batches per step (MulCoT-RD: 20)")
-    flag("--beta2", type=float, default=0.999, help="of AdamW; 0.99 suits short runs")
     flag("--schedule", choices=("plateau", "cosine"), default="plateau", help="plateau: halve at "
          "the 3rd epoch without better dev accuracy (MulCoT-RD: patience 2); cosine: to 0")
     flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (MulCoT-RD: 0)")
@@ -141,7 +143,7 @@ def loop_flags(flag):
     flag("--dropout", type=float, default=0.05,
          help="of LoRA (MulCoT-RD: 0.2 assistant, 0.05 student)")
     flag("--max-pixels", type=int, default=0,
-         help="image size cap, 0: the model's own (MulCoT-RD: 280 * 280 = 78400)")
+         help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
     flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
          help="processes that decode images, 0: this one")
     flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
@@ -157,7 +159,7 @@ def chain_flags(flag, stage):
     flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
     flag("--reasoning", action=YES_NO, default=True, help="--no-reasoning: label task alone")
     flag("--max-answer", type=int, default=512,
-         help="longest chain in tokens; longer rows are set aside (paper: 512)")
+         help="longest chain in tokens; longer rows are set aside (release: none is)")
     if stage == "student":
         flag("--soft", help="folder of generate.py soft; or say --no-soft")
         flag("--no-soft", action="store_true", help="hard labels only (ablation)")
@@ -168,108 +170,106 @@ def chain_flags(flag, stage):
         flag("--t-squared", action=YES_NO, default=False, help="Hinton's τ² on the KL (paper: off)")
 
 
-def readout_flags(flag):
-    """Of what is read, and how."""
-    flag("--target", choices=("score", "label"), default="score", help="what is read")
-    flag("--readout", choices=("discriminative", "generative"), default="discriminative",
-         help="generative: its rival, which writes the score as text")
-    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
-         help="inputs to leave out, in training and ever after")
-    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
+# ---- MulCoT-RD: assistant and student ----------------------------------------------------------
 
 
-def ubm_flags(flag):
-    """choice: the whole recipe, found on dev."""
-    flag("--text-encoder", required=True, help="hub name or folder")
-    flag("--image-encoder", help="hub name or folder (default: none)")
-    flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
-    flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
-    flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")
-    flag("--adv-epsilon", type=float, default=0.1, help="length of each post's adversarial step in "
-         "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
+class Stage:
+    """What the loop needs of a stage: `branches_of` (what to train on), `loss`, `metrics`, and the
+    names of two dev metrics, of which more is better: `selected_by` chooses the best epoch, `ties`
+    decides between equals."""
+
+    selected_by, ties = "accuracy", "macro_f1"
+
+    def __init__(self, args, processor):
+        self.args, self.processor, self.soft_labels = args, processor, None
+
+    def add_weights(self, model, items):
+        """Puts on the model what is trained beside LoRA: nothing."""
+
+    def save(self, model, folder):
+        """Writes what was trained, and the image size of training."""
+        save_adapter(model, folder)
+        self.processor.image_processor.save_pretrained(folder)
+
+    def load(self, model, folder):
+        """Reads what `save` wrote; raises InputError if it is missing or damaged."""
+        load_adapter(model, folder)
+
+    def task_loss(self, model, hidden, batch, examples, branch, num_tokens):
+        """One task's loss at the hidden states (B, T, D) -> {"loss": differentiable scalar, "ce":
+        its cross-entropy, "kl": its KL, where there are soft labels}. Cross-entropy and KL are
+        summed over the supervised positions of this branch and divided by `num_tokens`, the number
+        of these in the whole optimiser step. Positions are taken in chunks, so that no (N, V)
+        logits are held."""
+        supervised = batch.supervised(branch)  # (B, T)
+        targets = batch.targets[supervised]  # (N,)
+        assert targets.max() < model.lm_head.out_features, (targets.max(), model.lm_head)
+        if self.soft_labels:
+            assistant_hidden = self.soft_labels.hidden(examples, branch)  # (N, D')
+            assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
+
+        def sums_of(h, rows):  # a chunk of the positions: h (n, D), which of the N: a slice
+            logits = model.lm_head(h).float()  # (n, V)
+            hard = F.cross_entropy(logits, targets[rows], reduction="sum") / num_tokens
+            if not self.soft_labels:
+                return dict(loss=hard, ce=hard)
+            head = self.soft_labels.head
+            assistant_logits = F.linear(assistant_hidden[rows], head)  # (n, V')
+            soft = distill_kl(logits, assistant_logits, self.args.temperature,
+                              self.args.t_squared, reduction="sum") / num_tokens
+            return dict(loss=student_loss(hard, soft, self.args.lam), ce=hard, kl=soft)
+
+        size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
+        return in_chunks(sums_of, hidden[supervised], size)
 
 
-# ---- stages: what to train on, its loss, its dev metrics ---------------------------------------
-
-
-class ChainStage:
+class ChainStage(Stage):
     """`assistant` and `student`: the reasoning and the label task of a post, two branches of one
     prefix. The student also learns from the assistant's soft labels, unless --no-soft."""
 
     def __init__(self, args, processor):
-        self.args, self.processor, self.soft_labels = args, processor, None
+        super().__init__(args, processor)
+        # the number of each task's branch behind the prefix
+        self.branch_of = {"reason": 1, "label": 2} if args.reasoning else {"label": 1}
         if args.stage == "student" and not args.no_soft and args.lam > 0:
             self.soft_labels = open_soft_labels(args, processor)
 
     def branches_of(self, post):
-        """(branches, None), (None, why there are none) or (None, None): left out on purpose."""
-        args, source = self.args, post.columns.get("source")
+        """The training tasks of a post as branches; [] of rows that --no-augment leaves out. Raises
+        InputError where a row is to be set aside."""
+        args = self.args
         if post.split in ("dev", "test"):
-            return None, f"split {post.split} is not for training"
-        if args.stage == "student" and not args.augment and source == "assistant":
-            return None, None
+            raise InputError(f"split {post.split} is not for training")
+        by_assistant = post.columns.get("source") == "assistant"
+        if args.stage == "student" and not args.augment and by_assistant:
+            return []
         # rows without a chain have no soft labels: generate.py soft passes over them
         need_chain = args.reasoning or self.soft_labels is not None
-        branches, problem = training_branches(post, self.processor, args.max_answer, need_chain)
-        if branches and not args.reasoning:
-            branches = branches[-1:]  # the label task
-        return branches, problem
+        branches = training_branches(post, self.processor, args.max_answer, need_chain)
+        return branches if args.reasoning else branches[-1:]  # the last is the label task
 
     def loss(self, model, batch, examples, counts):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar}). paper:
         L_multi = λ_rea L_rea + λ_cls L_cls; each L is already mixed from hard and soft."""
         hidden = forward_branches(model, batch)  # (B, T, D)
-        entry_names = None
-        if self.soft_labels:
-            entry_names = [self.soft_labels.names(example) for example in examples]
-        one_task = partial(task_loss, self, model, hidden, batch, entry_names, counts)
+        losses = {}
+        terms = {}
+        for task, branch in self.branch_of.items():
+            sums = self.task_loss(model, hidden, batch, examples, branch, counts.tokens[branch])
+            losses[task] = sums.pop("loss")
+            terms |= {f"{name}_{task}": value for name, value in sums.items()}
         if not self.args.reasoning:
-            return one_task(branch=1, task="label")
-        reason, terms = one_task(branch=1, task="reason")
-        label, more = one_task(branch=2, task="label")
-        loss = multitask_loss(reason, label, self.args.reasoning_weight, self.args.label_weight)
-        return loss, terms | more
+            return losses["label"], terms
+        loss = multitask_loss(losses["reason"], losses["label"], self.args.reasoning_weight,
+                              self.args.label_weight)
+        return loss, terms
 
     def metrics(self, model, posts):
-        """{name: number}, two, more is better: the first selects, the second breaks ties."""
+        """{name: number} of dev posts."""
         rows = []
         for part in chunks(posts, DEV_BATCH * self.args.batch):
             rows += predict(model, self.processor, part, chain=False)
         return label_scores(rows, posts)
-
-
-def task_loss(stage, model, hidden, batch, entry_names, counts, branch, task):
-    """One task's loss at the hidden states (B, T, D) -> (scalar, {its cross-entropy, its KL}).
-
-    Cross-entropy and KL are summed over the supervised positions of this branch and divided by
-    their number in the whole optimiser step (`counts`, see step_counts). Positions are taken in
-    chunks, so that no (N, V) logits are held. `entry_names`: of each example's branches in the
-    soft labels."""
-    args, soft_labels = stage.args, stage.soft_labels
-    supervised = batch.supervised(branch)  # (B, T)
-    targets = batch.targets[supervised]  # (N,)
-    terms = {f"ce_{task}": torch.zeros((), device=hidden.device)}
-    if soft_labels:
-        terms[f"kl_{task}"] = torch.zeros((), device=hidden.device)
-        entries = [soft_labels.read(names[branch - 1]) for names in entry_names]
-        assistant_hidden = torch.cat(entries).to(soft_labels.head)  # (N, D')
-        assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
-
-    def loss_of(h, rows):  # a chunk of the N positions: h (n, D), rows: slice
-        logits = model.lm_head(h).float()  # (n, V)
-        hard = F.cross_entropy(logits, targets[rows], reduction="sum") / counts[branch]
-        terms[f"ce_{task}"] += hard.detach()
-        if not soft_labels:
-            return hard
-        assistant_logits = F.linear(assistant_hidden[rows], soft_labels.head)  # (n, V')
-        kl = distill_kl(logits, assistant_logits, args.temperature, args.t_squared,
-                        reduction="sum") / counts[branch]
-        terms[f"kl_{task}"] += kl.detach()
-        return student_loss(hard, kl, args.lam)
-
-    size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
-    loss = in_chunks(loss_of, hidden[supervised], size)
-    return loss, terms
 
 
 def open_soft_labels(args, processor):
@@ -280,63 +280,15 @@ def open_soft_labels(args, processor):
         raise InputError(f"{args.soft} was made with another tokenizer than {args.model} has: "
                          "equal ids would be other words; use an assistant of its family, or "
                          "--no-soft")
-    soft_labels.head = soft_labels.read_head().to(args.device)
+    soft_labels.load_head(args.device)
     return soft_labels
-
-
-class ReadoutStage:
-    """`readout`: a score or a label read off the last hidden state, or a score written as text.
-    paper: arXiv 2606.05713."""
-
-    soft_labels = None
-
-    def __init__(self, args, processor):
-        self.args, self.processor = args, processor
-
-    def branches_of(self, post):
-        """As ChainStage.branches_of."""
-        if post.split in ("dev", "test"):  # MOSI's and MOSEI's label files hold all splits
-            return None, None
-        if getattr(post, self.args.target) is None:
-            return None, f"no {self.args.target}"
-        if self.args.readout == "generative":
-            return [(SCORE_FORMAT, render_score(post.score))], None
-        return readout_branches(self.args.target), None
-
-    def loss(self, model, batch, examples, counts):
-        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
-        hidden = forward_branches(model, batch)  # (B, T, D)
-        if self.args.readout == "generative":
-            return task_loss(self, model, hidden, batch, None, counts, branch=1, task="score")
-        config = model.readout.config
-        if self.args.target == "score":
-            gold = [float(example.post.score) for example in examples]
-        else:
-            gold = [LABELS.index(example.post.label) for example in examples]
-        gold = torch.tensor(gold, device=hidden.device)
-        out = model.readout(hidden, batch.branch_ids >= 0)  # (B, 1) or (B, 3)
-        loss = readout_loss(out, gold, config["mean"], config["deviation"]) / counts["posts"]
-        return loss, {}
-
-    def metrics(self, model, posts):
-        """{name: number}, two, more is better: the first selects, the second breaks ties."""
-        rows = []
-        for part in chunks(posts, DEV_BATCH * self.args.batch):
-            rows += read_out(model, self.processor, part)
-        if self.args.target == "label":
-            return label_scores(rows, posts)
-        gold, scores = [post.score for post in posts], [row["score"] for row in rows]
-        metrics = regression_metrics(gold, scores)
-        parsed = len(gold) - metrics["unparsed"]
-        # choice: no number is as far as can be
-        errors = parsed * (metrics["mae"] or 0.0) + 6.0 * metrics["unparsed"]
-        return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
 def label_scores(rows, posts):
     """{accuracy, macro F1} of predicted rows; a row without a prediction is wrong. paper: the best
     dev accuracy selects, macro F1 breaks ties (on MVSA weighted F1)."""
-    gold, predicted = [post.label for post in posts], [row["prediction"] for row in rows]
+    gold = [post.label for post in posts]
+    predicted = [row["prediction"] for row in rows]
     scores = confusion_scores(confusion_table(gold, predicted))
     return dict(accuracy=float(scores["accuracy"]), macro_f1=float(scores["macro_f1"]))
 
@@ -356,10 +308,8 @@ def begin(args, items, rejects, dev, begun):
     read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
     settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
-    grows = getattr(args, "schedule", None) == "plateau" and not args.warmup
     if get_rank() == 0:
-        check_settings(settings_file(args.out), settings, begun,
-                       may_grow=("epochs",) if grows else (), run=args.run)
+        check_settings(settings_file(args.out), settings, begun, run=args.run)
         if rejects:
             write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
@@ -371,11 +321,9 @@ def begin(args, items, rejects, dev, begun):
               "is chosen on them is not chosen on unseen posts")
 
 
-def build_model(args, items):
-    """The model with adapters (and a readout) to train, in train mode.
-
-    The base is frozen, in 16 bits on a GPU or in 4 with --nf4; what is trained is in fp32. A score
-    readout learns z-scores, so it keeps the mean and deviation of its training scores."""
+def build_model(args, stage, items):
+    """The model with what is to be trained on it, in train mode. The base is frozen, in 16 bits on
+    a GPU or in 4 with --nf4; what is trained is in fp32."""
     torch.manual_seed(args.seed)
     # the stage has its processor already
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
@@ -387,12 +335,7 @@ def build_model(args, items):
         write_json(Path(args.out, "lora_modules.json"), names)
     kinds = Counter(name.rpartition(".")[2] for name in names)
     print(f"lora       {dict(kinds)}: all {len(names)} names in {args.out}/lora_modules.json")
-    if args.stage == "readout":
-        config = dict(target=args.target, readout=args.readout, without=args.without)
-        if args.target == "score":
-            scores = [post.score for post, _ in items]
-            config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
-        model.readout = Readout(model.lm_head.in_features, config).to(args.device)
+    stage.add_weights(model, items)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -409,6 +352,25 @@ def checkpoint_layers(model):
     # trap: this asks for gradients of embeddings, of most vision towers' too, which sends a frozen
     # tower through a backward pass for nothing
     model.disable_input_require_grads()
+
+
+def show_tokens(batch, tokenizer, row=0):
+    """One row of a batch as text for the terminal: supervised tokens green, prompts plain, a ruler
+    per branch. A token is coloured where it is the target, so the colours prove shift and mask."""
+    green, plain = "\033[32m", "\033[0m"
+    lines, branch, piece = [], None, None
+    for t, token in enumerate(batch.input_ids[row].tolist()):
+        before, branch = branch, int(batch.branch_ids[row, t])
+        last, piece = piece, tokenizer.decode([token])
+        if branch == -1:  # padding
+            break
+        if branch != before:
+            lines.append(f"\n{plain}---- {f'branch {branch}' if branch else 'prefix'} ----\n")
+        if piece == last and piece in PLACEHOLDERS:
+            continue  # hundreds of one placeholder are shown once
+        supervised = branch == before and batch.targets[row, t - 1] != -100
+        lines.append((green if supervised else plain) + piece)
+    return "".join(lines) + plain
 
 
 def steps_of_epoch(lengths, size, epoch, seed, window=4):
@@ -457,7 +419,10 @@ def micro_batches(processor, size, items):
 class TrainingState:
     """All that a killed run needs to go on as if nothing had happened: trained weights, optimiser,
     schedule, the step and the best so far, every process's random numbers and running sums. The
-    order of the data is a function of seed and step (steps_of_epoch)."""
+    order of the data is a function of seed and step (steps_of_epoch).
+
+    Done again after a kill: the steps since the last `save` (an epoch's end, ten minutes, a
+    signal), with the same posts and draws; their log rows are written anew."""
 
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
@@ -468,14 +433,16 @@ class TrainingState:
         for name, p in self.trained.items():
             group = groups[-1] if name.startswith("readout.") else groups[0]
             group["params"].append(p)
-        # choice: torch's weight decay, 0.01
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
+        # paper: AdamW; its betas, epsilon and weight decay (0.01) are torch's
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=0.5, patience=2, min_lr=1e-6,
             threshold=0)  # trap: the default threshold is relative, and -MAE is negative
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"]
-        self.step, self.best, self.sums = 0, dict(step=0, metrics={}), Counter()
+        self.step = 0
+        self.sums = Counter()
+        self.best = dict(step=0, metrics={}, rank=[])  # any rank is higher than []
         self.writer = None  # of log.jsonl
         self.restore()
 
@@ -484,9 +451,9 @@ class TrainingState:
         cuda = None
         if str(self.args.device).startswith("cuda"):
             cuda = torch.cuda.get_rng_state(self.args.device)
-        own = gather((torch.get_rng_state(), cuda, dict(self.sums)))
+        processes = gather((torch.get_rng_state(), cuda, dict(self.sums)))
         trained = {name: p.detach().cpu() for name, p in self.trained.items()}
-        values = dict(step=self.step, best=self.best, processes=own, trained=trained,
+        values = dict(step=self.step, best=self.best, processes=processes, trained=trained,
                       optimizer=self.optimizer.state_dict(), plateau=self.plateau.state_dict())
         if get_rank() == 0:
             write_atomic(self.file, lambda part: torch.save(values, part))
@@ -494,8 +461,11 @@ class TrainingState:
     def restore(self):
         """Everything as it was, if there is something; log rows behind it are written anew."""
         log = Path(self.args.out, "log.jsonl")
-        if not self.file.exists():  # a run killed before its first resume point begins anew
-            return log.unlink(missing_ok=True)
+        if not self.file.exists():
+            if log.exists() and get_rank() == 0:
+                print("note       nothing had been saved when this run was stopped: it begins anew")
+                log.unlink()
+            return
         with explaining(f"{self.file} is damaged: delete it to train anew"):
             values = torch.load(self.file, weights_only=True, map_location="cpu")
             self.step, self.best = values["step"], values["best"]
@@ -523,6 +493,16 @@ class TrainingState:
             say(row_text(row))
 
 
+def all_reduce_gradients(parameters):
+    """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
+    parameter without a gradient (no image in the step) counts as zero, in one process too."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(p.grad)
+
+
 def sum_over_processes(counts):
     """A Counter summed over all processes."""
     total = Counter()
@@ -531,16 +511,25 @@ def sum_over_processes(counts):
     return total
 
 
+@dataclass
+class StepCounts:
+    """What an optimiser step holds, over all processes: posts, and of each branch the tokens of its
+    answers {branch: tokens}."""
+
+    posts: int
+    tokens: dict
+
+
 def step_counts(step):
-    """What the micro-batches of an optimiser step hold, over all processes: {"posts": their number,
-    branch: tokens of its answers}. trap: to divide by each micro-batch's own count would make 1 x 8
-    differ from 8 x 1."""
+    """The StepCounts of a step's micro-batches. trap: to divide by each micro-batch's own count
+    would make 1 x 8 differ from 8 x 1."""
     counts = Counter()
     for batch, examples in step:
         counts["posts"] += len(examples)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
             counts[branch] += int(batch.supervised(branch).sum())
-    return sum_over_processes(counts)
+    total = sum_over_processes(counts)
+    return StepCounts(total.pop("posts"), total)
 
 
 def set_learning_rate(args, state, total):
@@ -579,22 +568,17 @@ def train(args):
     print(f"data       {len(items)} rows ({inputs['images']} with images, {inputs['audio']} with "
           f"audio), {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all, "
           f"{get_world_size()} processes")
-    if per_epoch < 10:
-        print(f"note       an epoch has only {per_epoch} steps of {args.batch} x {args.accumulate} "
-              "posts: a lower --accumulate gives more")
-    model = build_model(args, items)
+    model = build_model(args, stage, items)
     state = TrainingState(args, model)
     if state.step < total:
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
         print(f"finished   no step is left; delete {args.out} to train anew")
-        load_adapter(model, Path(args.out, "best"))  # raises if it is missing or damaged
-        if args.stage == "readout":
-            load_readout(model, Path(args.out, "best"))
-    (first, value), (second, other) = state.best["metrics"].items()
+        stage.load(model, Path(args.out, "best"))  # raises if it is missing or damaged
+    best = state.best["metrics"]
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
-          f"{args.out}/settings.json\nbest dev {first} {value:.3f} ({second} {other:.3f}) at step "
-          f"{state.best['step']}: {args.out}/best")
+          f"{args.out}/settings.json\nbest dev {stage.selected_by} {best[stage.selected_by]:.3f} "
+          f"({stage.ties} {best[stage.ties]:.3f}) at step {state.best['step']}: {args.out}/best")
 
 
 def train_loop(args, stage, model, state, items, dev, per_epoch, total):
@@ -604,43 +588,81 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     1 x 8 posts, 8 x 1 and two processes are the same step."""
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
-    began = time.time()
+    signals = note_signals()
+    began = saved = time.time()
     for step in step_loader(args, items, stage.processor, state.step):
         set_learning_rate(args, state, total)
-        counts = step_counts(step)
-        for batch, examples in step:
-            loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
-            loss.backward()
-            values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
-            state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
-            state.sums["tokens"] += int((batch.branch_ids >= 0).sum())
-        all_reduce_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
-        if not math.isfinite(norm + state.sums["loss"]):
-            raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since last log "
-                             f"{state.sums['loss']}: training diverged; delete {args.out} and "
-                             "begin with a lower --lr or with --clip")
+        norm = backward(args, stage, model, state, step, parameters)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.sums["steps"] += 1
-        state.sums["seconds"] += time.time() - began
+        state.sums.update(steps=1, seconds=time.time() - began)
         began = time.time()
         bar.update()
         if state.step % args.log_every == 0 or state.step == total:
-            sums = sum_over_processes(state.sums)
-            speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
-            steps = sums.pop("steps") / get_world_size()
-            means = {name: value / steps for name, value in sums.items()}
-            state.log(step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
-                      lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
-            state.sums.clear()
-        if state.step % per_epoch == 0:
+            log_means(state, per_epoch, norm)
+        epoch_ends = state.step % per_epoch == 0
+        if epoch_ends:
             evaluate_and_save(args, stage, model, state, dev)
             began = time.time()
-        if state.step % per_epoch == 0 or (args.save_every and state.step % args.save_every == 0):
+        # all processes do as one: by the first one's clock, and anybody's signal
+        wishes = gather((time.time() - saved > SAVE_SECONDS, sum(signals)))
+        stopped = max(number for _, number in wishes)
+        every = args.save_every and state.step % args.save_every == 0
+        if epoch_ends or every or stopped or wishes[0][0]:
             state.save()
+            saved = time.time()
+        if stopped and state.step < total:
+            say(f"saved at step {state.step}")
+            raise KeyboardInterrupt(stopped)
     bar.close()
+
+
+def backward(args, stage, model, state, step, parameters):
+    """The gradient of one optimiser step over all its micro-batches and processes, clipped; returns
+    its norm before that. Losses are added to the running sums."""
+    counts = step_counts(step)
+    for batch, examples in step:
+        loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
+        loss.backward()
+        values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
+        state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
+        state.sums["tokens"] += int((batch.branch_ids >= 0).sum())
+    all_reduce_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
+    if not math.isfinite(norm + state.sums["loss"]):
+        raise InputError(f"step {state.step + 1}: gradient norm {norm}, loss since last log "
+                         f"{state.sums['loss']}: training diverged; delete {args.out} and begin "
+                         "with a lower --lr or with --clip")
+    return norm
+
+
+def log_means(state, per_epoch, norm):
+    """The means since the last log line, over all processes, as a line of the log."""
+    sums = sum_over_processes(state.sums)
+    speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
+    steps = sums.pop("steps") / get_world_size()
+    means = {name: value / steps for name, value in sums.items()}
+    state.log(step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
+              lr=state.optimizer.param_groups[0]["lr"], tokens_per_s=speed, **means)
+    state.sums.clear()
+
+
+def note_signals():
+    """[], into which the first Ctrl-C or SIGTERM puts its number, so that the loop can finish its
+    step and save. The second one stops at once."""
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt(number)
+        noted.append(number)
+        say("asked to stop: this step is finished and saved first; once more stops at once")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+    return noted
 
 
 def evaluate_and_save(args, stage, model, state, dev):
@@ -652,19 +674,115 @@ def evaluate_and_save(args, stage, model, state, dev):
     model.train()
     state.log(step=state.step, **{f"dev_{name}": value for name, value in metrics.items()})
     if args.schedule == "plateau":
-        state.plateau.step(next(iter(metrics.values())))
+        state.plateau.step(metrics[stage.selected_by])
     folders = [Path(args.out, "last")]
-    if list(metrics.values()) > list(state.best["metrics"].values()):  # the first beats []
-        state.best = dict(step=state.step, metrics=metrics)
+    rank = [metrics[stage.selected_by], metrics[stage.ties]]
+    if rank > state.best["rank"]:
+        state.best = dict(step=state.step, metrics=metrics, rank=rank)
         folders.append(Path(args.out, "best"))
     for folder in folders if get_rank() == 0 else []:
-        save_adapter(model, folder)
-        stage.processor.image_processor.save_pretrained(folder)  # the image size of training
-        if args.stage == "readout":
-            save_readout(model.readout, folder)
+        stage.save(model, folder)
 
 
-# ---- the UBM -----------------------------------------------------------------------------------
+# ---- the readout (arXiv 2606.05713) ------------------------------------------------------------
+
+
+def readout_flags(flag):
+    """Of what is read, and how."""
+    flag("--target", choices=("score", "label"), default="score", help="what is read")
+    flag("--readout", choices=("discriminative", "generative"), default="discriminative",
+         help="generative: its rival, which writes the score as text")
+    flag("--without", nargs="*", choices=("frames", "audio"), default=[],
+         help="inputs to leave out, in training and ever after")
+    flag("--head-lr", type=float, default=1e-3, help="peak rate of the head (paper: 1e-3)")
+
+
+class ReadoutStage(Stage):
+    """`readout`: a score or a label read off the last hidden state, or a score written as text.
+    paper: arXiv 2606.05713."""
+
+    def __init__(self, args, processor):
+        super().__init__(args, processor)
+        if args.target == "score":
+            self.selected_by, self.ties = "neg_mae", "corr"
+
+    def add_weights(self, model, items):
+        """The readout. Of scores it learns z-scores, so it keeps the mean and deviation of its
+        training scores."""
+        args = self.args
+        config = dict(target=args.target, readout=args.readout, without=args.without)
+        if args.target == "score":
+            scores = [post.score for post, _ in items]
+            config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
+        model.readout = Readout(model.lm_head.in_features, config).to(args.device)
+
+    def save(self, model, folder):
+        """The readout's head too: `head.safetensors` (where it has layers), then `head.json`."""
+        super().save(model, folder)
+        if model.readout.discriminative:
+            write_tensors(Path(folder, "head.safetensors"), model.readout.state_dict())
+        write_json(Path(folder, "head.json"), model.readout.config)
+
+    def load(self, model, folder):
+        """Adapter and head."""
+        super().load(model, folder)
+        load_readout(model, folder)
+
+    def branches_of(self, post):
+        """The prompt of a post as a branch; [] of dev and test posts, which MOSI's and MOSEI's
+        label files hold too. Raises InputError where a row is to be set aside."""
+        if post.split in ("dev", "test"):
+            return []
+        if getattr(post, self.args.target) is None:
+            raise InputError(f"no {self.args.target}")
+        if self.args.readout == "generative":
+            return [(SCORE_FORMAT, render_score(post.score))]
+        return readout_branches(self.args.target)
+
+    def loss(self, model, batch, examples, counts):
+        """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
+        hidden = forward_branches(model, batch)  # (B, T, D)
+        if self.args.readout == "generative":
+            sums = self.task_loss(model, hidden, batch, examples, 1, counts.tokens[1])
+            return sums["loss"], dict(ce_score=sums["ce"])
+        config = model.readout.config
+        if self.args.target == "score":
+            gold = [float(example.post.score) for example in examples]
+        else:
+            gold = [LABELS.index(example.post.label) for example in examples]
+        gold = torch.tensor(gold, device=hidden.device)
+        out = model.readout(hidden, batch.branch_ids >= 0)  # (B, 1) or (B, 3)
+        loss = readout_loss(out, gold, config["mean"], config["deviation"]) / counts.posts
+        return loss, {}
+
+    def metrics(self, model, posts):
+        """{name: number} of dev posts."""
+        rows = []
+        for part in chunks(posts, DEV_BATCH * self.args.batch):
+            rows += read_out(model, self.processor, part)
+        if self.args.target == "label":
+            return label_scores(rows, posts)
+        gold = [post.score for post in posts]
+        scores = [row["score"] for row in rows]
+        metrics = regression_metrics(gold, scores)
+        parsed = len(gold) - metrics["unparsed"]
+        # choice: no number is as far as can be
+        errors = parsed * (metrics["mae"] or 0.0) + 6.0 * metrics["unparsed"]
+        return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
+
+
+# ---- the UBM (arXiv 2509.04459) ----------------------------------------------------------------
+
+
+def ubm_flags(flag):
+    """choice: the whole recipe, found on dev."""
+    flag("--text-encoder", required=True, help="hub name or folder")
+    flag("--image-encoder", help="hub name or folder (default: none)")
+    flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
+    flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
+    flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")
+    flag("--adv-epsilon", type=float, default=0.1, help="length of each post's adversarial step in "
+         "its word embeddings: less overfitting; 0: none, half the time, for random encoders")
 
 
 def ubm(args):
@@ -677,8 +795,10 @@ def ubm(args):
 
     def branches_of(post):
         if post.split in ("dev", "test"):
-            return None, None
-        return [], f"no {target}" if getattr(post, target) is None else None
+            return []
+        if getattr(post, target) is None:
+            raise InputError(f"no {target}")
+        return readout_branches(target)  # a UBM has no prompt: one branch says that a post is used
 
     items, rejects = training_items(args.data, args.images, branches_of)
     posts = [post for post, _ in items]
@@ -742,6 +862,57 @@ class WordEmbeddings:
         return epsilon * F.normalize(self.moved.grad.flatten(1)).view_as(self.moved)
 
 
+def reinit_top_layer(encoder):
+    """Draws the top layer of a text encoder anew: it is made for the task that it was trained on,
+    and on few posts a random start learns better (Zhang et al. 2021, arXiv 2006.05987). An encoder
+    whose layers share their weights (ALBERT) keeps them."""
+    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
+    layers = max(stacks, key=len, default=nn.ModuleList())
+    if len(layers) != encoder.config.num_hidden_layers:
+        return
+    for module in layers[-1].modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=encoder.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+def class_targets(posts, classes):
+    """What to learn (N, C): the label; a score's two neighbouring bins, so that the expectation is
+    the score. Scores beyond the outer bins count as those."""
+    if tuple(classes) == LABELS:
+        labels = torch.tensor([LABELS.index(post.label) for post in posts])
+        return F.one_hot(labels, len(LABELS)).float()
+    scores = torch.tensor([float(post.score) for post in posts]).clamp(classes[0], classes[-1])
+    return (1 - (scores[:, None] - torch.tensor(classes)).abs()).clamp(min=0)
+
+
+def fit_temperature(logits, targets):
+    """The temperature of least cross-entropy for logits and targets (N, C), to 1 %, between 0.5 and
+    11. Guo et al. 2017, arXiv 1706.04599. Fit it on dev, never on test."""
+    grid = 2.0 ** torch.linspace(-1, 3.5, 313)
+    losses = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
+    return grid[losses.argmin()].item()
+
+
+def save_ubm(model, folder):
+    """ubm.safetensors, the encoders' configs and tokenizer, ubm.json last: a folder that needs no
+    hub."""
+    folder, member = Path(folder), model.members[0]
+    member.text.config.save_pretrained(folder / "text")
+    with explaining(f"{folder} cannot be written"):
+        model.tokenizer.save_pretrained(folder / "text")
+    if member.image is not None:
+        member.image.config.save_pretrained(folder / "image")
+        member.image_processor.save_pretrained(folder / "image")
+    write_tensors(folder / "ubm.safetensors", model.state_dict())
+    write_json(folder / "ubm.json", dict(classes=model.classes, temperature=model.temperature,
+                                         members=len(model.members),
+                                         image=member.image is not None))
+
+
 def train_member(args, k, model, posts, dev, classes):
     """Trains member k: two rates, linear decay, each batch once more with the posts' word
     embeddings moved uphill (adversarial training), the weights averaged as they go. Returns
@@ -754,7 +925,8 @@ def train_member(args, k, model, posts, dev, classes):
     seed = args.seed * 1000 + k
     torch.manual_seed(seed)  # order and dropout depend on nothing else
     lengths = [len(post.text) for post in posts]
-    best, kept, log = -math.inf, None, []
+    best = -math.inf
+    log = []
     for epoch in range(args.epochs):
         began = time.time()
         steps = steps_of_epoch(lengths, args.batch, epoch, seed, window=16)
@@ -815,7 +987,12 @@ def main(argv=None):
     """Runs the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("--out", "--seed"):  # the whole road
-        return runpy.run_path(str(Path(__file__).with_name("tests") / "demo.py"))["main"](words)
+        road = Path(__file__).with_name("tests") / "demo.py"
+        if not road.exists():
+            print(f"error: the embedded default needs {road}; with the four files alone give a "
+                  "stage: python train.py --help", file=sys.stderr)
+            return 2
+        return runpy.run_path(str(road))["main"](words)
     args = parse_args(argv)
     return run_stage(ubm if args.stage == "ubm" else train, args)
 

@@ -6,12 +6,8 @@ floating-point operations per second against a 2048 x 2048 matrix product on the
 
 train: one multi-task step against PEFT LoRA with two ordinary Hugging Face passes.
 student: one student step, soft labels from files against the assistant beside the student.
-classify: labels by scoring against generating them. generate: labels and chains against the
-authors' way. data: reading and batching 1,000 to 100,000 posts.
 teacher: `generate.py teacher` against a server on this machine that takes 200 ms for each call and
 has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
-metrics: all chain metrics of eval.py but Sim against sacrebleu, rouge and nltk one after another,
-one process each, on the same pairs; only ours also count Distinct, agreement and the like.
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
 shapes: on a GPU, training steps and answers at the real shapes of Qwen2.5-VL-3B and 7B (random
@@ -49,7 +45,6 @@ import torch  # noqa: E402
 import families  # noqa: E402
 import generate as generate_script  # noqa: E402
 import mulcot  # noqa: E402
-import toy  # noqa: E402
 import train as train_script  # noqa: E402
 
 
@@ -267,7 +262,6 @@ def train(args):
 class Soft:
     """Soft labels at hand, as train.py reads them from files."""
 
-    config = dict(positions="response")
     names = staticmethod(mulcot.SoftLabels.names)
 
     def __init__(self, teacher, examples, pad):
@@ -275,7 +269,7 @@ class Soft:
         names = [mulcot.SoftLabels.names(example) for example in examples]
         processor = argparse.Namespace(pad_id=pad)
         with torch.no_grad():
-            entries = generate_script.soft_entries(teacher, processor, examples, names, "response")
+            entries = generate_script.soft_entries(teacher, processor, examples, names)
         self.read = entries.__getitem__
 
 
@@ -316,180 +310,7 @@ def student(args):
     makers = {"soft labels from files": cached,
               "assistant beside the student, our layout": online,
               "assistant beside the student, HF passes": released}
-    return side_by_side(args, makers, "assistant beside the student, our layout")
-
-
-# ---- labels and chains ---------------------------------------------------------------------------
-
-
-def demo_posts():
-    """(posts, the demo's student): real Twitter-2015 posts where they are at hand."""
-    run = ROOT / "runs" / "demo"
-    if not (run / "student" / "best").exists():
-        raise SystemExit("run `python train.py` first: this subject needs runs/demo/student/best")
-    real = ROOT.parent / "shared" / "data" / "twitter2015"
-    file = real / "dev.tsv" if real.is_dir() else run / "posts.jsonl"
-    posts = mulcot.read_posts(file, rejects=[])
-    return posts, [p for p in mulcot.read_posts(run / "posts.jsonl") if p.split == "test"]
-
-
-def hf_generate(model, processor, examples, most, length=0, **options):
-    """Ids of transformers' own greedy generate, every prompt padded to at least `length`."""
-    rows = [e.prefix + e.branches[0][0] for e in examples]
-    T = max(length, *map(len, rows))
-    pad, images = processor.pad_id, [e for e in examples if "pixel_values" in e.media]
-    ids = torch.tensor([[pad] * (T - len(r)) + r for r in rows], device=model.device)
-    real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=model.device)
-    patches = torch.cat([e.media["pixel_values"] for e in images])
-    return model.generate(
-        input_ids=ids, attention_mask=real, max_new_tokens=most, do_sample=False,
-        eos_token_id=[processor.end_id, pad], pad_token_id=pad, repetition_penalty=1.0,
-        suppress_tokens=processor.never_generated or None,
-        pixel_values=patches.to(model.device, model.dtype),
-        image_grid_thw=torch.cat([e.media["image_grid_thw"] for e in images]).to(model.device),
-        mm_token_type_ids=(ids == model.config.image_token_id).int(), **options)[:, T:].tolist()
-
-
-def hf_texts(model, processor, examples, most, length=0):
-    """What transformers' generate writes, up to its end."""
-    texts, stops = [], (processor.end_id, processor.pad_id)
-    for row in hf_generate(model, processor, examples, most, length):
-        end = next((i for i, t in enumerate(row) if t in stops), len(row))
-        texts.append(processor.tokenizer.decode(row[:end]))
-    return texts
-
-
-def classify(args):
-    """Labels of posts by scoring and by greedy generation of `"Prediction": "…"`."""
-    posts = demo_posts()[1]
-    model, processor = mulcot.load_model(ROOT / "runs/demo/student/best", args.device)
-    rows = []
-
-    def row(name, ways, same):
-        seconds = median_seconds(ways, args.device)
-        scored, written = (seconds[k] for k in ways)
-        rows.append((name, f"{1000 * scored:.0f}", f"{1000 * written:.0f}",
-                     f"{written / scored:.1f}", same))
-
-    for n in (1, 24):
-        batch = posts[:n]
-
-        def score(posts=batch):
-            return [row["prediction"] for row in mulcot.predict(model, processor, posts, False)]
-
-        def greedy(posts=batch):
-            examples = [mulcot.encode(p, [(mulcot.LABEL_FORMAT, None)], processor) for p in posts]
-            texts = hf_texts(model, processor, examples, 32)
-            return [mulcot.parse_reasoning(text).prediction for text in texts]
-
-        same = "" if n == 1 else sum(
-            a == b for i in range(0, len(posts), n)
-            for a, b in zip(score(posts[i : i + n]), greedy(posts[i : i + n]))) / len(posts)
-        row(f"tiny (trained), {n} at once", {"score": score, "greedy": greedy},
-            same and f"{same:.3f} of {len(posts)}")
-    model = qwen(args.device)
-    qwens = argparse.Namespace(pad_id=PAD, end_id=151645, never_generated=[])
-    for n in (1, 24):
-        drawn = samples(n)  # the label prompt, then answers of 7 tokens that share their first 4
-        asked = [replace(e, branches=[(e.branches[1][0][:25], 0)]) for e in drawn]
-        scored = []
-        for e in asked:
-            ids = e.prefix + e.branches[0][0] + [1, 2, 3]
-            positions = mulcot.rope_positions(ids, IMAGE, e.media["image_grid_thw"], 2)
-            answers = [([4, i, 8, 9], 3) for i in (5, 6, 7)]
-            scored.append(replace(e, prefix=ids, position_ids=positions, branches=answers))
-        ways = {"score": lambda: mulcot.score_labels(model, mulcot.collate(scored, PAD)),
-                "greedy": lambda: hf_generate(model, qwens, asked, 7, min_new_tokens=7)}
-        row(f"512 wide, {n} at once, answer of 7 tokens", ways, "")
-        ways["greedy"] = lambda: hf_generate(model, qwens, asked, 32)
-        row(f"512 wide, {n} at once, up to 32 tokens", ways, "")
-    return ("model", "score ms", "generate ms", "times faster", "equal decisions"), rows
-
-
-def generate(args):
-    """Label and chain of 240 posts: `generate.py predict` against the authors' way (all prompts
-    padded longest, batches of 24 in file order, two separate generate calls)."""
-    posts = random.Random(0).sample(demo_posts()[0], 240)
-    model, processor = mulcot.load_model(ROOT / "runs/demo/student/best", args.device)
-    texts = {}
-
-    def ours(size):
-        options = argparse.Namespace(stage="predict", batch=size)
-        respond = lambda batch, _: mulcot.predict(model, processor, batch, max_new_tokens=256)
-        rows = generate_script.in_batches(options, posts, set(), respond)
-        texts[size] = {post.id: (row["prediction"], row["raw"]) for post, row in rows}
-
-    def theirs():
-        answers = []
-        for prompt, most in ((mulcot.LABEL_FORMAT, 32), (mulcot.REASON_FORMAT, 256)):
-            asked = [mulcot.encode(p, [(prompt, None)], processor) for p in posts]
-            longest, written = max(map(len, asked)), []
-            for i in range(0, len(asked), 24):
-                written += hf_texts(model, processor, asked[i : i + 24], most, longest)
-            answers.append(written)
-        texts["theirs"] = {p.id: (mulcot.parse_reasoning(label).prediction, chain)
-                           for p, label, chain in zip(posts, *answers)}
-
-    ways = {f"ours, {size} at once": lambda size=size: ours(size) for size in (24, 64)}
-    seconds = median_seconds(ways | {"two generate calls, 24 at once": theirs}, args.device)
-    same = lambda a, b, k: sum(texts[a][p.id][k] == texts[b][p.id][k] for p in posts)
-    unparsed = sum(label is None for label, _ in texts["theirs"].values())
-    print(f"of {len(posts)}: {same(24, 'theirs', 1)} chains equal transformers', {same(24, 64, 1)} "
-          f"equal between batch sizes; {same(24, 'theirs', 0)} labels equal, {unparsed} of the "
-          "generated ones name no label\n")
-    slowest = max(seconds.values())
-    return ("way", "seconds", "posts/s", "times faster"), [
-        (k, f"{v:.2f}", f"{len(posts) / v:.1f}", f"{slowest / v:.2f}") for k, v in seconds.items()]
-
-
-def data(args):
-    """A training set of 1,000 to 100,000 posts with 280 x 280 JPEGs (500 files, used in turn): time
-    to read and check it, posts per second as batches of 16, padding, and peak memory."""
-    if args.peak_of:
-        folder, n = Path(args.peak_of), int(Path(args.peak_of).name)
-        options = train_script.parse_args([
-            "assistant", "--data", f"{folder}/rows.jsonl", "--images", str(folder.parent), "--dev",
-            "-", "--model", f"{folder.parent}/student", "--out", str(folder / "out"), "--batch",
-            "16", "--accumulate", "1", "--workers", "0"])
-        began = time.time()
-        processor = mulcot.load_processor(options.model)
-        stage = train_script.ChainStage(options, processor)
-        items, _ = mulcot.training_items(options.data, options.images, stage.branches_of)
-        read, began = time.time() - began, time.time()
-        posts = real = held = 0
-        options.epochs, few = 1, items[: 60 * 16]
-        for ((batch, _),) in train_script.step_loader(options, few, processor, 0):
-            posts += len(batch.input_ids)
-            real += int((batch.branch_ids >= 0).sum())
-            held += batch.input_ids.numel()
-        rate = posts / (time.time() - began)
-        top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps([f"{n:,}", f"{read:.0f}", f"{rate:.0f}", f"{1 - real / held:.1%}",
-                          f"{top:.0f}"]))
-        sys.exit()
-    from PIL import Image
-
-    rows, words = [], "so the match was lovely and nobody left before it was over".split()
-    rng = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(500):
-            Image.effect_noise((280, 280), 90).convert("RGB").save(f"{folder}/{i}.jpg")
-        tokenizer = toy.tiny_tokenizer([mulcot.REASON_FORMAT, " ".join(words)], 500)
-        toy.tiny_model(f"{folder}/student", "student", tokenizer, max_pixels=280 * 280)
-        for n in (1000, 10_000, 100_000):
-            os.makedirs(f"{folder}/{n}")
-            with open(f"{folder}/{n}/rows.jsonl", "w") as f:
-                for i in range(n):
-                    say = lambda: " ".join(rng.choices(words, k=rng.randint(10, 40)))
-                    fields = {name: say() for name in mulcot.FIELDS} | {"Prediction": "neutral"}
-                    row = dict(id=i, text=say(), image=f"{i % 500}.jpg", label="neutral",
-                               cot=mulcot.render_reasoning(fields))
-                    f.write(json.dumps(row) + "\n")
-            command = [sys.executable, __file__, "data", "--peak-of", f"{folder}/{n}"]
-            out = subprocess.run(command, capture_output=True, text=True)
-            assert out.returncode == 0, out.stderr[-2000:]
-            rows.append(json.loads(out.stdout.split("\n")[-2]))
-    return ("posts", "s to read and check", "posts/s batched", "padding", "peak MiB"), rows
+    return side_by_side(args, makers, "assistant beside the student, HF passes")
 
 
 # ---- the teacher stage ---------------------------------------------------------------------------
@@ -558,89 +379,6 @@ def teacher(_):
     return ("workers", "posts", "posts/s", "of workers/0.2 s", "peak MiB"), rows
 
 
-def chain_pairs(n):
-    """({id: row}, {id: reference}): chains of real posts where they exist, else of as many made-up
-    words, each beside another one's with a third of the words dropped."""
-    real = ROOT.parent / "shared" / "data" / "twitter2015" / "dev_chains.json"
-    rng, names = random.Random(0), ("Text_analysis", "Image_analysis", "Conflict_resolution",
-                                    "Final_conclusion")
-    if real.exists():
-        chains = [row["cot"] for row in json.loads(real.read_text(encoding="utf-8"))]
-    else:
-        words = [f"w{round(rng.paretovariate(0.5))}" for _ in range(20000)]
-        text = lambda: ". ".join(" ".join(rng.sample(words, 17)) for _ in range(3))
-        chains = ["\n".join(f'"{name}": "{text()}."' for name in names) for _ in range(1000)]
-        chains = [f'{text}\n"Prediction": "neutral"' for text in chains]
-    thinned = lambda text: re.sub(r"(?<= )\w+ ", lambda m: m[0] * (rng.random() < 0.67), text)
-    return ({i: dict(raw=thinned(chains[i % len(chains)]), prediction="neutral") for i in range(n)},
-            {i: chains[i % len(chains)] for i in range(n)})
-
-
-def ours(rows, references):
-    """All chain metrics but Sim -> the means that the libraries have too."""
-    from eval import chain_metrics
-
-    out, _ = chain_metrics(list(rows.values()), [references[i] for i in rows])
-    return [out[k] for k in ("bleu4", "rouge_l", "meteor")]
-
-
-def theirs(rows, references):
-    """sacrebleu, rouge and nltk, without synonyms."""
-    import logging
-    from types import SimpleNamespace
-
-    import sacrebleu
-    from nltk.tokenize import TreebankWordTokenizer
-    from nltk.translate.meteor_score import single_meteor_score
-    from rouge import Rouge
-
-    from eval import chain_text
-    from mulcot import parse_reasoning
-
-    logging.getLogger("sacrebleu").setLevel(logging.ERROR)
-    text = lambda raw: chain_text(parse_reasoning(raw))
-    pairs = [(text(row["raw"]), text(references[i])) for i, row in rows.items()]
-    judge, tokens = Rouge(metrics=["rouge-l"]), TreebankWordTokenizer().tokenize
-    none = SimpleNamespace(synsets=lambda word: [])
-    mean = lambda values: sum(values) / len(pairs)
-    return [mean(sacrebleu.sentence_bleu(p, [r], smooth_method="none", use_effective_order=False)
-                 .score / 100 for p, r in pairs),
-            mean(judge.get_scores(p, r)[0]["rouge-l"]["f"] for p, r in pairs),
-            mean(single_meteor_score(tokens(r.lower()), tokens(p.lower()), wordnet=none)
-                 for p, r in pairs)]
-
-
-def timed(connection, work, n):
-    """Sends (CPU seconds of this one process, MiB that the work itself added, its result)."""
-    import eval  # noqa: F401, so that its start is not timed
-
-    pairs = chain_pairs(n)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    before, began = peak(), time.process_time()
-    result = work(*pairs)
-    connection.send((time.process_time() - began, peak() - before, result))
-
-
-def metrics(_):
-    """Seconds and memory for 1,000 and 10,000 pairs; the libraries' time beside it."""
-    rows = []
-    for n in (1000, 10000):
-        results = []
-        for work in (ours, theirs):
-            here, there = multiprocessing.Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=timed,
-                                                                   args=(there, work, n))
-            process.start()
-            there.close()  # so that recv ends if the process dies
-            results.append(here.recv())
-            process.join()
-        (a, memory, mine), (b, _, others) = results
-        apart = max(abs(x - y) for x, y in zip(mine, others))
-        rows.append((n, f"{a:.1f}", f"{b:.1f}", f"{b / a:.1f}", f"{memory:.0f}", f"{apart:.0e}"))
-    return ("pairs", "ours, CPU s", "libraries, CPU s", "times faster", "ours, MiB added",
-            "largest difference of a mean"), rows
-
-
 def nf4(_):
     """Milliseconds of one forward and backward (the input's gradient), medians of 15 rounds; the
     ratio is the median of the rounds' own, which a busy machine disturbs less."""
@@ -697,7 +435,7 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
     model, examples = real_shape(shape, device), samples(posts)
     names = mulcot.linear_names(model)
     if nf4:
-        mulcot.quantize_linears(model)
+        mulcot.quantize_linears(model, names)
     if checkpointing:
         train_script.checkpoint_layers(model)
     if side == "ours":
@@ -723,6 +461,22 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
         return loss
 
     return step
+
+
+def hf_generate(model, processor, examples, most, **options):
+    """Ids of transformers' own greedy generate, prompts padded on the left."""
+    rows = [e.prefix + e.branches[0][0] for e in examples]
+    T, pad = max(map(len, rows)), processor.pad_id
+    ids = torch.tensor([[pad] * (T - len(r)) + r for r in rows], device=model.device)
+    real = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=model.device)
+    patches = torch.cat([e.media["pixel_values"] for e in examples])
+    return model.generate(
+        input_ids=ids, attention_mask=real, max_new_tokens=most, do_sample=False,
+        eos_token_id=[processor.end_id, pad], pad_token_id=pad, repetition_penalty=1.0,
+        suppress_tokens=processor.never_generated,
+        pixel_values=patches.to(model.device, model.dtype),
+        image_grid_thw=torch.cat([e.media["image_grid_thw"] for e in examples]).to(model.device),
+        mm_token_type_ids=(ids == model.config.image_token_id).int(), **options)[:, T:].tolist()
 
 
 def shape_answers(shape, device, side, posts, tokens=64):
@@ -866,7 +620,7 @@ def trl_side(args, folder):
     options.reasoning_weight, options.label_weight = (n / sum(tokens) for n in tokens)
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     if args.peak_of == "ours":
-        model = train_script.build_model(options, items)
+        model = train_script.build_model(options, stage, items)
         state = train_script.TrainingState(options, model)
         train_script.train_loop(options, stage, model, state, items, None, len(steps) + 1,
                                 len(steps))  # no epoch ends, so nothing is evaluated or saved
@@ -903,8 +657,7 @@ def trl(args):
 
 def main(argv=None):
     """Prints one table per subject."""
-    subjects = dict(train=train, student=student, classify=classify, generate=generate,
-                    data=data, metrics=metrics, nf4=nf4, teacher=teacher, shapes=shapes, trl=trl)
+    subjects = dict(train=train, student=student, shapes=shapes, nf4=nf4, teacher=teacher, trl=trl)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -27,7 +27,7 @@ from mulcot import (  # noqa: E402
     Help, InputError, read_posts, read_rows, refuse_ranks, regression_metrics, run_stage,
     write_json)
 
-SHORT = "--batch 16 --accumulate 1 --beta2 0.99"  # for models of half a million parameters
+SHORT = "--batch 16 --accumulate 1"  # for models of half a million parameters
 
 
 def run_commands(commands):
@@ -84,7 +84,7 @@ def demo_commands(out, seed):
         f"tests/toy.py teacher --data {posts} --out {chains}",
         f"train.py assistant --data {chains} {lora} --epochs 4 --dropout 0.05 "
         f"--model {out}/base/assistant --out {out}/assistant",
-        f"generate.py augment --data {chains} --model {assistant} --out {more}",
+        f"generate.py augment --data {posts} --model {assistant} --out {more}",
         f"generate.py soft --data {chains} {more} --model {assistant} --batch 32 --out {out}/soft",
         f"train.py student --data {chains} {more} --soft {out}/soft {lora} --epochs 3 "
         f"--model {out}/base/student --out {out}/student",
@@ -161,7 +161,7 @@ def teacher_commands(out, teacher, seed):
         f"--out {at}.chains.jsonl",
         f"train.py assistant --data {at}.chains.jsonl {training_flags(out, seed)} --epochs 6 "
         f"--dropout 0.05 --model {out}/base/assistant --out {at}.assistant",
-        f"generate.py augment --data {at}.chains.jsonl --model {at}.assistant/best "
+        f"generate.py augment --data {out}/posts.jsonl --model {at}.assistant/best "
         f"--seed {seed} --out {at}.augmented.jsonl",
         f"generate.py soft --data {at}.chains.jsonl {at}.augmented.jsonl "
         f"--model {at}.assistant/best --out {at}.soft"]
@@ -209,7 +209,7 @@ def ablate(args):
 OMNI_WARMUP = "--epochs 8 --lr 0.003 --schedule cosine"
 INPUTS = {"text": "--without frames audio", "text + frames": "--without audio",
           "text + frames + audio": ""}
-TOY_READOUT = ("--batch 8 --accumulate 1 --beta2 0.99 --epochs 5 --lr 0.003 --head-lr 0.002 "
+TOY_READOUT = ("--batch 8 --accumulate 1 --epochs 5 --lr 0.003 --head-lr 0.002 "
                "--dropout 0.05")
 
 

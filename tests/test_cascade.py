@@ -17,40 +17,38 @@ SURE, UNSURE = 0.1, 0.9
 
 
 def verdict(label, u):
-    return dict(prediction=label, uncertainty=u)
+    return mulcot.Verdict(label, u)
+
+
+FAILED = mulcot.Verdict(failed="HTTP 400")
 
 
 # ---- the decision
 
-UBM = {"sure": verdict("positive", SURE), "unsure": verdict("positive", UNSURE),
-       "failed": "no image"}
-MLLM = {"none": None, "failed": "HTTP 400", "sure same": verdict("positive", SURE),
+UBM = {"sure": verdict("positive", SURE), "unsure": verdict("positive", UNSURE)}
+MLLM = {"none": None, "failed": FAILED, "sure same": verdict("positive", SURE),
         "sure other": verdict("negative", SURE), "unsure same": verdict("positive", 0.8),
         "unsure other": verdict("negative", 0.8), "unknown same": verdict("positive", None),
         "unknown other": verdict("negative", None)}
-SECOND_PASS = {"none": None, "failed": "HTTP 400", "neutral": verdict("neutral", 0.7)}
+SECOND_PASS = {"none": None, "failed": FAILED, "neutral": verdict("neutral", 0.7)}
 CONTRADICTS = {"none": "ask second_pass", "failed": "mllm", "neutral": "second_pass"}
 ROUTES = {  # (UBM, MLLM) -> route, or {second pass: route}
     ("unsure", "none"): "ask mllm", ("unsure", "failed"): "ubm", ("unsure", "sure same"): "mllm",
     ("unsure", "sure other"): "mllm", ("unsure", "unsure same"): "agree",
     ("unsure", "unsure other"): CONTRADICTS, ("unsure", "unknown same"): "agree",
     ("unsure", "unknown other"): CONTRADICTS,
-    ("failed", "none"): "ask mllm", ("failed", "failed"): "none",
-    **{("failed", m): "mllm" for m in MLLM if m not in ("none", "failed")},
     **{("sure", m): "ubm" for m in MLLM}}
 
 
 @pytest.mark.parametrize("u, m, a", list(itertools.product(UBM, MLLM, SECOND_PASS)))
 def test_every_case_of_the_route(u, m, a):
-    """All 72 combinations: the route, whose answer it is, and that a failure is named."""
+    """All 48 combinations: the route, whose answer it is, and that a failure is named."""
     expected = ROUTES[u, m]
     expected = expected[a] if isinstance(expected, dict) else expected
     route, answer, reason = mulcot.cascade_route(UBM[u], MLLM[m], SECOND_PASS[a], 0.5, 0.5)
     assert route == expected
     owner = {"ubm": UBM[u], "mllm": MLLM[m], "agree": MLLM[m], "second_pass": SECOND_PASS[a]}
     assert answer == owner.get(route)
-    if u == "failed" and "sure " not in m.replace("unsure ", ""):
-        assert "no image" in reason
     fell_back = isinstance(ROUTES[u, m], dict) and a == "failed"
     assert ("HTTP 400" in reason) == (fell_back or (m == "failed" and u != "sure"))
 
@@ -62,77 +60,80 @@ def test_edges_of_the_route():
     assert mulcot.cascade_route(verdict("neutral", 0.0), mllm, None, -1, -1)[0] == "agree"
     mllm = verdict("negative", 0.8)
     for u, surer in ((0.6, "positive"), (0.85, "negative")):
-        answer = mulcot.cascade_route(verdict("positive", u), mllm, "x", 0.5, 0.5)[1]
-        assert answer["prediction"] == surer
+        answer = mulcot.cascade_route(verdict("positive", u), mllm, FAILED, 0.5, 0.5)[1]
+        assert answer.prediction == surer
 
 
 def test_a_pass_that_failed_was_made():
     """Passes count what was asked: a server that breaks down has been asked all the same."""
-    unsure = dict(prediction="positive", probs=[0.3, 0.3, 0.4], uncertainty=0.99)
-    other = dict(prediction="negative", probs=[0.4, 0.3, 0.3], uncertainty=0.99)
-    for verdicts, stages in (
-            ((unsure, "broke down", None), 2), ((unsure, unsure, None), 2),
-            ((unsure, other, "broke down"), 3), (("no image", "broke down", None), 2)):
-        assert mulcot.stages_asked(verdicts, 0.5, 0.5) == stages
-    assert mulcot.stages_asked((unsure, other, other), 1, 0.5) == 1
+    unsure, other = verdict("positive", 0.99), verdict("negative", 0.99)
+    for verdicts, passes in (((unsure, FAILED, None), 2), ((unsure, unsure, None), 2),
+                             ((unsure, other, FAILED), 3)):
+        assert mulcot.passes_asked(verdicts, 0.5, 0.5) == passes
+    assert mulcot.passes_asked((unsure, other, other), 1, 0.5) == 1
 
 
-def test_scores():
-    """A score is its distribution's expectation, neutral within ε of 0; those of one polarity are
-    averaged by certainty."""
-    got = mulcot.verdict(torch.tensor([0, 0, 0, 0.2, 0.3, 0.5, 0]), mulcot.SCORE_BINS)
-    assert got["predicted_score"] == pytest.approx(1.3) and got["prediction"] == "positive"
-    h = -sum(p * math.log(p) for p in (0.2, 0.3, 0.5)) / math.log(7)
-    assert got["uncertainty"] == pytest.approx(h, abs=1e-5)
-    assert mulcot.score_verdict(-0.51, 0)["prediction"] == "negative"
-    assert mulcot.score_verdict(-0.5, 0)["prediction"] == "neutral"
+def test_scores_of_one_polarity_are_averaged_by_certainty():
     ubm, mllm = mulcot.score_verdict(2.0, 0.75), mulcot.score_verdict(1.0, 0.5)
     route, answer, _ = mulcot.cascade_route(ubm, mllm, None, 0.1, 0.1)
-    assert (route, answer["prediction"]) == ("agree", "positive")
-    assert answer["predicted_score"] == pytest.approx((0.25 * 2 + 0.5 * 1) / 0.75, abs=1e-4)
-    other = mulcot.score_verdict(0.5, 0.5)
+    assert route == "agree" and answer.prediction == "positive"
+    assert answer.predicted_score == pytest.approx((0.25 * 2 + 0.5 * 1) / 0.75, abs=1e-4)
+    other = mulcot.score_verdict(0.5, 0.5)  # within ε of 0: neutral, so no agreement
     assert mulcot.cascade_route(ubm, other, None, 0.1, 0.1)[0] == "ask second_pass"
+
+
+def test_a_score_is_its_expectation():
+    probs = torch.tensor([0, 0, 0, 0.2, 0.3, 0.5, 0])
+    got = mulcot.verdict(probs, mulcot.SCORE_BINS)
+    assert got.predicted_score == pytest.approx(1.3) and got.prediction == "positive"
+    h = -sum(p * torch.log(torch.tensor(p)).item() for p in (0.2, 0.3, 0.5))
+    assert got.uncertainty == pytest.approx(h / torch.log(torch.tensor(7.0)).item(), abs=1e-5)
+    assert mulcot.score_verdict(-0.51, 0).prediction == "negative"
+    assert mulcot.score_verdict(-0.5, 0).prediction == "neutral"
+
+
+# ---- thresholds
 
 
 def test_thresholds_keep_the_budget():
     """The UBM is right where it is sure, the MLLM everywhere: more budget, fewer errors."""
     gold = ["positive"] * 10
     answers = [(verdict("positive" if i < 6 else "negative", i / 10), verdict("positive", 0.1),
-                None) for i in range(10)]
-    error = lambda answer, n: float(answer is None or answer["prediction"] != gold[n])
-    grid = mulcot.threshold_grid(answers, error)
+                verdict("positive", 0.1)) for i in range(10)]
+    error = lambda answer, n: float(answer.prediction != gold[n])
+    grid = generate.threshold_grid(answers, error)
     for budget, wrong in ((0, 0.4), (0.2, 0.2), (0.4, 0.0), (1.0, 0.0)):
-        passes, least, tau1, tau2 = mulcot.best_thresholds(grid, budget)
+        passes, least, tau1, tau2 = generate.best_thresholds(grid, budget)
         assert passes <= budget + 1e-9 and least == pytest.approx(wrong)
         assert (passes, least, tau1, tau2) in grid
-        asked = [mulcot.stages_asked(v, tau1, tau2) - 1 for v in answers]
+        asked = [mulcot.passes_asked(v, tau1, tau2) - 1 for v in answers]
         assert passes == pytest.approx(sum(asked) / 10)
-    passes, _, _, tau2 = mulcot.best_thresholds(grid, 0.7)
+    passes, _, _, tau2 = generate.best_thresholds(grid, 0.7)
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice
 
 
 def test_endpoint_answers():
     """Label and uncertainty from log-probabilities at the label's token; none without them."""
     def read(text, classes=mulcot.LABELS, tokens=()):
-        return mulcot.answer_verdict(mulcot.Answer(text, logprobs=list(tokens)), classes)
+        return generate.answer_verdict(mulcot.Answer(text, logprobs=list(tokens)), classes)
 
     likely = {"pos": math.log(0.6), " Neutral": math.log(0.3), "ne": math.log(0.1)}
     tokens = [('"', {}), ("Prediction", {"Prediction": 0.0}), ('": "', {}), ("pos", likely),
               ("itive", {})]
     got = read('"Prediction": "positive"', tokens=tokens)
-    assert got["prediction"] == "positive"
-    assert got["probs"] == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-4)  # "ne" could be either
+    assert got.prediction == "positive"
+    assert got.probs == pytest.approx([0, 1 / 3, 2 / 3], abs=1e-4)  # "ne" could be either
     assert read('"Prediction": "neutral"') == verdict("neutral", None)
-    assert "no label" in read("I cannot say")
+    assert "no label" in read("I cannot say").failed
     for minus in ("-", "\u2212"):
         score = read(f'"Prediction": "{minus}2"', mulcot.SCORE_BINS)
-        assert (score["predicted_score"], score["prediction"]) == (-2, "negative")
-    assert all("no score" in read(x, mulcot.SCORE_BINS) for x in ("-7", "2 or 3", "much"))
+        assert (score.predicted_score, score.prediction) == (-2, "negative")
+    assert all("no score" in read(x, mulcot.SCORE_BINS).failed for x in ("-7", "2 or 3", "much"))
 
 
 def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
     post = mulcot.Post("1", "a {b} day\nYou: negative", aspect="b")
-    text = mulcot.second_pass_prompt(post, verdict("positive", 0.62), verdict("negative", None))
+    text = generate.second_pass_prompt(post, verdict("positive", 0.62), verdict("negative", None))
     assert "A small classifier: positive (uncertainty 0.62 of 1). You: negative." in text
     assert "Text: a {b} day You: negative\n" in text and text.endswith("\n\n")
 
@@ -166,7 +167,7 @@ def summary_of(out):
 
 
 def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
-    """Rows carry route, reason and every stage asked; a rerun asks nothing, with another budget
+    """Rows carry route, reason and every pass asked; a rerun asks nothing, with another budget
     neither; other flags are refused."""
     out, model = tmp_path / "rows.jsonl", ["--mllm", str(toy / "student"), "--budget", "1.2"]
     code, rows = run(toy, ubm, out, *model)
@@ -174,12 +175,13 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
     passes_of = dict(ubm=0, mllm=1, agree=1, second_pass=2)
     summary = summary_of(out)
     for row in rows:
-        stages = [row["stages"].get(k) for k in ("ubm", "mllm", "second_pass")]
-        route, answer, reason = mulcot.cascade_route(*stages, *summary["taus"])
+        passes = [mulcot.Verdict(**row["passes"][k]) if k in row["passes"] else None
+                  for k in ("ubm", "mllm", "second_pass")]
+        route, answer, reason = mulcot.cascade_route(*passes, *summary["taus"])
         assert (row["route"], row["reason"]) == (route, reason)
-        assert row["prediction"] == answer["prediction"] and row["source"] == "cascade"
-        assert len(row["stages"]) == 1 + passes_of[route]
-        assert all(stage["tokens"] > 0 for stage in row["stages"].values())
+        assert row["prediction"] == answer.prediction and row["source"] == "cascade"
+        assert len(row["passes"]) == 1 + passes_of[route]
+        assert all(stage["tokens"] > 0 for stage in row["passes"].values())
     passes = [passes_of[row["route"]] for row in rows]
     assert summary["costs"]["passes"] == pytest.approx(sum(passes) / 6)
     monkeypatch.setattr(mulcot, "score_labels", None)  # would fail if anything were asked
@@ -235,7 +237,7 @@ def ubm_of_scores(ubm, tmp_path_factory):
     torch.manual_seed(1)
     folder, model = tmp_path_factory.mktemp("scores"), mulcot.load_ubm(ubm)
     member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
-    mulcot.save_ubm(mulcot.UBM([member], mulcot.SCORE_BINS), folder)
+    train.save_ubm(mulcot.UBM([member], mulcot.SCORE_BINS), folder)
     return folder
 
 
@@ -251,7 +253,7 @@ def test_scores_run_through(toy, ubm, ubm_of_scores, tmp_path, capsys):
     assert code == 0 and len(rows) == 6
     for row in rows:
         assert -3 <= row["predicted_score"] <= 3
-        for stage in row["stages"].values():
+        for stage in row["passes"].values():
             mean = sum(p * c for p, c in zip(stage["bin_probs"], mulcot.SCORE_BINS))
             assert stage["predicted_score"] == pytest.approx(mean, abs=1e-4)
 
@@ -279,9 +281,10 @@ def test_endpoint_cascade(toy, ubm, tmp_path, posts, serve, monkeypatch):
     assert len(mulcot.read_rows(tmp_path / "rows.calls.jsonl")) >= 11
     assert not (tmp_path / "rows.asked.jsonl").exists()
     for row in rows:
-        mllm = row["stages"].get("mllm")
+        mllm = row["passes"].get("mllm")
         if row["id"] == bad.id and mllm is not None:
-            assert "HTTP 400" in mllm and row["route"] == "ubm" and "HTTP 400" in row["reason"]
+            assert "HTTP 400" in mllm["failed"] and "HTTP 400" in row["reason"]
+            assert row["route"] == "ubm"
         elif mllm is not None:
             assert mllm["uncertainty"] > 0.5 and mllm["tokens"] == 15
     taus = summary_of(out)["taus"]

@@ -22,8 +22,8 @@ import train
 from families import FAMILIES, Oracle, family_config, family_tokenizer, write_family
 from mulcot import (
     FIELDS, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, TARGETS, InputError, Post, collate,
-    encode, encode_batch, forward_branches, label_branches, label_example, multitask_loss,
-    post_prompt, render_label, render_reasoning, score_labels)
+    encode, encode_batch, forward_branches, label_branches, multitask_loss, post_prompt,
+    render_label, render_reasoning, score_labels)
 
 COT = render_reasoning(dict(zip(FIELDS, ("Words.", "A face.", "Fine.", "So.", "neutral"))))
 TASKS = [(REASON_FORMAT, COT), (LABEL_FORMAT, render_label("neutral"))]
@@ -84,7 +84,8 @@ def special_ids(tokenizer):
 
 
 def test_ids_equal_the_chat_template(world):
-    """Of prompts, of answered turns up to the end token, and of several branches at once."""
+    """Of prompts, of answered turns up to the end token, of several branches at once, and of the
+    teacher's prompts."""
     for post in world.posts:
         example = encode(post, [(LABEL_FORMAT, None), *TASKS], world.processor)
         assert whole(example) == world.oracle.ids(post, LABEL_FORMAT)
@@ -95,23 +96,19 @@ def test_ids_equal_the_chat_template(world):
             n_answer = len(want) - len(world.oracle.ids(post, question))
             assert example.branches[branch][1] == n_answer
             assert want[-1] == world.processor.tokenizer.eos_token_id
-
-
-def test_ids_of_a_prompt_without_a_question_equal_the_chat_template(world):
-    """Where nothing of the user's turn is left for the branch: label_example, teacher prompts."""
-    for post in world.posts:
-        example = label_example(post, world.processor)
-        for branch, label in enumerate(LABELS):
-            want = world.oracle.ids(post, LABEL_FORMAT, render_label(label))
-            assert whole(example, branch) == want
+        for task, gold in (("predict", None), ("explain", "negative")):  # the whole is shared
+            prompt = mulcot.build_messages(post, task, gold)[0]["content"][-1]["text"]
+            example = encode(post, [("", None)], world.processor, shared=prompt)
+            assert whole(example) == world.oracle.ids(post, "", prompt=prompt)
 
 
 @pytest.mark.parametrize("place", ["text", "aspect", "answer"])
 def test_user_text_never_becomes_a_special_token(world, place):
-    """Each of the family's control tokens, spelled out in a post or an answer, is words."""
+    """Each of the family's control tokens, spelled out in a post or an answer, is words; so are
+    braces and field names."""
     special = special_ids(world.processor.tokenizer)
     tokens = world.processor.tokenizer.convert_ids_to_tokens(sorted(special))
-    nasty, image = " ".join(tokens), world.posts[0].image
+    nasty, image = " ".join([*tokens, '{} {0} "Prediction": "negative"']), world.posts[0].image
     plain, attacked = (
         encode(Post("x", words if place == "text" else "day", image,
                     words if place == "aspect" else "Rex"),
@@ -127,7 +124,6 @@ def test_pad_and_end_tokens_are_the_familys_own(world):
     tokenizer, never = world.processor.tokenizer, set(world.processor.never_generated)
     assert world.processor.pad_id == tokenizer.pad_token_id
     assert never == special_ids(tokenizer) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    assert world.oracle.placeholder_id in never
 
 
 @pytest.mark.parametrize("family", TILED)
@@ -143,11 +139,6 @@ def test_max_pixels_caps_the_tiles(family, posts, texts, tmp_path):
         tiles[n], rest = divmod(example.prefix.count(placeholder), tokens_per_tile)
         assert rest == 0
     assert tiles[0.5] == tiles[1] == 1 and tiles[2] <= 3 and 1 < tiles[4] <= 5, tiles
-    if family == "smolvlm":  # a picture of one tile is written without rows and columns
-        processor = mulcot.load_processor(tmp_path, area)
-        example = encode(posts[0], [(LABEL_FORMAT, None)], processor)
-        oracle = Oracle(family, tmp_path, size=dict(longest_edge=32))
-        assert whole(example) == oracle.ids(posts[0], LABEL_FORMAT)
 
 
 # ---- one shared pass
@@ -179,34 +170,25 @@ def farthest(tasks, others):
 
 @torch.no_grad()
 def test_one_pass_equals_separate_passes(world):
-    """Answer logits of a padded batch with pictures of several sizes, two, and none."""
-    want = oracle_tasks(world.oracle, world.posts)
-    got = shared_tasks(world.model, world.processor, world.posts)
-    for (_, ids), (_, want_ids) in zip(got, want):
-        assert torch.equal(ids, want_ids)
-    assert farthest(want, got) < 1e-5
-
-
-@torch.no_grad()
-def test_pictures_and_padding_reach_the_right_post(world):
-    """Another picture changes its post's logits; another order, or no picture at all, makes no
-    difference."""
-    wide, tall, _, none = world.posts
-    swapped = [wide, Post("tall", tall.text, wide.image)]
-    want = oracle_tasks(world.oracle, swapped)
-    assert farthest(want, shared_tasks(world.model, world.processor, swapped)) < 1e-5
-    assert farthest(want, oracle_tasks(world.oracle, [wide, tall])) > 1e-3
-    for others in ([none, tall], [none]):
-        assert farthest(oracle_tasks(world.oracle, others),
-                        shared_tasks(world.model, world.processor, others)) < 1e-5
+    """Answer logits of padded batches with pictures of several sizes, two, and none, in any order;
+    another picture makes a difference."""
+    wide, tall, two, none = world.posts
+    swapped = Post("tall", tall.text, wide.image)
+    for posts in ([wide, tall, two, none], [none, tall], [wide, swapped], [none]):
+        want = oracle_tasks(world.oracle, posts)
+        got = shared_tasks(world.model, world.processor, posts)
+        assert all(torch.equal(ids, want_ids) for (_, ids), (_, want_ids) in zip(got, want))
+        assert farthest(want, got) < 1e-5
+    assert farthest(*(oracle_tasks(world.oracle, [post]) for post in (tall, swapped))) > 1e-3
 
 
 def test_gradient_of_one_pass_equals_separate_passes(world, fresh):
-    """The adapters of both tasks' loss learn the same, with gradient checkpointing too."""
+    """The adapters of both tasks' loss, in the vision tower too, learn the same, with gradient
+    checkpointing as well."""
     model, oracle = fresh
-    names = mulcot.add_lora(model, 4, 8, 0.0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 2 * len(names)
+    mulcot.add_lora(model, 4, 8, 0.0, scope="all")
+    trained = [p for name, p in model.named_parameters()
+               if p.requires_grad and "audio_tower" not in name]  # no post has a sound
     for p in trained:
         p.data += 0.05 * torch.randn_like(p)
 
@@ -258,13 +240,11 @@ def oracle_scores(world, posts):
 
 
 def test_score_labels_equals_three_passes(world):
-    """By three whole branches and by three answers behind one prompt."""
+    """The three labels' probabilities are those of three separate passes."""
     want = oracle_scores(world, world.posts)
-    assert want.std() > 1e-3
-    for examples in ([encode(post, label_branches(), world.processor) for post in world.posts],
-                     [label_example(post, world.processor) for post in world.posts]):
-        got = score_labels(world.model, collate(examples, world.processor.pad_id))
-        assert (got - want).abs().max() < 1e-4
+    batch = encode_batch(world.posts, label_branches(), world.model, world.processor)
+    got = score_labels(world.model, batch)
+    assert want.std() > 1e-3 and (got - want).abs().max() < 1e-4
 
 
 @contextmanager
@@ -285,13 +265,16 @@ def oracle_chains(world, posts, question, max_new_tokens):
     return [world.oracle.generated(post, question, never, max_new_tokens) for post in posts]
 
 
-def test_greedy_text_equals_transformers_generate(world):
-    """Of a padded batch whose rows end at different steps; transformers has one post at a time."""
+def test_greedy_text_equals_transformers_generate(world, monkeypatch):
+    """Of a padded batch whose rows end at different steps, also where the cache grows each few
+    tokens; transformers has one post at a time."""
     batch = encode_batch(world.posts, [(LABEL_FORMAT, None)], world.model, world.processor)
     for by in (0.0, 1.0, 1.5, 2.0, 2.5):
         with likelier_end(world, by):
             want = oracle_chains(world, world.posts, LABEL_FORMAT, 10)
-            assert mulcot.generate_text(world.model, world.processor, batch, 10) == want
+            for room in (0, 3, 64):
+                monkeypatch.setattr(mulcot, "CACHE_ROOM", room)
+                assert mulcot.generate_text(world.model, world.processor, batch, 10) == want
         if "stop" in dict(want).values() and len(set(want)) > 1:
             break
     else:
@@ -300,9 +283,14 @@ def test_greedy_text_equals_transformers_generate(world):
 
 @pytest.mark.parametrize("decode", ["score", "greedy"])
 def test_predict_equals_the_familys_own_passes(world, decode):
-    """Label and chain of a batch, of one pass or of two, with pictures and without."""
-    posts = world.posts[1:4:2]
-    rows = mulcot.predict(world.model, world.processor, posts, decode=decode, max_new_tokens=8)
+    """Label and chain of a batch, of one pass or of two, with pictures and without; of one post
+    too, and the label without the chain."""
+    posts, options = world.posts[1:4:2], dict(decode=decode, max_new_tokens=8)
+    rows = mulcot.predict(world.model, world.processor, posts, **options)
+    alone = mulcot.predict(world.model, world.processor, posts[0], **options)
+    assert (alone["raw"], alone["prediction"]) == (rows[0]["raw"], rows[0]["prediction"])
+    bare = mulcot.predict(world.model, world.processor, posts, chain=False, **options)
+    assert [row["prediction"] for row in bare] == [row["prediction"] for row in rows]
     chains = oracle_chains(world, posts, REASON_FORMAT, 8)
     assert [row["raw"] for row in rows] == [text for text, _ in chains]
     if decode == "score":
@@ -322,12 +310,8 @@ def chains(world, tmp_path):
     """The posts as rows with labels and chains, and the flags that name them."""
     rows = []
     for post in world.posts:
-        row = post.row()
-        if post.image:
-            row["image"] = Path(post.image).name
-        if post.frames:
-            row["frames"] = [Path(path).name for path in post.frames]
-        rows.append(row)
+        image, *frames = [Path(path).name for path in post.images] or [None]
+        rows.append(post.row() | dict(image=image, frames=frames or None))
     mulcot.write_rows(tmp_path / "chains.jsonl", rows)
     images = str(Path(world.posts[0].image).parent)
     return ["--data", str(tmp_path / "chains.jsonl"), "--images", images]
@@ -378,28 +362,24 @@ def peft_names(model, targets):
     return sorted(wrapped.base_model.targeted_module_names)
 
 
-def test_lora_scope_equals_pefts(world, fresh):
-    """"language" takes the language model's layers and leaves towers and projector alone."""
-    prefix = LANGUAGE.get(world.family, "model.language_model.") + "layers."
-    names = mulcot.add_lora(fresh[0], 4, 8, 0.0)
-    suffixes = {name.rpartition(".")[2] for name in names}
-    assert suffixes >= set(TARGETS) and all(name.startswith(prefix) for name in names)
-    pattern = re.escape(prefix) + r".*\.(" + "|".join(sorted(suffixes)) + ")"
-    assert sorted(names) == peft_names(mulcot.load_model(world.folder / "student")[0], pattern)
-
-
-def test_lora_of_scope_all_equals_pefts_suffixes(world, fresh):
-    """"all" is PEFT's matching by suffix, towers included."""
-    names = mulcot.add_lora(fresh[0], 4, 8, 0.0, targets=TARGETS, scope="all")
-    want = peft_names(mulcot.load_model(world.folder / "student")[0], list(TARGETS))
-    assert sorted(names) == want
+@pytest.mark.parametrize("scope", ["language", "all"])
+def test_lora_scope_equals_pefts(world, fresh, scope):
+    """"language" takes the language model's layers and leaves towers and projector alone; "all" is
+    PEFT's matching by suffix. Nothing but the adapters is trained."""
+    names, targets = mulcot.add_lora(fresh[0], 4, 8, 0.0, scope=scope), list(TARGETS)
+    if scope == "language":
+        prefix = LANGUAGE.get(world.family, "model.language_model.") + "layers."
+        targets = re.escape(prefix) + rf".*\.({'|'.join(TARGETS)})"
+    assert sorted(names) == peft_names(mulcot.load_model(world.folder / "student")[0], targets)
+    trained = {name for name, p in fresh[0].named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.lora_{half}" for name in names for half in "AB"}
 
 
 @torch.no_grad()
 def test_peft_reads_the_saved_adapter(world, fresh, tmp_path):
-    """The same logits under PEFT, and as a model folder of ours."""
+    """The same logits under PEFT, alpha / rank applied once, and as a model folder of ours."""
     model, oracle = fresh
-    mulcot.add_lora(model, 4, 12, 0.0)
+    mulcot.add_lora(model, 4, 12, 0.0, scope="all")
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             p.data += 0.1 * torch.randn_like(p)
@@ -461,47 +441,28 @@ def test_a_template_beside_the_processor_is_found(world, tmp_path):
 
 TINY_TEXT = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, vocab_size=600)
+WINDOWS = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+STRANGE = {  # family of the tokenizer, config, what the message names
+    "gemma3": ("qwen2_vl", lambda _: AutoConfig.for_model("gemma3", text_config=TINY_TEXT),
+               "gemma3.*sliding"),
+    "conv": ("qwen2_vl", lambda _: AutoConfig.for_model("lfm2_vl", text_config=TINY_TEXT | dict(
+        model_type="lfm2", layer_types=["conv", "full_attention"])), "lfm2_vl.*conv"),
+    "windows": ("qwen2_vl", lambda tokenizer: family_config(
+        "qwen2_vl", "student", tokenizer, **WINDOWS), "qwen2_vl.*sliding"),
+    "windows of another language model": ("internvl", lambda tokenizer: family_config(
+        "internvl", "student", tokenizer, **WINDOWS), "internvl.*sliding"),
+    "windows that no layer_types name": ("internvl", lambda _: AutoConfig.for_model(
+        "internvl", text_config=TINY_TEXT | dict(model_type="mistral", sliding_window=8)),
+        "internvl.*sliding")}
 
 
-def gemma3(tokenizer):
-    return AutoConfig.for_model("gemma3", text_config=TINY_TEXT)
-
-
-def lfm2_vl(tokenizer):
-    return AutoConfig.for_model("lfm2_vl", text_config=TINY_TEXT | dict(
-        model_type="lfm2", layer_types=["conv", "full_attention"]))
-
-
-def sliding(tokenizer):
-    return family_config("qwen2_vl", "student", tokenizer, use_sliding_window=True,
-                         sliding_window=8, max_window_layers=1)
-
-
-def mistral_internvl(tokenizer):
-    """Windows, and no layer_types that say so."""
-    text = TINY_TEXT | dict(model_type="mistral", sliding_window=8)
-    return AutoConfig.for_model("internvl", text_config=text)
-
-
-def sliding_internvl(tokenizer):
-    """The language model of another family, with windows."""
-    text = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    tokenizer = family_tokenizer("internvl", ["words"])
-    return family_config("internvl", "student", tokenizer, **text)
-
-
-@pytest.mark.parametrize("make, model_type, reason", [
-    (gemma3, "gemma3", "sliding|both ways|laid out"), (lfm2_vl, "lfm2_vl", "conv|laid out"),
-    (sliding, "qwen2_vl", "sliding"), (sliding_internvl, "internvl|qwen2", "sliding"),
-    (mistral_internvl, "internvl", "sliding")])
-def test_what_cannot_be_laid_out_right_is_refused(make, model_type, reason, tmp_path, texts):
+@pytest.mark.parametrize("case", STRANGE)
+def test_what_cannot_be_laid_out_right_is_refused(case, tmp_path, texts):
     """Without any weight in the folder: the reason comes from the config."""
-    tokenizer = family_tokenizer("qwen2_vl", texts)
-    write_family(tmp_path, "qwen2_vl", "student", tokenizer, weights=False)
-    config = make(tokenizer)
-    config.save_pretrained(tmp_path)
-    if "sliding" in make.__name__:
-        assert "sliding_attention" in config.get_text_config().layer_types
-    with pytest.raises(InputError) as error:
+    family, make, message = STRANGE[case]
+    tokenizer = family_tokenizer(family, texts)
+    write_family(tmp_path, "qwen2_vl", "student", family_tokenizer("qwen2_vl", texts),
+                 weights=False)
+    make(tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
         mulcot.load_model(tmp_path)
-    assert re.search(model_type, str(error.value)) and re.search(reason, str(error.value))

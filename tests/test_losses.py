@@ -2,11 +2,11 @@
 
 import json
 import math
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import sklearn.metrics as sk
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,42 +27,37 @@ def drawn(*shape, scale=2.0, seed=0):
 # ---- the pure functions
 
 def test_distill_kl_by_hand():
-    """The worked example, with and without tau squared."""
-    assert mulcot.distill_kl(STUDENT, TEACHER, 2.0).item() == pytest.approx(0.1395, abs=5e-5)
-    squared = mulcot.distill_kl(STUDENT, TEACHER, 2.0, t_squared=True).item()
-    assert squared == pytest.approx(0.5580, abs=5e-5)
-
-
-def test_distill_kl_is_teacher_against_student():
-    """p (log p - log q) with the teacher as p; the other way round is another number; 0 if same."""
+    """The worked example, with and without tau squared: p (log p - log q) with the teacher as p;
+    the other way round is another number; 0 if same."""
     p, q = (x[0].div(2).softmax(0).tolist() for x in (TEACHER, STUDENT))
     forward = sum(a * math.log(a / b) for a, b in zip(p, q))
     backward = sum(b * math.log(b / a) for a, b in zip(p, q))
-    assert abs(forward - backward) > 1e-3
+    assert abs(forward - backward) > 1e-3 and forward == pytest.approx(0.1395, abs=5e-5)
     assert mulcot.distill_kl(STUDENT, TEACHER, 2.0).item() == pytest.approx(forward, abs=1e-6)
     assert mulcot.distill_kl(TEACHER, STUDENT, 2.0).item() == pytest.approx(backward, abs=1e-6)
     assert mulcot.distill_kl(TEACHER + 3, TEACHER).item() == pytest.approx(0, abs=1e-6)
+    squared = mulcot.distill_kl(STUDENT, TEACHER, 2.0, t_squared=True).item()
+    assert squared == pytest.approx(4 * forward, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_distill_kl_equals_torchs(temperature):
-    """The mean over positions of torch's own kl_div."""
-    s, t = drawn(7, 30), drawn(7, 30, seed=1)
-    want = F.kl_div((s / temperature).log_softmax(-1), (t / temperature).softmax(-1),
-                    reduction="batchmean")
-    assert mulcot.distill_kl(s, t, temperature).item() == pytest.approx(want.item(), abs=1e-6)
+    """The mean, the sum and each position's own of torch's kl_div; of (B, T, V) as of (N, V)."""
+    s, t = drawn(6, 30), drawn(6, 30, seed=1)
+    each = F.kl_div((s / temperature).log_softmax(-1), (t / temperature).softmax(-1),
+                    reduction="none").sum(-1)
+    for shape in ((6,), (2, 3), (1, 3, 2)):
+        kl = partial(mulcot.distill_kl, s.view(*shape, 30), t.view(*shape, 30), temperature)
+        assert torch.allclose(kl(reduction="none"), each.view(shape), atol=1e-6)
+        assert kl(reduction="sum").item() == pytest.approx(each.sum().item(), abs=1e-5)
+        assert kl().item() == pytest.approx(each.mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("t_squared", [False, True])
-def test_reductions_of_distill_kl(t_squared):
-    """Each position's own, their sum, their mean."""
-    s, t = drawn(7, 30), drawn(7, 30, seed=1)
-    each = mulcot.distill_kl(s, t, 2.0, t_squared, reduction="none")
-    alone = [mulcot.distill_kl(s[i : i + 1], t[i : i + 1], 2.0, t_squared) for i in range(7)]
-    assert torch.allclose(each, torch.stack(alone))
-    for reduction in ("sum", "mean"):
-        got = mulcot.distill_kl(s, t, 2.0, t_squared, reduction)
-        assert got.item() == pytest.approx(getattr(each, reduction)().item(), rel=1e-6)
+def test_distill_kl_refuses_unequal_positions():
+    """Also those that would broadcast."""
+    for shape in ((7, 30), (1, 30), (30,), (6, 1, 30)):
+        with pytest.raises(AssertionError, match="6, 30"):
+            mulcot.distill_kl(drawn(6, 30), drawn(*shape))
 
 
 def test_distill_kl_cuts_to_the_shared_ids():
@@ -101,26 +96,6 @@ def test_no_positions_give_zero_with_a_gradient(reduction):
     assert loss.item() == 0 and x.grad is not None
 
 
-def test_confusion_scores_equal_scikit_learns():
-    """Accuracy and both F1 of many tables at once, with answers of no class and absent classes."""
-    rng, tables, want = np.random.default_rng(0), [], []
-    for n in (1, 2, 5, 40, 200):
-        for known in (LABELS, LABELS[:2], LABELS[1:2]):
-            gold = rng.choice(known, n).tolist()
-            predicted = rng.choice([*LABELS, "unparsed"], n).tolist()
-            labels = [None if p == "unparsed" else p for p in predicted]
-            table = mulcot.confusion_table(gold, labels)
-            theirs = sk.confusion_matrix(gold, predicted, labels=[*LABELS, "unparsed"])
-            assert table.tolist() == theirs[:3].tolist()
-            tables.append(table)
-            want.append([sk.accuracy_score(gold, predicted)] + [
-                sk.f1_score(gold, predicted, labels=LABELS, average=average, zero_division=0)
-                for average in ("macro", "weighted")])
-    got = mulcot.confusion_scores(np.array(tables).reshape(5, 3, 3, 4))
-    assert list(got) == ["accuracy", "macro_f1", "weighted_f1"]
-    assert np.stack(list(got.values()), -1).reshape(15, 3) == pytest.approx(np.array(want))
-
-
 # ---- the same loss in chunks
 
 def make_loss(N, V=50, vocab=50, lam=0.3, tau=2.5, soft=True, dtype=torch.float32):
@@ -157,6 +132,19 @@ def test_in_chunks_equals_dense(case, size):
     assert (got - want).norm() <= 1e-6 * want.norm()
 
 
+@pytest.mark.parametrize("own", ["head", "bias"])
+def test_in_chunks_refuses_a_trainable_head(own):
+    """Its gradient would be lost without a word; frozen it is taken."""
+    hidden, head, bias = drawn(5, 3).requires_grad_(), drawn(4, 3, seed=1), drawn(4, seed=2)
+    trained = dict(head=head, bias=bias)[own].requires_grad_()
+    loss_of = lambda h, rows: F.linear(h, head, bias).logsumexp(-1).sum()
+    with pytest.raises(AssertionError, match="not frozen"):
+        mulcot.in_chunks(loss_of, hidden, 2)
+    trained.requires_grad_(False)
+    mulcot.in_chunks(loss_of, hidden, 2).backward()
+    assert hidden.grad.norm() > 0
+
+
 class Largest(TorchDispatchMode):
     """Notes the most rows that any tensor of a width had: {width: rows}."""
 
@@ -173,27 +161,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("N", [40, 400])
-def test_in_chunks_never_holds_all_logits(N, soft):
-    """No logits on the way, backward's included, are of more positions than a chunk (or than the
-    rows of a transposed output matrix); all else is as narrow as the hidden states."""
-    with Largest() as seen:
-        hidden, loss_of = make_loss(N, V=2000, vocab=1990, soft=soft)
-        mulcot.in_chunks(loss_of, hidden, 10).backward()
-    assert seen.rows.pop(2000) == 10 and seen.rows.pop(1990, 10) == 10
-    assert max(seen.rows) <= 10
-
-
 # ---- soft labels as files
 
 def two_tasks(cot, label):
     return [(mulcot.REASON_FORMAT, cot), (mulcot.LABEL_FORMAT, mulcot.render_label(label))]
-
-
-def make_soft(toy, rows, out, *options):
-    return generate.main(["soft", "--data", str(rows), "--images", str(toy / "images"), "--device",
-                          "cpu", "--model", str(toy / "assistant"), "--out", str(out), *options])
 
 
 @pytest.fixture(scope="module")
@@ -216,66 +187,31 @@ def examples(toy, rows, student):
 
 
 @pytest.fixture(scope="module")
-def soft_of(toy, rows, tmp_path_factory):
-    """soft_of(positions): a folder of soft labels."""
-    made = {}
-
-    def make(positions):
-        if positions not in made:
-            made[positions] = tmp_path_factory.mktemp("soft") / positions
-            assert make_soft(toy, rows, made[positions], "--kl-positions", positions,
-                             "--batch", "3") == 0
-        return made[positions]
-
-    return make
+def soft(toy, rows, tmp_path_factory):
+    """A folder of soft labels."""
+    out = str(tmp_path_factory.mktemp("soft") / "soft")
+    assert generate.main(["soft", "--data", str(rows), "--images", str(toy / "images"), "--model",
+                          str(toy / "assistant"), "--batch", "3", "--out", out]) == 0
+    return out
 
 
 def branch_logits(model, processor, example, k):
     """Logits (T, V) of an ordinary pass over prefix and branch k."""
     ids = torch.tensor([example.prefix + example.branches[k - 1][0]])
-    more = {} if "pixel_values" not in example.media else dict(pixel_values=example.media["pixel_values"],
-                                                        image_grid_thw=example.media["image_grid_thw"])
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more,
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **example.media,
                  mm_token_type_ids=(ids == processor.placeholder_id).int()).logits[0]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("positions", ["response", "all"])
-def test_soft_labels_are_the_assistants_distributions(toy, student, examples, soft_of, positions):
-    """Hidden states (16 bits) times output matrix equal a direct computation, one entry a branch;
-    a matrix that is missing is an error."""
-    soft, vocab = SoftLabels(soft_of(positions)), len(student[1].tokenizer)
-    assistant, processor = mulcot.load_model(toy / "assistant")
-    head = soft.read_head()
-    assert len(head) == vocab and len(soft.parts) == 2 * len(examples)
-    for e in examples:
-        for k, (name, (_, answer)) in enumerate(zip(SoftLabels.names(e), e.branches), 1):
-            want = branch_logits(assistant, processor, e, k)[:, :vocab]
-            if positions == "response":
-                want = want[-answer - 1 : -1]
-            hidden = soft.read(name)
-            assert hidden.dtype == torch.float16 and len(hidden) == len(want)
-            got = (hidden.float() @ head.T / 3).log_softmax(-1)
-            assert torch.allclose(got, (want / 3).log_softmax(-1), rtol=2e-3, atol=2e-3)
-
-
-def test_missing_output_matrix_is_an_error(tmp_path):
-    """Half of the soft labels alone says nothing."""
-    (tmp_path / "soft.json").write_text("{}")
-    with pytest.raises(InputError, match="delete .*head.safetensors"):
-        SoftLabels(tmp_path).read_head()
-
-
-def test_stale_soft_labels_are_not_found(toy, rows, student, soft_of):
+def test_stale_soft_labels_are_not_found(toy, rows, student, soft):
     """Another word, image, answer or label names another entry."""
-    processor, soft = student[1], SoftLabels(soft_of("response"))
+    processor, labels = student[1], SoftLabels(soft)
     post, other = mulcot.read_posts(rows, toy / "images")[:2]
     encoded = lambda **changed: mulcot.encode(
         mulcot.Post(**vars(post) | changed),
         two_tasks(changed.get("cot", post.cot), changed.get("label", post.label)),
         processor)
     same = SoftLabels.names(encoded())
-    assert all(len(soft.read(name)) for name in same)
+    assert all(len(labels.read(name)) for name in same)
     label = next(x for x in LABELS if x != post.label)
     for gone, changed in [((0, 1), dict(text=post.text + "!")), ((0, 1), dict(image=other.image)),
                           ((0, 1), dict(image=None)), ((0,), dict(cot=post.cot + " ")),
@@ -284,28 +220,24 @@ def test_stale_soft_labels_are_not_found(toy, rows, student, soft_of):
         for k in (0, 1):
             if k in gone:
                 with pytest.raises(InputError, match="no soft labels"):
-                    soft.read(names[k])
+                    labels.read(names[k])
             else:
                 assert names[k] == same[k]
 
 
-def test_soft_labels_of_other_settings_are_not_mixed(toy, rows, soft_of, capsys):
-    """The same folder again is fine, with other positions it is refused."""
-    folder, options = soft_of("response"), ["--batch", "3"]
-    before = sorted(p.name for p in folder.iterdir())
-    assert make_soft(toy, rows, folder, *options) == 0
-    assert make_soft(toy, rows, folder, *options, "--kl-positions", "all") == 2
-    assert "begun with positions =" in capsys.readouterr().err
-    assert sorted(p.name for p in folder.iterdir()) == before
-
-
-def test_soft_labels_of_another_tokenizer_are_refused(student, soft_of):
-    """The same ids would be other words."""
-    args = student_args("--soft", str(soft_of("response")))
-    assert train.open_soft_labels(args, student[1]).config["positions"] == "response"
+def test_foreign_soft_labels_are_refused(student, soft, tmp_path):
+    """Of another tokenizer, whose ids would be other words; without the output matrix, whose rows
+    are those of the tokenizer."""
+    args = student_args("--soft", soft)
+    head = train.open_soft_labels(args, student[1]).head
+    assert len(head) == len(student[1].tokenizer) < student[0].lm_head.out_features
     alien = SimpleNamespace(tokenizer=tiny_tokenizer(["quite other words " * 9], 500))
     with pytest.raises(InputError, match="another tokenizer"):
         train.open_soft_labels(args, alien)
+    folder = shutil.copytree(soft, tmp_path / "soft")
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(InputError, match="head.safetensors is missing"):
+        train.open_soft_labels(student_args("--soft", str(folder)), student[1])
 
 
 # ---- one optimiser step
@@ -344,12 +276,11 @@ def run_step(args, learner, examples, size, processor):
     return sums, torch.cat([p.grad.flatten() for p in trained])
 
 
-@pytest.mark.parametrize("soft", [None, "response", "all"])
-def test_one_batch_equals_eight_micro_batches(learner, student, examples, soft_of, soft,
-                                              monkeypatch):
+@pytest.mark.parametrize("stage", ["assistant", "student"])
+def test_one_batch_equals_eight_micro_batches(learner, student, examples, soft, stage, monkeypatch):
     """Counting tokens over the whole step makes 1 x 8 and 8 x 1 the same step, in any chunks; and
     no logits are of more positions than a chunk (or a transposed output matrix has rows)."""
-    args = student_args("--soft", str(soft_of(soft))) if soft else train.parse_args(
+    args = student_args("--soft", soft) if stage == "student" else train.parse_args(
         ["assistant", "--data", "d", "--dev", "d", "--model", "m", "--out", "o"])
     whole, parts, uneven = (run_step(args, learner, examples, size, student[1])
                             for size in (8, 1, 3))
@@ -363,7 +294,7 @@ def test_one_batch_equals_eight_micro_batches(learner, student, examples, soft_o
         assert (gradient - whole[1]).norm() < 1e-6 * max(1.0, whole[1].norm())
 
 
-def by_hand(learner, student, assistant, examples, positions, options):
+def by_hand(learner, student, assistant, examples, options):
     """The student's loss terms and gradient, the formula written out with loops over ordinary
     passes: no masks, no batch, no files, all logits."""
     vocab, terms = len(student[1].tokenizer), {}
@@ -375,8 +306,7 @@ def by_hand(learner, student, assistant, examples, positions, options):
             theirs = branch_logits(assistant, student[1], e, k).detach()
             ids, n = e.branches[k - 1]
             ce.append(F.cross_entropy(mine[-n - 1 : -1], torch.tensor(ids[-n:]), reduction="none"))
-            at = slice(None) if positions == "all" else slice(-n - 1, -1)
-            p, q = (x[at, :vocab].div(3).softmax(-1) for x in (theirs, mine))
+            p, q = (x[-n - 1 : -1, :vocab].div(3).softmax(-1) for x in (theirs, mine))
             kl.append(squared * (p * (p / q).log()).sum(-1))
         terms[f"ce_{name}"] = torch.cat(ce).mean()
         terms[f"kl_{name}"] = torch.cat(kl).mean()
@@ -390,22 +320,20 @@ OPTIONS = ["--t-squared", "--lam", "0.6", "--reasoning-weight", "0.5", "--label-
 
 
 @pytest.mark.parametrize("options", [[], OPTIONS], ids=["paper", "options"])
-@pytest.mark.parametrize("positions", ["response", "all"])
-def test_step_by_hand(toy, learner, student, examples, soft_of, positions, options):
+def test_step_by_hand(toy, learner, student, examples, soft, options):
     """Temperature, masks, weights and lambda end where the formula has them."""
     assistant, few = mulcot.load_model(toy / "assistant")[0], examples[1:4]
-    want = by_hand(learner, student, assistant, few, positions, options)
-    args = student_args("--soft", str(soft_of(positions)), "--temperature", "3", *options)
+    want = by_hand(learner, student, assistant, few, options)
+    args = student_args("--soft", soft, "--temperature", "3", *options)
     got = run_step(args, learner, few, 2, student[1])
     assert got[0] == pytest.approx(want[0], rel=2e-3)
     assert (got[1] - want[1]).norm() < 2e-3 * want[1].norm()
 
 
 @pytest.mark.parametrize("name", ["multitask_loss", "student_loss", "distill_kl"])
-def test_the_papers_equations_are_what_trains(learner, student, examples, soft_of, monkeypatch,
-                                              name):
+def test_the_papers_equations_are_what_trains(learner, student, examples, soft, monkeypatch, name):
     """Without any one of them a student's step fails."""
-    args = student_args("--soft", str(soft_of("response")))
+    args = student_args("--soft", soft)
     monkeypatch.setattr(train, name, lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_step(args, learner, examples[:2], 2, student[1])

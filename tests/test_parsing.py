@@ -174,7 +174,7 @@ def test_real_chains(twitter):
 # ---- prompts
 
 POST = Post("1", "so lovely", "/x.png", "Rex", "positive")
-GOLD = dict(reason=None, label=None, predict=None, explain="positive")
+GOLD = dict(reason=None, label=None, unaided=None, explained="positive")
 
 
 def prompt(post, task, gold=None):
@@ -183,19 +183,19 @@ def prompt(post, task, gold=None):
 
 def test_gold_goes_with_explain_only():
     """A gold label anywhere else would leak it, a missing one would explain nothing."""
-    for task, gold in (("explain", None), ("explain", "happy"), ("other", None),
-                       ("predict", "positive"), ("reason", "neutral")):
+    for task, gold in (("explained", None), ("explained", "happy"), ("other", None),
+                       ("unaided", "positive"), ("reason", "neutral")):
         with pytest.raises(AssertionError):
             build_messages(POST, task, gold)
 
 
 def test_the_label_is_in_stage_twos_prompt_alone():
     """Other prompts are the same whatever the post's label or chain is."""
-    for task in ("reason", "label", "predict"):
+    for task in ("reason", "label", "unaided"):
         prompts = {prompt(replace(POST, label=x, cot=x), task) for x in (*LABELS, None)}
         assert len(prompts) == 1 and "Given sentiment" not in prompts.pop()
     for label in LABELS:
-        lines = prompt(POST, "explain", label).split("\n")
+        lines = prompt(POST, "explained", label).split("\n")
         assert lines.count(f"Given sentiment: {label}") == 1
 
 
@@ -229,7 +229,7 @@ def test_wording(task):
     about = prompt(POST, task, GOLD[task])
     assert "\nTarget aspect: Rex\n" in about and "toward the target aspect" in about
     assert "aspect" not in prompt(replace(POST, aspect=None), task, GOLD[task]).lower()
-    assert (DEFINITIONS in about) == (task in ("predict", "explain"))
+    assert (DEFINITIONS in about) == (task in ("unaided", "explained"))
 
 
 def test_control_tokens_stay_data():

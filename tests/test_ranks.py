@@ -104,8 +104,8 @@ def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path):
     assert generate.main([*soft, str(tmp_path / "s1")]) == 0
     finished(torchrun("generate.py", [*soft, str(tmp_path / "s2")]))
     s1, s2 = (mulcot.SoftLabels(tmp_path / name) for name in ("s1", "s2"))
-    s1.config.pop("command"), s2.config.pop("command")
-    assert s1.parts.keys() == s2.parts.keys() and s1.config == s2.config
+    s1.settings.pop("command"), s2.settings.pop("command")
+    assert s1.parts.keys() == s2.parts.keys() and s1.settings == s2.settings
     assert all(torch.equal(s1.read(name), s2.read(name)) for name in s1.parts)
 
 
@@ -126,20 +126,15 @@ def test_two_processes_share_the_members(toy, posts, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
-def test_what_needs_one_process_says_so(toy, monkeypatch, tmp_path, capsys):
-    """An endpoint has its workers; the whole road is walked once."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    teacher = ["teacher", "--data", str(toy / "posts.jsonl"), "--model", "big", "--endpoint",
-               "https://example.com/v1", "--out", str(tmp_path / "chains.jsonl")]
-    assert generate.main(teacher) == 2
-    assert "one process" in capsys.readouterr().err
-    assert train.main(["--out", str(tmp_path)]) == 2
-    assert "one process" in capsys.readouterr().err and not any(tmp_path.glob("[!.]*"))
-
-
-def test_more_processes_than_gpus(monkeypatch):
-    """Refused by every process alike, before the first of them waits for the others."""
+def test_processes_that_cannot_be_are_refused(toy, monkeypatch, tmp_path, capsys):
+    """An endpoint has its workers; the whole road is walked once; too few GPUs are refused by every
+    process alike, before the first of them waits for the others."""
     for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
+    teacher = ["teacher", "--data", str(toy / "posts.jsonl"), "--model", "big", "--endpoint",
+               "https://example.com/v1", "--out", str(tmp_path / "chains.jsonl")]
+    for script, argv in ((generate, teacher), (train, ["--out", str(tmp_path)])):
+        assert script.main(argv) == 2 and "one process" in capsys.readouterr().err
+    assert not any(tmp_path.glob("[!.]*"))
     with pytest.raises(mulcot.InputError, match="2 processes need 2 GPUs here, 0 found"):
         mulcot.init_distributed("cuda")

@@ -47,10 +47,6 @@ def runs(toy, scored, tmp_path_factory):
     return out
 
 
-def files(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
 # ---- which state is read
 
 def test_last_attended_token_under_either_padding_side():
@@ -64,21 +60,6 @@ def test_last_attended_token_under_either_padding_side():
     assert mulcot.last_hidden(hidden[:1], gaps == 1).item() == 5
     count = left.sum(1) - 1
     assert hidden[torch.arange(3), count, 0].tolist() == [2, 15, 16]  # what the bug reads
-
-
-def test_what_is_read_equals_an_ordinary_pass(student, posts):
-    """Each post's state is the last one of a pass over the post alone, in a batch of all."""
-    model, processor = student
-    examples = [mulcot.encode(p, mulcot.readout_branches("score"), processor) for p in posts[:5]]
-    batch = mulcot.collate(examples, processor.pad_id)
-    with torch.no_grad():
-        got = mulcot.last_hidden(mulcot.forward_branches(model, batch), batch.branch_ids >= 0)
-        for e, state in zip(examples, got):
-            ids = torch.tensor([e.prefix + e.branches[0][0]])
-            want = model.model(input_ids=ids, attention_mask=torch.ones_like(ids),
-                               pixel_values=e.media["pixel_values"], image_grid_thw=e.media["image_grid_thw"],
-                               mm_token_type_ids=(ids == processor.placeholder_id).int())
-            assert (state - want.last_hidden_state[0, -1]).abs().max() < 1e-5
 
 
 # ---- head, loss, counts
@@ -137,7 +118,7 @@ def test_lora_on_the_omni_7b_shape():
     config = Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio)
     with torch.device("meta"):
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-        everything = mulcot.add_lora(model, 32, 32, 0.1, scope="all")
+        mulcot.add_lora(model, 32, 32, 0.1, scope="all")
     counts = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -145,21 +126,14 @@ def test_lora_on_the_omni_7b_shape():
             counts[tower] = counts.get(tower, 0) + p.numel()
     assert counts == dict(language=80_740_352, visual=14_438_400, audio_tower=7_864_320)
     assert sum(counts.values()) == 103_043_072
-    with torch.device("meta"):
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-    language = mulcot.add_lora(model, 32, 32, 0.1)
-    assert len(language) == 28 * 7 and set(language) < set(everything)
-    assert not any("visual" in n or "audio_tower" in n for n in language)
-
 
 # ---- training
 
-def test_learning_rates_are_separate(toy, scored, runs):
+def test_learning_rates_are_separate(runs):
     """The head's peak rate is its own, the schedule the same; both kinds of weights moved."""
     state = torch.load(runs / "score/state.pt")
     groups = state["optimizer"]["param_groups"]
-    assert [g["peak_lr"] for g in groups] == [0.003, 1e-3]
-    assert groups[0]["lr"] / groups[1]["lr"] == pytest.approx(3.0)
+    assert groups[1]["lr"] > 0 and groups[0]["lr"] / groups[1]["lr"] == pytest.approx(3.0)
     assert len(groups[1]["params"]) == 6  # two linears and a norm
     assert all(state["trained"][k].abs().sum() > 0 for k in state["trained"] if "lora_B" in k)
 
@@ -182,23 +156,6 @@ def test_best_holds_adapter_and_head(toy, scored, runs):
     best = torch.load(runs / "score/state.pt")["best"]
     assert -best["metrics"]["neg_mae"] == pytest.approx(mae, abs=1e-4)
     assert not (runs / "generative/best/head.safetensors").exists()
-
-
-def test_resume_equals_uninterrupted_bit_for_bit(toy, scored, runs, tmp_path, monkeypatch):
-    """Stopped twice, a run ends with the same adapter and head."""
-    real, calls = train.readout_loss, []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) in (2, 4):
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train, "readout_loss", stopping)
-    codes = [train.main(readout_args(toy, scored, tmp_path / "score")) for _ in range(3)]
-    assert codes == [130, 130, 0]
-    for part in ("best", "last"):
-        assert files(runs / "score" / part) == files(tmp_path / "score" / part)
 
 
 def test_predict_rows(toy, scored, runs, tmp_path):
@@ -237,46 +194,29 @@ def test_it_learns(toy, scored, tmp_path):
 
 # ---- bad input
 
-def test_rows_without_a_score_or_out_of_range_are_set_aside(toy, scored, tmp_path):
-    """Each with its reason; the rest is trained on."""
-    rows = mulcot.read_rows(scored)
-    train_rows = [r for r in rows if r["split"] == "train"]
-    for row, score in zip(train_rows, (None, 3.5, float("nan"), "much")):
-        row.pop("score") if score is None else row.update(score=score)
-    data = tmp_path / "posts.jsonl"
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+def test_rows_without_a_score_are_set_aside(toy, scored, tmp_path, capsys):
+    """With the reason; without any, to train on or to select on, the stage stops."""
+    rows, some, bare = mulcot.read_rows(scored), tmp_path / "some.jsonl", tmp_path / "bare.jsonl"
+    mulcot.write_rows(some, [rows[0] | dict(score=None), *rows[1:]])
+    mulcot.write_rows(bare, [row | dict(score=None) for row in rows])
     args = readout_args(toy, scored, tmp_path / "out", "--epochs", "1")
-    args[2] = str(data)
-    assert train.main(args) == 0
-    reasons = [why for _, why in json.loads((tmp_path / "out/set_aside.json").read_text())]
-    for why in ("no score", "score 3.5 lies outside", "score nan lies outside", "must be a number"):
-        assert sum(why in reason for reason in reasons) == 1, (why, reasons)
-    assert len(reasons) == 4
-
-
-def test_no_usable_row_is_one_line(toy, scored, tmp_path, capsys):
-    """Nothing to train on, nothing to select on, contradicting flags."""
-    bare = tmp_path / "bare.jsonl"
-    bare.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "score"}) + "\n"
-                            for r in mulcot.read_rows(scored)))
-    args = readout_args(toy, scored, tmp_path / "out")
-    assert train.main(args[:2] + [str(bare)] + args[3:]) == 2
-    assert "no row that this stage can use" in capsys.readouterr().err
-    assert train.main(args[:4] + [str(bare)] + args[5:]) == 2
-    assert "no post of split dev with a score" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train.main([*args, "--readout", "generative", "--target", "label"])
+    assert train.main([*args, "--data", str(some)]) == 0
+    (aside,) = json.loads((tmp_path / "out/set_aside.json").read_text())
+    assert rows[0]["id"] in aside[0] and aside[1] == "no score"
+    for flag, told in (("--data", "no row that this stage can use"),
+                       ("--dev", "no post of split dev with a score")):
+        assert train.main([*args, flag, str(bare)]) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "head.json").write_text("{"), "head.json is .* damaged"),
     (lambda f: (f / "head.safetensors").unlink(), "head.safetensors is missing"),
-    (lambda f: (f / "head.safetensors").write_bytes(b"xx"), "head.safetensors is .* damaged"),
-    (lambda f: mulcot.save_readout(Readout(32, dict(target="score")), f), "size mismatch")])
-def test_damaged_heads_are_refused(runs, tmp_path, damage, message):
-    """A head that is cut, gone, or of another width is named."""
-    folder = tmp_path / "best"
-    shutil.copytree(runs / "score/best", folder)
+    (lambda f: mulcot.write_tensors(f / "head.safetensors",
+                                    Readout(32, dict(target="score")).state_dict()),
+     "size mismatch")])
+def test_foreign_heads_are_refused(runs, tmp_path, damage, message):
+    """A head that is gone, or of another width, is named."""
+    folder = shutil.copytree(runs / "score/best", tmp_path / "best")
     damage(folder)
     with pytest.raises(InputError, match=message):
         mulcot.load_trained(folder)
@@ -289,26 +229,12 @@ def test_damaged_heads_are_refused(runs, tmp_path, damage, message):
     ("14", 14.0), (".5", 0.5), ("", None), ("positive", None), ("-", None), ("1e5", 1.0),
     ("9" * 400, 999999999.0), ("\u0663", None)])
 def test_parse_score(text, score):
-    """The first number, in range or not; anything else is None."""
+    """The first number, in range or not; anything else is None. The written form has one decimal
+    and no negative zero."""
     assert mulcot.parse_score(text) == score
-
-
-def test_scores_survive_the_written_form():
-    """One decimal, no negative zero."""
     for tenth in range(-30, 31):
         assert mulcot.parse_score(mulcot.render_score(tenth / 10)) == tenth / 10
     assert mulcot.render_score(-0.04) == "0.0" and mulcot.render_score(2.4000000953) == "2.4"
-
-
-def test_unparsed_scores_are_wrong_but_not_in_the_mean():
-    """None: wrong in accuracies and F1, left out of MAE and correlation."""
-    got = mulcot.regression_metrics([1.0, -1.0, 2.0, 0.0], [1.0, -2.0, None, None])
-    assert (got["mae"], got["corr"]) == (0.5, pytest.approx(1.0))
-    assert (got["acc7"], got["acc5"], got["acc2_has0"], got["acc2_non0"]) == (
-        0.25, 0.25, 0.5, pytest.approx(2 / 3))
-    assert got["f1_non0"] == pytest.approx(2 / 3 * (2 * 1 / 3) + 1 / 3)
-    flat = mulcot.regression_metrics([0.1] * 3, [0.1, 0.2, 0.3])
-    assert flat["corr"] is None and mulcot.regression_metrics([0.5], [None])["mae"] is None
 
 
 # ---- the comparison
@@ -333,29 +259,19 @@ def test_toy_clips_need_each_input(tmp_path):
     assert all(p.score is None and len(p.columns["branches"]) == 3 for p in warm)
 
 
-def test_the_base_is_warmed_up_at_a_rate_that_falls_and_each_file_is_read_once(
-        tmp_path, monkeypatch):
+def test_the_base_is_warmed_up_at_a_rate_that_falls(tmp_path, monkeypatch):
     """A base that ends at its full rate ends wherever its last steps threw it."""
-    warm, rates, encoded = toy_clip_warmup(tmp_path / "warm", 6), [], []
-    step = torch.optim.AdamW.step
-
-    def encode(post, *more):
-        encoded.append(post.id)
-        return mulcot.encode(post, *more)
+    warm, rates, step = toy_clip_warmup(tmp_path / "warm", 6), [], torch.optim.AdamW.step
 
     def watched(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(toy_world, "encode", encode)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     toy_world.warm_up(tmp_path / "base", "omni", warm, 20, 0.003, "cosine", batch_size=3)
-    assert len(rates) == 40 and sorted(encoded) == [post.id for post in warm]
-    assert rates[0] == 0.0015 and max(rates) == rates[1] == pytest.approx(0.003, rel=0.01)
-    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.003 / 500
-    rates.clear()
-    toy_world.warm_up(tmp_path / "even", "omni", warm, 2, batch_size=3)
-    assert set(rates) == {0.002}
+    assert len(rates) == 40 and rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[0] == 0.0015 and rates[1] == pytest.approx(0.003, rel=0.01)
+    assert rates[-1] < 0.003 / 500
     args, _ = toy_world.parse_args(
         f"base --size omni --data w --out o {demo.OMNI_WARMUP}".split())
     assert args.schedule == "cosine"
@@ -401,35 +317,18 @@ def test_compare_table(toy, scored, tmp_path, monkeypatch, capsys):
     assert table[1]["unparsed"] == pytest.approx(1 / 3) == table[1]["out_of_range"]
     assert table[1]["acc7"] < 1 and table[1]["s_per_post"] == 0.5 and table[1]["peak_mib"] == 20
     assert "text + frames + audio" in capsys.readouterr().out
-
-
-def test_compare_needs_test_posts_to_judge_on(toy, scored, tmp_path, monkeypatch, capsys):
-    """Posts that chose the epoch must not judge it; that is said before anything is trained."""
-    dev = tmp_path / "dev.jsonl"
+    dev = tmp_path / "dev.jsonl"  # posts that chose the epoch must not judge it
     mulcot.write_rows(dev, [row | dict(split="dev") for row in mulcot.read_rows(scored)])
-    monkeypatch.setattr(demo, "run_commands", None)
+    monkeypatch.setattr(demo, "run_commands", None)  # told before anything is trained
     assert demo.main(["readout", *readout_args(toy, dev, tmp_path)[1:11]]) == 2
     assert "no post of split test with a score" in capsys.readouterr().err
-
-
-def test_peak_memory_is_of_the_run():
-    """A big tensor shows, and is forgotten after the reset. (Where memory is short the system may
-    take as much from us meanwhile: one reading of three must be right.)"""
-    right = []
-    for _ in range(3):
-        before = demo.peak_mib(reset=True)
-        torch.ones(64 * 2**20 // 4).sum()
-        after = demo.peak_mib()
-        right.append(55 < after - before < 200 and demo.peak_mib(reset=True) < after - 40)
-    if not before:
-        pytest.skip("the system does not tell")
-    assert any(right)
 
 
 @pytest.mark.parametrize("parse, more", [
     (train.parse_args, []), (train.parse_args, ["--data", "x"]),
     (demo.parse_args, ["--model", "x/y"]), (demo.parse_args, ["--data", "x", "--dev", "x"]),
-    (demo.parse_args, ["--without", "audio"])])
+    (demo.parse_args, ["--without", "audio"]), (train.parse_args, [
+        *"--data x --dev x --model x --readout generative --target label".split()])])
 def test_incomplete_or_contradicting_flags_are_refused(parse, more):
     """All of data, dev and model, or of the comparison none; what it compares is no setting."""
     with pytest.raises(SystemExit):

@@ -1,4 +1,5 @@
-"""The files' shape: sections run alone with what their rulers name; clean imports; short lines."""
+"""The files' shape: sections run alone with what their rulers name, and are used so; clean imports;
+short lines."""
 
 import ast
 import builtins
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("mulcot.py", "train.py", "generate.py", "eval.py")
@@ -97,18 +99,23 @@ def alone(number):
     return "from __future__ import annotations\n" + "\n".join(texts)
 
 
+def run_page(source, name="page"):
+    """A new module in which this source was executed."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, name, "exec"), vars(module))
+    finally:
+        del sys.modules[name]
+    return module
+
+
 @pytest.mark.parametrize("number", SECTIONS, ids=lambda number: number[1:])
 def test_section_runs_alone(number):
     """With nothing but what its ruler names it executes, and no function lacks a global name."""
     source = alone(number)
-    module = types.ModuleType(f"section_{number[1:]}")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
-        exec(compile(source, module.__name__, "exec"), vars(module))
-    finally:
-        del sys.modules[module.__name__]
-    unknown = used(source) - set(vars(module)) - set(vars(builtins))
-    assert not unknown, unknown
+    unknown = used(source) - set(vars(run_page(source))) - set(vars(builtins))
+    assert not unknown, f"add to the ruler of {number}: {unknown}"
 
 
 @pytest.mark.parametrize("number", SECTIONS, ids=lambda number: number[1:])
@@ -123,19 +130,87 @@ def test_all_sections_are_found():
     """Every ruler is read, in order, and every global name has its place."""
     numbers = [int(n) for n in re.findall(r"^# §(\d+)", SOURCE, re.M)]
     assert [f"§{n}" for n in numbers] == list(SECTIONS) and numbers == sorted(set(numbers))
-    assert {1, 2, 3, 4, 5, 6, 7, 9} <= set(numbers)
     named = {name for needs, _ in SECTIONS.values() for name in needs}
     named = named.union(*map(used, PARTS.values()))
     assert PARTS.keys() <= named, PARTS.keys() - named  # an import that nothing names is dead
 
 
-def test_the_reading_of_rulers():
-    """Lists over several comment lines, a bracket on its own line, locals and annotations."""
-    sections, _ = split("import os\n# §1 One [needs: os,\n#   re, §2]\nx = 1\n"
-                        "# §2 Two or three\n# [needs: nn]\ndef f(a: Path, b=c):\n    re = a + d\n")
-    assert {n: needs for n, (needs, _) in sections.items()} == {"§1": ["os", "re", "§2"],
-                                                                "§2": ["nn"]}
-    assert used(sections["§2"][1]) == {"Path", "c", "d"} and defined(sections["§1"][1]) == {"x"}
+# ---- components to copy
+
+
+def copied(number, packages):
+    """The module of a section's page, copied with the imports that its ruler names: no other
+    section is needed, and of packages just these."""
+    assert not [need for need in SECTIONS[number][0] if need.startswith("§")]
+    source = alone(number)
+    modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+               for node in ast.walk(ast.parse(source))
+               if isinstance(node, (ast.Import, ast.ImportFrom))}
+    outside = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+    assert outside == packages
+    return run_page(source)
+
+
+def section(title):
+    """The number of the section whose title begins so."""
+    return next(number for number, (_, text) in SECTIONS.items()
+                if re.match(rf"# §\d+ {title}\b", text))
+
+
+def test_parser_from_a_page():
+    """§2, without any package."""
+    page = copied(section("Prompts"), set())
+    fields = dict(zip(page.FIELDS, ("Words.", 'A "face".', "Fine.", "So.", "neutral")))
+    parsed = page.parse_reasoning("<think>hm</think>\n" + page.render_reasoning(fields))
+    assert (parsed.fields, parsed.prediction, parsed.complete) == (fields, "neutral", True)
+    markdown = "\n".join(f"## {name}\n{value}" for name, value in fields.items())
+    assert page.check_answer(markdown, "positive")[1] == "predicts neutral, label is positive"
+
+
+def test_losses_from_a_page():
+    """§6, with torch (numpy counts the confusion table): KL by hand, and a gradient in chunks."""
+    page = copied(section("Losses"), {"torch", "numpy"})
+    teacher, student = torch.tensor([2.1, 0.3, -1.5]), torch.tensor([1.0, 0.8, 0.2])
+    assert page.distill_kl(student, teacher).item() == pytest.approx(0.1395, abs=5e-5)
+    assert page.student_loss(page.multitask_loss(1.0, 2.0), 1.0) == pytest.approx(0.7 * 1.2 + 0.3)
+    hidden, head = torch.randn(7, 4, requires_grad=True), torch.randn(3, 4)
+    loss_of = lambda h, rows: page.distill_kl(h @ head.T, teacher.expand(len(h), 3),
+                                              reduction="sum")
+    page.in_chunks(loss_of, hidden, 2).backward()
+    (want,) = torch.autograd.grad(loss_of(hidden, slice(0, 7)), hidden)
+    assert torch.allclose(hidden.grad, want, atol=1e-6)
+
+
+def test_nf4_from_a_page():
+    """§8, with torch alone: levels come back exactly, a layer multiplies by what it stands for."""
+    page = copied(section("NF4"), {"torch"})
+    weight = 0.5 * page.NF4.repeat(4, 4)  # (4, 64): whole blocks of levels
+    codes, absmax = page.nf4_quantize(weight)
+    assert codes.numel() == weight.numel() / 2 and absmax.tolist() == [0.5] * 4
+    assert torch.equal(page.nf4_dequantize(codes, absmax, weight.shape, torch.float32), weight)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4))
+    model[0].weight.data = weight
+    x = torch.randn(3, 64)
+    want = model(x)
+    page.quantize_linears(model, ["0"])
+    assert isinstance(model[0], page.NF4Linear) and torch.allclose(model(x), want, atol=1e-6)
+
+
+def test_lora_from_a_page():
+    """The layer itself, two classes of §5, with torch alone; the section's files want
+    safetensors."""
+    assert copied(section("LoRA"), {"torch", "safetensors"}).add_lora
+    classes = [ast.unparse(node) for node in ast.parse(SECTIONS[section("LoRA")][1]).body
+               if getattr(node, "name", None) in ("Dropout", "LoRALinear")]
+    page = run_page("\n".join([*(PARTS[name] for name in ("math", "torch", "F", "nn")), *classes]))
+    base, x = torch.nn.Linear(6, 5), torch.randn(2, 3, 6)
+    layer = page.LoRALinear(base.requires_grad_(False), 2, 4, dropout=0.5)
+    assert torch.equal(layer.eval()(x), base(x))
+    layer.lora_B.data.normal_()
+    want = base(x) + 2 * x @ layer.lora_A.T @ layer.lora_B.T
+    assert torch.allclose(layer(x), want, atol=1e-5) and not torch.allclose(layer.train()(x), want)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        "lora_A", "lora_B"}
 
 
 # ---- the scripts
@@ -145,48 +220,26 @@ def tree(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_imports(name):
-    """From mulcot only public names, one by one; never a script, never everything."""
-    for node in ast.walk(tree(name)):
-        if isinstance(node, ast.Import):
-            modules, names = [a.name for a in node.names], []
-            assert "mulcot" not in modules
-        elif isinstance(node, ast.ImportFrom):
-            modules, names = [node.module], [a.name for a in node.names]
-            assert node.level == 0 and "*" not in names
-        else:
-            continue
-        assert not {"train", "generate", "eval"} & set(modules)
-        assert not (name == "mulcot.py" and "mulcot" in modules)
-        assert not [n for n in names if n.startswith("_")]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_imported_names_are_used(name):
-    """Nothing is imported for nothing."""
-    imported = {(a.asname or a.name).partition(".")[0] for node in ast.walk(tree(name))
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
-    read = {node.id for node in ast.walk(tree(name)) if isinstance(node, ast.Name)}
-    assert imported - {"annotations"} <= read, imported - read
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_public_names_have_docstrings(name):
-    """Every public function and class of a file says what it is; so does the file."""
+def test_house_rules(name):
+    """From mulcot only public names, one by one, never a script, nothing for nothing; every public
+    function and class says what it is; lines of at most 100 columns."""
     module = tree(name)
-    assert ast.get_docstring(module)
+    imported = set()
+    for node in ast.walk(module):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            modules = names if isinstance(node, ast.Import) else [node.module]
+            assert not {"train", "generate", "eval"} & set(modules) and "*" not in names
+            assert "mulcot" not in names and not [n for n in names if n.startswith("_")]
+            imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    read = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
+    assert imported - {"annotations"} <= read, imported - read
     mute = [node.name for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
             and not node.name.startswith("_") and not ast.get_docstring(node)]
-    assert not mute, mute
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_lines_are_short(name):
-    """At most 100 columns, no tabs, no trailing blanks."""
-    lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
-    odd = [n for n, line in enumerate(lines, 1)
-           if len(line) > 100 or "\t" in line or line != line.rstrip()]
-    assert not odd, odd
+    assert ast.get_docstring(module) and not mute, mute
+    long = [n for n, line in enumerate((ROOT / name).read_text("utf-8").split("\n"), 1)
+            if len(line) > 100 or line != line.rstrip()]
+    assert not long, long
 
 
 def test_top_level():

@@ -140,7 +140,7 @@ GOOD = chat(RIGHT, tokens=(9, 4))
 
 
 def question(post=POST):
-    return Request(post, build_messages(post, "predict"), 0.4, 77)
+    return Request(post, build_messages(post, "unaided"), 0.4, 77)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_asked_again(connect, trouble):
 def test_back_off_and_giving_up(connect):
     """Pauses grow, their number is bounded, and the error says how to go on."""
     endpoint, server = connect([(503, "full")] * 4, max_retries=3)
-    with pytest.raises(InputError, match="failed 4 times, last: HTTP 503: full; run again"):
+    with pytest.raises(InputError, match="failed 4 times, last: HTTP 503: full"):
         endpoint(question())
     assert len(server.asked) == 4 and len(endpoint.waits) == 3
     assert all(2**i / 2 - 0.1 <= wait <= 2**i for i, wait in enumerate(endpoint.waits))
@@ -316,7 +316,8 @@ def test_addresses():
     """https anywhere, http on this machine: posts and key go in the clear only when asked for."""
     for url in ("https://host.example/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1/",
                 "http://[::1]:8000/v1"):
-        assert Endpoint(url, "m").url == f"{url.rstrip('/')}/chat/completions"
+        whole = f"{url.rstrip('/')}/chat/completions"
+        assert Endpoint(url, "m").url == Endpoint(whole, "m").url == whole
     for url in ("http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1", "ftp://host/v1", "",
                 "https://"):
         with pytest.raises(InputError, match="--endpoint"):

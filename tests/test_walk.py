@@ -48,7 +48,7 @@ def test_a_training_step(toy, tmp_path):
     processor = mulcot.load_processor(args.model)
     stage = train.ChainStage(args, processor)
     items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
-    model = train.build_model(args, items)
+    model = train.build_model(args, stage, items)
     steps = iter(train.step_loader(args, items, processor, 0))
     with walk("a student's training step", 41):
         step = next(steps)

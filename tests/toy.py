@@ -81,6 +81,7 @@ def toy_posts(folder, sizes, seed=0, noise=0.0):
     (word, aspect) pair and half the sentence templates are ones that no other split shows. `noise`:
     share of posts of every split whose label is one of the two wrong ones."""
     rng, slips, posts = random.Random(seed), random.Random(f"{seed}|noise"), []
+    split_of = {}  # of a text
     os.makedirs(folder, exist_ok=True)
     for split, size in sizes.items():
         cells = [cell for cell, share in TOY_CELLS.items() for _ in range(share)]
@@ -88,11 +89,13 @@ def toy_posts(folder, sizes, seed=0, noise=0.0):
             words, mood = rng.choice(cells)
             pairs = [(w, a) for w in TOY_WORDS[words] for a in TOY_ASPECTS
                      if is_held_out(w, a) == (split == "test")]
-            word, aspect = rng.choice(pairs)
-            unseen = split == "test" and i % 2 == 0
-            text = rng.choice(TOY_TEST_TEMPLATES if unseen
-                              else TOY_TEMPLATES) + " " + rng.choice(TOY_TAILS)
-            text = text.format(a=aspect, w=word, u=rng.choice(["ann", "bob", "kim"])).strip()
+            templates = TOY_TEST_TEMPLATES if split == "test" and i % 2 == 0 else TOY_TEMPLATES
+            while True:  # no text stands in two splits
+                word, aspect = rng.choice(pairs)
+                text = rng.choice(templates) + " " + rng.choice(TOY_TAILS)
+                text = text.format(a=aspect, w=word, u=rng.choice(["ann", "bob", "kim"])).strip()
+                if split_of.setdefault(text, split) == split:
+                    break
             scene = rng.choice(TOY_SCENES[mood])
             name = f"{split}-{i:04d}.png"
             _draw(scene, rng).save(os.path.join(folder, name))
@@ -533,7 +536,7 @@ def main(argv=None):
     args, rest = parse_args(argv)
     if args.stage == "teacher":
         command = ["teacher", *rest, "--model", f"toy-{args.skill}", "--seed", str(args.seed)]
-        return generate.main(command, ask=ToyTeacher(args.skill, args.seed))
+        return generate.main(command, own_ask=ToyTeacher(args.skill, args.seed))
     return run_stage(dict(posts=write_posts, base=base, encoders=encoders)[args.stage], args)
 
 
