@@ -182,8 +182,8 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
         assert row["prediction"] == answer.prediction and row["source"] == "cascade"
         assert len(row["passes"]) == 1 + passes_of[route]
         assert all(stage["tokens"] > 0 for stage in row["passes"].values())
-    passes = sum(passes_of[r["route"]] for r in rows) / 6
-    assert summary["costs"]["passes"] == pytest.approx(passes)
+    passes = [passes_of[row["route"]] for row in rows]
+    assert summary["costs"]["passes"] == pytest.approx(sum(passes) / 6)
     monkeypatch.setattr(mulcot, "score_labels", None)  # would fail if anything were asked
     monkeypatch.setattr(generate, "score_labels", None)
     assert essence(run(toy, ubm, out, *model)[1]) == essence(rows)

@@ -181,7 +181,7 @@ def prompt(post, task, gold=None):
     return build_messages(post, task, gold)[0]["content"][-1]["text"]
 
 
-def test_gold_goes_with_explanations_only():
+def test_gold_goes_with_explain_only():
     """A gold label anywhere else would leak it, a missing one would explain nothing."""
     for task, gold in (("explained", None), ("explained", "happy"), ("other", None),
                        ("unaided", "positive"), ("reason", "neutral")):

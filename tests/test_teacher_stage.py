@@ -71,8 +71,12 @@ def background(argv):
                             stderr=subprocess.PIPE, text=True)
 
 
-def ids(out, name="jsonl"):
-    return [row["id"] for row in read_rows(sibling(out, name))]
+def kept(out):
+    return [row["id"] for row in read_rows(out)]
+
+
+def aside(out):
+    return kept(sibling(out, "rejects.jsonl"))
 
 
 def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_path, capsys):
@@ -83,8 +87,8 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     server = serve(teacher(world, lambda _: rng.choice(kinds) if rng.random() < 0.2 else ""))
     out = tmp_path / "c.jsonl"
     assert generate.main(command(world, server, out, "--workers", "8")) == 0
-    ended = ids(out) + ids(out, "rejects.jsonl")
-    assert len(ended) == 40 == len(set(ended)) and len(ids(out)) > 36
+    ids = kept(out) + aside(out)
+    assert len(ids) == 40 == len(set(ids)) and len(kept(out)) > 36
     printed = capsys.readouterr()
     files = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert KEY not in printed.out + printed.err and KEY.encode() not in files
@@ -109,8 +113,8 @@ def test_killed_and_rerun_pays_for_nothing_twice(serve, world, tmp_path, capsys)
     assert generate.main([*argv, "--max-tries", "2"]) == 2
     assert "begun with max_tries = 3, not 2" in capsys.readouterr().err
     assert generate.main(argv) == 0
-    ended = ids(out) + ids(out, "rejects.jsonl")
-    assert len(ended) == 40 == len(set(ended))
+    ids = kept(out) + aside(out)
+    assert len(ids) == 40 == len(set(ids))
     calls = Counter((r.prompt, r.body["temperature"], r.body["max_tokens"]) for r in server.asked)
     assert sum(n > 1 for n in calls.values()) <= 4
     before = len(server.asked)
@@ -141,7 +145,7 @@ def test_refusals(serve, world, tmp_path, capsys):
     for status, more in ((401, ()), (400, ()), (400, ("--max-posts", "3"))):
         server = serve(teacher(world, lambda request: status))
         argv = command(world, server, tmp_path / "b.jsonl", "--workers", "2", *more)
-        assert generate.main(argv) == 2 and ids(tmp_path / "b.jsonl", "rejects.jsonl") == []
+        assert generate.main(argv) == 2 and aside(tmp_path / "b.jsonl") == []
         printed = capsys.readouterr().err
         assert f"no, says {status}" in printed and KEY not in printed
         assert status == 400 or len(server.asked) <= 4
@@ -164,8 +168,7 @@ def test_a_servers_own_words(serve, world, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("asked again: post ") == 1 and "HTTP 503: no, says 503" in printed
     assert f"unanswered, run again: post {bad.id}: " in printed
-    done = ids(out) + ids(out, "rejects.jsonl")
-    assert bad.id not in done and len(done) == 39
+    assert bad.id not in kept(out) + aside(out) and len(kept(out) + aside(out)) == 39
 
 
 def test_what_asking_again_never_helped_ends_the_stage(serve, world, tmp_path, capsys):
@@ -184,9 +187,9 @@ def test_a_server_that_is_down_stops_the_stage_and_a_rerun_asks_again(serve, wor
     server = serve(teacher(world, lambda request: "" if answering else 503))
     argv = command(world, server, tmp_path / "a.jsonl", "--workers", "2")
     assert generate.main(argv) == 2
-    assert ids(tmp_path / "a.jsonl") == ids(tmp_path / "a.jsonl", "rejects.jsonl") == []
+    assert kept(tmp_path / "a.jsonl") == aside(tmp_path / "a.jsonl") == []
     answering.append(True)
-    assert generate.main(argv) == 0 and len(ids(tmp_path / "a.jsonl")) > 36
+    assert generate.main(argv) == 0 and len(kept(tmp_path / "a.jsonl")) > 36
 
 
 def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
@@ -196,13 +199,13 @@ def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
     argv = command(world, server, out)
     assert generate.main([*argv, "--dry-run"]) == 0 and server.asked == []
     assert generate.main([*argv, "--max-posts", "5"]) == 0
-    assert len(ids(out) + ids(out, "rejects.jsonl")) == 5
+    assert len(kept(out) + aside(out)) == 5
     # a call costs 150 tokens and is expected to cost 100 and its max_tokens, 512
     assert generate.main([*argv, "--budget-tokens", "3000", "--workers", "8"]) == 0
     spent = 150 * len(server.asked)
     assert 3000 - 612 < spent <= 3000
     assert f"{spent} tokens spent of --budget-tokens 3000" in capsys.readouterr().out
-    assert generate.main(argv) == 0 and len(ids(out) + ids(out, "rejects.jsonl")) == 40
+    assert generate.main(argv) == 0 and len(kept(out) + aside(out)) == 40
     server, out = serve(teacher(world, lambda request: "uncounted")), tmp_path / "b.jsonl"
     argv = command(world, server, out, "--workers", "1")
     assert generate.main([*argv, "--budget-tokens", "9999"]) == 2
