@@ -80,6 +80,7 @@ def test_labels_by_hand(cascade):
     assert summary["taus"] == pytest.approx(u, abs=1e-5) and u[0] > 2 * u[1]
     assert summary["routes"] == dict(ubm=6, mllm=4)
     assert [row["prediction"] for row in rows] == ["positive"] * 10
+    assert all(row["stages"]["ubm"]["tokens"] == 3 for row in rows)  # as GivenUBM's tokenizer has
     assert summary["costs"]["passes"] == pytest.approx(0.4)
     spent = [stage["seconds"] for row in rows for stage in row["stages"].values()]
     assert summary["costs"]["seconds"] == pytest.approx(sum(spent) / 10) and sum(spent) > 0.02

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from test_selection import folder, log, plan, run, steps  # noqa: F401, fixtures and a reader
+from test_selection import folder, log, plan, run  # noqa: F401, fixtures and a reader
 
 import mulcot
 import train
@@ -38,7 +38,7 @@ def test_alpha_scales_the_gradient(run, plan):
     assert norms[1] == pytest.approx(3 * norms[0], rel=1e-4)
 
 
-def test_dropout_acts_in_training_alone(run, plan, steps, monkeypatch):
+def test_dropout_acts_in_training_alone(run, plan, monkeypatch):
     """LoRA's dropout changes each epoch's gradient, the second one's too, after dev was judged in
     eval mode."""
     plan(*["pppppp"] * 2)
@@ -108,7 +108,8 @@ def test_the_longest_chain_that_is_trained_on(toy, folder):
 
 
 def test_dev_error_of_a_readout(toy, folder, tmp_path, monkeypatch):
-    """Minus the mean distance, so that more is better; no number is 6 away, as far as can be."""
+    """Minus the mean distance, so that more is better; no number is 6 away, as far as can be. A
+    single training score has no deviation, and z-scores divide by 1."""
     said = {"dev-0": 1.0, "dev-1": -1.0, "dev-2": None}
     dev = [dict(id=name, text="so it goes", score=2.0) for name in said]
     mulcot.write_rows(tmp_path / "dev.jsonl", dev)
@@ -123,6 +124,8 @@ def test_dev_error_of_a_readout(toy, folder, tmp_path, monkeypatch):
             "--device", "cpu", "--workers", "0", "--epochs", "1"]
     assert train.main(argv) == 0
     assert log(tmp_path / "run", "dev_neg_mae") == pytest.approx([-(1 + 3 + 6) / 3])
+    head = mulcot.read_json(tmp_path / "run" / "best" / "head.json")
+    assert (head["mean"], head["deviation"]) == (1, 1)
 
 
 def test_dropout_of_the_heads():
