@@ -128,7 +128,27 @@ def test_dev_error_of_a_readout(toy, folder, tmp_path, monkeypatch):
     assert (head["mean"], head["deviation"]) == (1, 1)
 
 
-def test_dropout_of_the_heads():
-    """paper, arXiv 2606.05713: 0.2 in the readout's head."""
+def test_logged_loss_of_a_readout(toy, tmp_path, monkeypatch):
+    """paper: L1 of z-scores, a mean over the step's posts. Without dropout and updates it is the
+    mean distance of what the model says from the gold scores, in deviations."""
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    scores = [2.0, -1.0, 1.0]
+    rows = [dict(id=str(n), text="a day " * (n + 1), score=s) for n, s in enumerate(scores)]
+    mulcot.write_rows(tmp_path / "data.jsonl", rows)
+    argv = ["readout", "--data", f"{tmp_path}/data.jsonl", "--dev", f"{tmp_path}/data.jsonl",
+            "--model", f"{toy}/student", "--out", f"{tmp_path}/run", "--device", "cpu",
+            "--workers", "0", "--epochs", "2", "--batch", "2", "--accumulate", "2", "--dropout",
+            "0", "--lr", "0", "--head-lr", "0"]
+    assert train.main(argv) == 0
+    model, processor = mulcot.load_trained(tmp_path / "run" / "last")
+    said = mulcot.read_out(model, processor, mulcot.read_posts(tmp_path / "data.jsonl"))
+    error = sum(abs(row["score"] - gold) for row, gold in zip(said, scores)) / 3
+    deviation = torch.tensor(scores).std(correction=0).item()
+    want = pytest.approx(error / deviation, rel=1e-4)
+    assert log(tmp_path / "run", "loss") == [want]
+
+
+def test_dropout_of_the_readouts_head():
+    """paper, arXiv 2606.05713: 0.2."""
     head = mulcot.Readout(8, dict(target="score"))
     assert [m.p for m in head.modules() if isinstance(m, nn.Dropout)] == [0.2]
