@@ -118,12 +118,12 @@ def test_the_rate_halves_at_the_third_epoch_without_better_accuracy(run, plan, s
 
 
 def test_warm_up_and_cosine(run, plan, steps):
-    """Of ten steps, two rise to the peak; the cosine falls over all ten, to half in the middle."""
-    plan(*["pppppp"] * 10)
-    run("--epochs", "10", "--lr", "0.01", "--no-reasoning", "--schedule", "cosine",
-        "--warmup", "0.2")
+    """Of five steps, two rise to the peak; the cosine falls over all five."""
+    plan(*["pppppp"] * 5)
+    run("--epochs", "5", "--lr", "0.01", "--no-reasoning", "--schedule", "cosine",
+        "--warmup", "0.4")
     rates = [groups[0]["lr"] for groups, _ in steps]
-    falling = [0.005 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]
+    falling = [0.005 * (1 + math.cos(math.pi * k / 5)) for k in range(5)]
     assert rates == pytest.approx([0.005, *falling[1:]])
 
 
