@@ -103,10 +103,10 @@ def test_floor_is_of_the_next_tweet(gold, tmp_path):
     posts = [dict(id=f"p{i}", text=text, label="neutral", cot=cot) for i, (text, cot) in enumerate(
         [("one", "a b c d e"), ("one", "v w x y z"), ("none", None), ("two", "a b c d f")])]
     write(gold, posts)
-    raws = ["a b c d f", "a b c d e", "a b", "v w x y"]
+    raws = ["a b c d f", "a b c d e", "a b", "a b c d e"]
     rows = [dict(id=f"p{i}", prediction="neutral", raw=raw) for i, raw in enumerate(raws)]
     m = evaluate(gold, write(tmp_path / "s.jsonl", rows))[1]["s"]
-    pairs = [("a b c d f", "a b c d f"), ("a b c d e", "a b c d f"), ("v w x y", "a b c d e")]
+    pairs = [("a b c d f", "a b c d f"), ("a b c d e", "a b c d f"), ("a b c d e", "a b c d e")]
     assert m["bleu4_floor"] == pytest.approx(np.mean([bleu4(*pair) for pair in pairs]))
     assert m["rouge_l_floor"] == pytest.approx(np.mean([rouge_l(*pair) for pair in pairs]))
     write(gold, [post | dict(text="one") for post in posts])  # one tweet alone: just the next
