@@ -597,14 +597,12 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.sums.update(steps=1, seconds=time.time() - began)
-        began = time.time()
         bar.update()
         if state.step % args.log_every == 0 or state.step == total:
             log_means(state, per_epoch, norm)
         epoch_ends = state.step % per_epoch == 0
         if epoch_ends:
             evaluate_and_save(args, stage, model, state, dev)
-            began = time.time()
         # all processes do as one: by the first one's clock, and anybody's signal
         wishes = gather((time.time() - saved > SAVE_SECONDS, sum(signals)))
         stopped = max(number for _, number in wishes)
@@ -615,6 +613,7 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
         if stopped and state.step < total:
             say(f"saved at step {state.step}")
             raise KeyboardInterrupt(stopped)
+        began = time.time()
     bar.close()
 
 

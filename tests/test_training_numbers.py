@@ -74,7 +74,7 @@ def test_speed_counts_the_posts_tokens(toy, folder, run, plan, monkeypatch):
     processor = mulcot.load_processor(toy / "student")
     tokens = 0
     for post in mulcot.read_posts(folder / "chains.jsonl", toy / "images"):
-        branches, _ = mulcot.training_branches(post, processor, need_chain=False)
+        branches = mulcot.training_branches(post, processor, need_chain=False)
         tokens += len(mulcot.encode(post, branches, processor))
     assert log(out, "tokens_per_s") == [tokens] * 2
 
@@ -98,10 +98,11 @@ def test_the_longest_chain_that_is_trained_on(toy, folder):
     """--max-answer counts the end of the turn."""
     processor = mulcot.load_processor(toy / "student")
     post = mulcot.read_posts(folder / "chains.jsonl", toy / "images")[0]
-    (_, chain), _ = mulcot.training_branches(post, processor)[0]
+    (_, chain), _ = mulcot.training_branches(post, processor)
     n = len(processor.text_ids(chain)) + 1
-    assert mulcot.training_branches(post, processor, n)[1] is None
-    assert "longer" in mulcot.training_branches(post, processor, n - 1)[1]
+    assert len(mulcot.training_branches(post, processor, n)) == 2
+    with pytest.raises(mulcot.InputError, match="longer"):
+        mulcot.training_branches(post, processor, n - 1)
 
 
 # ---- the neighbours' constants
