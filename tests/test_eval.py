@@ -488,7 +488,7 @@ def test_few_posts_are_never_significant(tmp_path):
     bad = predictions(tmp_path / "b.jsonl", ["positive"] * 60, raw="")
     refs = write(tmp_path / "r.jsonl", [dict(id=f"p{i}", cot=chain("neutral")) for i in range(2)])
     _, _, text = evaluate(gold, good, bad, more=["--references", str(refs)])
-    assert "**1.000**" in text and "**0.999" not in text
+    assert "**1.000**" in text and "**1.000 (" not in text
     write(gold, [dict(id=f"p{i}", text="t", label="positive") for i in range(4)])
     wrong = predictions(tmp_path / "c.jsonl", ["negative"] * 4)
     assert evaluate(gold, good, wrong, more=["--baseline", "a"])[1]["c"]["p_accuracy"] == 1 / 8
