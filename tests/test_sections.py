@@ -168,16 +168,17 @@ def test_parser_from_a_page():
 
 
 def test_losses_from_a_page():
-    """§6, with torch (numpy counts the confusion table): KL by hand, and a gradient in chunks."""
-    page = copied(section("Losses"), {"torch", "numpy"})
+    """§6, with torch (numpy counts the confusion table, safetensors holds the soft labels): KL by
+    hand, and a gradient in chunks."""
+    page = copied(section("Losses"), {"torch", "numpy", "safetensors"})
     teacher, student = torch.tensor([2.1, 0.3, -1.5]), torch.tensor([1.0, 0.8, 0.2])
     assert page.distill_kl(student, teacher).item() == pytest.approx(0.1395, abs=5e-5)
     assert page.student_loss(page.multitask_loss(1.0, 2.0), 1.0) == pytest.approx(0.7 * 1.2 + 0.3)
     hidden, head = torch.randn(7, 4, requires_grad=True), torch.randn(3, 4)
-    loss_of = lambda h, rows: page.distill_kl(h @ head.T, teacher.expand(len(h), 3),
-                                              reduction="sum")
-    page.in_chunks(loss_of, hidden, 2).backward()
-    (want,) = torch.autograd.grad(loss_of(hidden, slice(0, 7)), hidden)
+    sums_of = lambda h, rows: dict(loss=page.distill_kl(
+        h @ head.T, teacher.expand(len(h), 3), reduction="sum"))
+    page.in_chunks(sums_of, hidden, 2)["loss"].backward()
+    (want,) = torch.autograd.grad(sums_of(hidden, slice(0, 7))["loss"], hidden)
     assert torch.allclose(hidden.grad, want, atol=1e-6)
 
 
