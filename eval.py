@@ -593,7 +593,7 @@ def diagnose(runs, teacher):
             found.append(f"{name}: Sim {sim:.1%} is below 85 %: prompts unlike the task?")
         assistant = runs.get(name.removesuffix("student") + "assistant", {})
         gap = 100 * (assistant.get("accuracy", 0) - m.get("accuracy", 1))
-        if name.endswith("student") and gap > 5 and m.get("source") != "base":
+        if name.endswith("student") and gap > 5 and not name.startswith("base/"):
             found.append(f"{name}: {gap:.1f} points below its assistant: λ too high? Try 0.1")
         ungrounded = meteor is not None and meteor < m["meteor_floor"] + 0.05
         if ungrounded and m["distinct_2"] >= m["distinct_2_references"]:
@@ -684,7 +684,7 @@ def run_metrics(rows, posts, wordnet=None, similarity=None):
     a row counts as unparsed, and its chain as empty. Rows with scores, where the posts have them,
     are judged by these alone."""
     own = [rows.get(post.id, {}) for post in posts]
-    about = dict(missing=own.count({}), source=next(iter(rows.values())).get("source"))
+    about = dict(missing=own.count({}))
     labels = [post.label for post in posts]
     predictions = [row.get("prediction") for row in own]
     scores = [(p.score, row.get("score")) for p, row in zip(posts, own) if p.score is not None]
