@@ -3,15 +3,15 @@ model that reads a social-media post (text + image), writes a reasoning chain an
 sentiment (arXiv 2508.05234, teacher -> assistant -> student). Nothing here is a program; the three
 scripts beside this file are.
 
-One paper after the other. Read §1 to §7 in order and you follow one post from file to loss; there
+One paper after the other. Read §1 to §8 in order and you follow one post from file to loss; there
 MulCoT-RD ends. Its two neighbours come after it:
 
-  §1 Posts      files -> Post                      §5 LoRA    adapters in PEFT's format
-  §2 Prompts    Post -> messages, text -> fields   §6 Losses  the paper's equations, dev metrics
-  §3 Teacher    two-stage chains with retries      §7 Model   loading, branches, labels, chains
-  §4 Tokens     Post -> Example -> Batch
-  §8 NF4        a frozen base in 4 bits            §10 UBM and cascade   arXiv 2509.04459
-  §9 Readout    arXiv 2606.05713                   §11 Files  rows, soft labels, processes
+  §1 Posts      files -> Post                      §5 LoRA         adapters in PEFT's format
+  §2 Prompts    Post -> messages, text -> fields   §6 Losses       the equations, dev metrics
+  §3 Teacher    two-stage chains with retries      §7 Soft labels  the assistant's, as files
+  §4 Tokens     Post -> Example -> Batch           §8 Model        branches, labels, chains
+  §9 NF4        a frozen base in 4 bits            §11 UBM and cascade   arXiv 2509.04459
+  §10 Readout   arXiv 2606.05713                   §12 Files             rows, processes
 
 Every section runs alone with what its ruler names, and what that needs in turn (a test does that).
 Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
@@ -73,7 +73,7 @@ way back to theirs where there is one
 25. METEOR looks up synonyms only with `--wordnet`, theirs always. Distinct is of the predictions,
     theirs of the references (metrics.json has both). Sim of a missing chain is 0.
 
-Departures of the readout (§9) from arXiv 2606.05713
+Departures of the readout (§10) from arXiv 2606.05713
 R1. A clip's frames are separate pictures. Theirs go through Omni's video path: pairs of frames,
     positions aligned in time, audio between them.
 R2. NF4 is of the linears that LoRA adapts in the language model, its block sizes in float32.
@@ -81,7 +81,7 @@ R2. NF4 is of the linears that LoRA adapts in the language model, its block size
 R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch and schedule
     are ours, as is `--target label`.
 
-Departures of U-ACS (§10) from arXiv 2509.04459, of which little more than the abstract is known
+Departures of U-ACS (§11) from arXiv 2509.04459, of which little more than the abstract is known
 U1. A score is learned as weights of its two neighbouring whole numbers, so that u measures how
     fractional it is, too: of 0.5 known exactly u is 0.36, of 1 it is 0.
 U2. u is entropy over its maximum; the MLLM's distribution is that of its scored answers, thresholds
@@ -438,6 +438,9 @@ def _json_rows(path):
     """A list of rows: the authors' release, or a file of CLMLF's split of MVSA."""
     with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
+    known = {"label", "emotion_label", "score", *FILES}
+    if not any(known & set(row) for row in rows):
+        print(f"note       {path}: no row has a label or an image ({', '.join(sorted(known))})")
     return [(f"{path}[{n}]", row) for n, row in enumerate(rows)]
 
 
@@ -464,7 +467,7 @@ def _tsv_row(stem, line):
                 aspect=aspect, split=stem if stem in ("train", "dev", "test") else None)
 
 
-# ---- clips (§8 reads them): frames, a voice and a score
+# ---- clips (§10 reads them): frames, a voice and a score
 
 
 def without_inputs(post, names):
@@ -1291,7 +1294,7 @@ def save_adapter(model, folder):
                   base_model_name_or_path=base, inference_mode=True)
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    nf4 = any(hasattr(module, "to_linear") for module in model.modules())  # some layer of §8
+    nf4 = any(hasattr(module, "to_linear") for module in model.modules())  # some layer of §9
     write_json(os.path.join(folder, "mulcot.json"), {"nf4": nf4})
 
 
@@ -1350,8 +1353,7 @@ def _current_key(key, modules):
 
 
 # ================================================================================================
-# §6 Losses [needs: Path, np, torch, F, safe_open, LABELS, InputError, read_json, digest,
-#    write_tensors, read_tensors]
+# §6 Losses [needs: np, torch, F, LABELS]
 # ================================================================================================
 
 
@@ -1411,7 +1413,36 @@ def in_chunks(sums_of, hidden, size):
     return sums
 
 
-# ---- the assistant's soft labels
+# ---- dev metrics
+
+
+def confusion_table(gold, predicted, classes=LABELS):
+    """Counts (C, C + 1) of gold (rows) by predicted classes (columns); the last column counts
+    predictions that are none of `classes`."""
+    column = {name: k for k, name in enumerate(classes)}
+    table = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
+    for g, p in zip(gold, predicted, strict=True):
+        table[column[g], column.get(p, -1)] += 1
+    return table
+
+
+def confusion_scores(table):
+    """Accuracy, macro and weighted F1 of confusion tables (…, C, C + 1) -> {name: (…)}. A
+    prediction of no class is wrong. Equal to scikit-learn's with labels=classes and
+    zero_division=0."""
+    correct = np.diagonal(table, axis1=-2, axis2=-1)  # (…, C)
+    support = table.sum(-1)
+    predicted = table.sum(-2)[..., :-1]
+    f1 = 2 * correct / np.maximum(support + predicted, 1)
+    n = np.maximum(support.sum(-1), 1)
+    return dict(accuracy=correct.sum(-1) / n, macro_f1=f1.mean(-1),
+                weighted_f1=(f1 * support).sum(-1) / n)
+
+
+# ================================================================================================
+# §7 Soft labels [needs: Path, torch, safe_open, InputError, read_json, digest, write_tensors,
+#    read_tensors]
+# ================================================================================================
 
 
 class SoftLabels:
@@ -1464,35 +1495,9 @@ class SoftLabels:
         return torch.cat(entries).to(self.head)
 
 
-# ---- dev metrics
-
-
-def confusion_table(gold, predicted, classes=LABELS):
-    """Counts (C, C + 1) of gold (rows) by predicted classes (columns); the last column counts
-    predictions that are none of `classes`."""
-    column = {name: k for k, name in enumerate(classes)}
-    table = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
-    for g, p in zip(gold, predicted, strict=True):
-        table[column[g], column.get(p, -1)] += 1
-    return table
-
-
-def confusion_scores(table):
-    """Accuracy, macro and weighted F1 of confusion tables (…, C, C + 1) -> {name: (…)}. A
-    prediction of no class is wrong. Equal to scikit-learn's with labels=classes and
-    zero_division=0."""
-    correct = np.diagonal(table, axis1=-2, axis2=-1)  # (…, C)
-    support = table.sum(-1)
-    predicted = table.sum(-2)[..., :-1]
-    f1 = 2 * correct / np.maximum(support + predicted, 1)
-    n = np.maximum(support.sum(-1), 1)
-    return dict(accuracy=correct.sum(-1) / n, macro_f1=f1.mean(-1),
-                weighted_f1=(f1 * support).sum(-1) / n)
-
-
 # ================================================================================================
-# §7 Model [needs: os, Path, torch, F, LABELS, InputError, explaining,
-#    read_json, §1, §2, §4, §5, §8]
+# §8 Model [needs: os, Path, torch, F, LABELS, InputError, explaining,
+#    read_json, §1, §2, §4, §5, §9]
 # ================================================================================================
 
 
@@ -1510,7 +1515,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
     base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default
     `default_dtype`; max_pixels: image cap; nf4: whether the language model's linears are in 4 bits
-    (default: as the adapter was trained). The scripts call `load_trained` of §9, which also puts a
+    (default: as the adapter was trained). The scripts call `load_trained` of §10, which also puts a
     readout's head on it."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
@@ -1622,7 +1627,7 @@ def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     layers. The logits are left to the caller, who needs them at few positions."""
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
-    # trap: transformers 5.24 calls past_key_values `cache`
+    # transformers 5.24 calls past_key_values `cache`, and takes the old name until 5.40
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
                       past_key_values=cache, use_cache=cache is not None, **media)
     return out.last_hidden_state
@@ -1640,6 +1645,7 @@ def forward_branches(model, batch, cache=None):
     if "flash" in (model.config._attn_implementation or ""):
         raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
                          "or eager")
+    assert not (batch.branch_ids[:, 0] == -1).any(), "padding must stand at the end of each row"
     if is_recurrent(model):
         return _branch_by_branch(model, batch, cache)
     mask = branch_mask(batch.branch_ids, model.get_input_embeddings().weight.dtype)
@@ -1815,7 +1821,7 @@ def rounded(tensor):
 
 
 # ================================================================================================
-# §8 NF4 (arXiv 2305.14314) [needs: functools, torch, F, nn]
+# §9 NF4 (arXiv 2305.14314) [needs: functools, torch, F, nn]
 # ================================================================================================
 
 # paper: QLoRA, arXiv 2305.14314, appendix E: the 16 levels of NF4, as float32
@@ -1909,8 +1915,8 @@ def count_parameters(model):
 
 
 # ================================================================================================
-# §9 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
-#    read_json, read_tensors, §1, §2, §6, §7]
+# §10 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
+#    read_json, read_tensors, §1, §2, §6, §8]
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2044,7 +2050,7 @@ def regression_metrics(gold, predicted):
 
 
 # ================================================================================================
-# §10 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
+# §11 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
 #    LABELS, explaining, read_json, read_tensors, §1]
 # ================================================================================================
 
@@ -2304,7 +2310,7 @@ def _mean_verdict(ubm, mllm):
 
 
 # ================================================================================================
-# §11 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
+# §12 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
 #    timedelta, version, Path, np, torch, tqdm, InputError, explaining, write_text,
 #    to_json, write_json, read_json, digest]
 # ================================================================================================

@@ -26,7 +26,6 @@ import runpy
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ from mulcot import (
 
 # How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
 # and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
-# readout; `ubm` is a small loop of its own. The losses are functions of mulcot.py §6 and §9. A
+# readout; `ubm` is a small loop of its own. The losses are functions of mulcot.py §6 and §10. A
 # stage of your own: its name in STAGES, its flags in parse_args, its class in `train`; weights
 # beside LoRA are made in build_model and saved in evaluate_and_save.
 
@@ -658,9 +657,8 @@ def note_signals():
         noted.append(number)
         say("asked to stop: this step is finished and saved first; once more stops at once")
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     return noted
 
 

@@ -325,13 +325,14 @@ def test_soft_labels_train_the_other_size(world, texts, chains, tmp_path, capsys
     assert generate.main(["soft", *chains, "--model", size, "--out", soft]) == 0
     assistant, _ = mulcot.load_model(size)
     oracle, labels = Oracle(world.family, size, assistant), mulcot.SoftLabels(soft)
-    head = labels.read_head()
+    labels.load_head("cpu")
+    head = labels.head
     for post in mulcot.read_posts(chains[1], chains[3])[::2]:
         branches = mulcot.training_branches(post, world.processor)
-        names = labels.names(encode(post, branches, world.processor))
-        for name, branch in zip(names, branches):
+        example = encode(post, branches, world.processor)
+        for number, branch in enumerate(branches, 1):
             want = oracle.answer_logits(post, *branch)[0][:, : len(head)]
-            got = labels.read(name).float() @ head.float().T
+            got = labels.hidden([example], number) @ head.T
             assert (got - want).abs().max() < 2e-3 * want.abs().max()  # 16 bits
 
     with torch.enable_grad():

@@ -170,7 +170,7 @@ def test_parser_from_a_page():
 def test_losses_from_a_page():
     """§6, with torch (numpy counts the confusion table, safetensors holds the soft labels): KL by
     hand, and a gradient in chunks."""
-    page = copied(section("Losses"), {"torch", "numpy", "safetensors"})
+    page = copied(section("Losses"), {"torch", "numpy"})
     teacher, student = torch.tensor([2.1, 0.3, -1.5]), torch.tensor([1.0, 0.8, 0.2])
     assert page.distill_kl(student, teacher).item() == pytest.approx(0.1395, abs=5e-5)
     assert page.student_loss(page.multitask_loss(1.0, 2.0), 1.0) == pytest.approx(0.7 * 1.2 + 0.3)
@@ -183,7 +183,7 @@ def test_losses_from_a_page():
 
 
 def test_nf4_from_a_page():
-    """§8, with torch alone: levels come back exactly, a layer multiplies by what it stands for."""
+    """§9, with torch alone: levels come back exactly, a layer multiplies by what it stands for."""
     page = copied(section("NF4"), {"torch"})
     weight = 0.5 * page.NF4.repeat(4, 4)  # (4, 64): whole blocks of levels
     codes, absmax = page.nf4_quantize(weight)
