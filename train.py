@@ -308,7 +308,10 @@ def begin(args, items, rejects, dev, begun):
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
     settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
     if get_rank() == 0:
-        check_settings(settings_file(args.out), settings, begun, run=args.run)
+        file = settings_file(args.out)
+        if file.exists() and not begun:
+            print("note       nothing had been saved when this run was stopped: it begins anew")
+        check_settings(file, settings, begun, run=args.run)
         if rejects:
             write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
@@ -460,11 +463,8 @@ class TrainingState:
     def restore(self):
         """Everything as it was, if there is something; log rows behind it are written anew."""
         log = Path(self.args.out, "log.jsonl")
-        if not self.file.exists():
-            if log.exists() and get_rank() == 0:
-                print("note       nothing had been saved when this run was stopped: it begins anew")
-                log.unlink()
-            return
+        if not self.file.exists():  # a run killed before its first resume point begins anew
+            return log.unlink(missing_ok=True)
         with explaining(f"{self.file} is damaged: delete it to train anew"):
             values = torch.load(self.file, weights_only=True, map_location="cpu")
             self.step, self.best = values["step"], values["best"]

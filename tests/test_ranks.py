@@ -106,7 +106,8 @@ def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path):
     s1, s2 = (mulcot.SoftLabels(tmp_path / name) for name in ("s1", "s2"))
     s1.settings.pop("command"), s2.settings.pop("command")
     assert s1.parts.keys() == s2.parts.keys() and s1.settings == s2.settings
-    assert all(torch.equal(s1.read(name), s2.read(name)) for name in s1.parts)
+    assert all(torch.equal(s1.parts[name].get_tensor(name), s2.parts[name].get_tensor(name))
+               for name in s1.parts)
 
 
 def test_two_processes_share_the_members(toy, posts, tmp_path):
