@@ -1,10 +1,12 @@
-"""How far a reader walks: which of our functions one training step and one predicted batch go
-through. `python -m pytest -s tests/test_walk.py` prints them."""
+"""How far a reader walks: which of our functions one training step, one predicted batch and the
+teacher's command go through. `python -m pytest -s tests/test_walk.py` prints them."""
 
 import contextlib
 import sys
 import threading
 from pathlib import Path
+
+from conftest import chat
 
 import generate
 import mulcot
@@ -15,10 +17,10 @@ OURS = {module.__file__: Path(module.__file__).stem for module in (mulcot, train
 
 
 @contextlib.contextmanager
-def walk(name, about):
+def walk(name, count):
     """Counts and prints the distinct functions of ours that are called within the block, in all
-    threads; comprehensions and lambdas are part of the function around them. As many as when this
-    was written, or the house has grown."""
+    threads; comprehensions and lambdas are part of the function around them. One more than `count`
+    is a house that has grown, one less a count to lower."""
     functions = {}
 
     def see(frame, event, _):
@@ -34,7 +36,7 @@ def walk(name, about):
         sys.setprofile(None)
         threading.setprofile(None)
     print(f"\n{name}: {len(functions)} functions\n  " + "\n  ".join(functions))
-    assert about - 5 <= len(functions) <= about + 1, sorted(functions)
+    assert len(functions) == count, sorted(functions)
 
 
 def test_a_training_step(toy, tmp_path):
@@ -50,7 +52,7 @@ def test_a_training_step(toy, tmp_path):
     items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
     model = train.build_model(args, stage, items)
     steps = iter(train.step_loader(args, items, processor, 0))
-    with walk("a student's training step", 41):
+    with walk("a student's training step", 38):
         step = next(steps)
         counts = train.step_counts(step)
         for batch, examples in step:
@@ -60,5 +62,15 @@ def test_a_training_step(toy, tmp_path):
 
 def test_a_predicted_batch(student, posts):
     """Labels by scoring and chains, from posts to rows."""
-    with walk("a predicted batch", 39):
+    with walk("a predicted batch", 33):
         generate.predict(*student, posts[:3], max_new_tokens=4)
+
+
+def test_the_teachers_command(toy, tmp_path, serve):
+    """Against a server, both stages, from the command line to the last line printed."""
+    fields = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
+    server = serve(lambda request: chat(mulcot.render_reasoning(fields)))
+    with walk("the teacher's command", 76):
+        assert generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
+                              "--endpoint", server.url, "--max-tries", "1", "--out",
+                              f"{tmp_path}/chains.jsonl"]) == 0
