@@ -1202,6 +1202,8 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
+        if x.device.type != "cpu":
+            return torch.native_dropout(x, self.p, True)[0]  # one kernel
         draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
         bits = draws.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
         kept = (bits >= round(self.p * 2**16) - 2**15).to(x.dtype)
@@ -1226,10 +1228,11 @@ class LoRALinear(nn.Module):
         self.train(base.training)  # trap: in a model in eval mode dropout would stay on
 
     def forward(self, x):
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, R)
-        y = self.base(x)
-        y += F.linear(self.scale * low, self.lora_B.to(x.dtype))  # scaled where it is small
-        return y
+        flat = x.flatten(0, -2)  # (N, in)
+        low = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # (N, R)
+        # product, scale and sum in one kernel
+        y = torch.addmm(self.base(flat), low, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
 def lora_layers(model):
