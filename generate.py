@@ -60,7 +60,7 @@ YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 STAGES = {
     "teacher": "two-stage chains: predict; keep if right, else explain the label",
     "augment": "one more chain per training post by the assistant, kept if right",
-    "soft": "the assistant's hidden states at the supervised positions",
+    "soft": "what the student imitates: the assistant's distributions, as its hidden states",
     "predict": "label by the label prompt, chain by the reason prompt",
     "cascade": "a small model first, the MLLM only where that one is unsure",
     "export": "base and adapter as one ordinary model folder, to serve or to load anywhere"}
@@ -115,7 +115,8 @@ def shared_flags(flag, stage):
          help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
     if stage != "soft":
         flag("--split", default=None if stage in ("predict", "cascade") else "train",
-             help="only posts of this split, where posts have one, or all (predict, cascade: test)")
+             help="which posts, or all (default: train; of predict and cascade test if there is "
+                  "one, else all)")
 
 
 def json_object(text):
@@ -133,7 +134,7 @@ def endpoint_flags(flag):
     flag("--extra-body", type=json_object, default={}, metavar="JSON", help="--endpoint: merged "
          "into each request, retries too; null removes a key: max_completion_tokens, …")
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
-    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds for one call, in all")
+    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds without a byte")
     flag("--proxy", help="--endpoint: URL of a proxy (those of the environment are not used)")
 
 
@@ -142,8 +143,9 @@ def own_flags(flag, stage):
     if stage in ("teacher", "augment", "predict"):
         flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
     if stage == "teacher":
-        flag("--budget-tokens", type=int, default=0, help="--endpoint: stop after, 0: never")
-        flag("--max-posts", type=int, default=0, help="--endpoint: stop after, 0: never")
+        flag("--budget-tokens", type=int, default=0,
+             help="--endpoint: cap on the tokens of all runs onto this --out, 0: none")
+        flag("--max-posts", type=int, default=0, help="--endpoint: posts of this run, 0: all")
         flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
         flag("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
         flag("--max-tries", type=int, default=3, help="answers asked for in each stage (ARC)")
@@ -204,24 +206,25 @@ def select_posts(args, labelled=False):
     return posts, rejects
 
 
-# flags that may change in a rerun onto an --out: more posts, the way to a server, when to stop;
+# flags that a rerun onto the same --out may change: more posts, the way to a server, when to stop;
 # a cascade's rows are written anew
-FREE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endpoint", "allow_http",
-        "workers", "timeout", "proxy", "budget", "budget_tokens", "max_posts", "allow_test",
-        "dry_run", "text", "image", "aspect")
+MAY_CHANGE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endpoint",
+              "allow_http", "workers", "timeout", "proxy", "budget", "budget_tokens", "max_posts",
+              "allow_test", "dry_run", "text", "image", "aspect")
 
 
 class Output:
     """The rows of a stage in --out, those set aside in NAME.rejects.jsonl. Only the first process
     writes. `model`: who answers, if it is at hand.
 
-    Done again after a kill: posts whose id is in neither file. `done` are the others; a torn last
-    line counts as not written. --out may not go on with other settings or another model."""
+    After a kill, posts whose id is in neither file are answered again; `done` holds the ids in the
+    files, a torn last line counts as not written. --out may not go on with other settings or
+    another model."""
 
     def __init__(self, args, rejects, model=None):
         self.path, self.rejected, done = args.out, sibling(args.out, "rejects.jsonl"), set()
         if get_rank() == 0:
-            settings = settings_of(args, FREE)
+            settings = settings_of(args, MAY_CHANGE)
             if model is not None:
                 settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
@@ -241,7 +244,7 @@ class Output:
         if get_rank() == 0:
             (self.kept if keep else self.aside).write(row)
 
-    def close(self):
+    def print_summary(self):
         """The last line: rows written and set aside, counted in the files."""
         rows, aside = len(read_rows(self.path)), len(read_rows(self.rejected))
         print(f"wrote {rows} rows to {self.path} ({aside} set aside)")
@@ -252,6 +255,7 @@ def in_batches(args, posts, done, respond):
     like lengths together; under torchrun each process answers some of the batches. The batches'
     make-up depends on all posts, not on what is left, so that a resumed or divided run pads,
     samples and rounds as an unbroken one."""
+    # a chain, where there is one, is most of a row's length
     order = sorted(posts, key=lambda post: len(post.cot or post.text))
     batches = chunks(order, args.batch)
     bar = progress(len(posts), args.stage, "post")
@@ -259,7 +263,7 @@ def in_batches(args, posts, done, respond):
         n = first + get_rank()
         batch = batches[n] if n < len(batches) else []
         answered, began = [], time.time()
-        if not {post.id for post in batch} <= done:
+        if any(post.id not in done for post in batch):  # the whole batch, so that it pads as before
             try:
                 answered = list(zip(batch, respond(batch, n), strict=True))
             except InputError as e:
@@ -291,9 +295,9 @@ def new_row(post, args, source, predicted):
 def teacher(args, own_ask=None):
     """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations.
 
-    Done again after a kill: a post whose row is in neither --out nor its rejects. Of an endpoint
-    its answers are read from the journal of paid calls, so that only those are asked for that were
-    under way."""
+    After a kill, a post whose row is in neither --out nor its rejects is asked about again. With an
+    endpoint the answers in the journal of paid calls are used again; only calls that were in flight
+    are sent once more."""
     posts, rejects = select_posts(args, labelled=True)
     if args.endpoint and not args.allow_test and any(post.split == "test" for post in posts):
         raise InputError("these are posts of split test, and stage 2 would send their labels: "
@@ -316,7 +320,7 @@ def teacher(args, own_ask=None):
     counts, began = Counter(), time.time()
     for post, result in results:
         row = new_row(post, args, "teacher", result)
-        kept = "cot" in row
+        kept = result["cot"] is not None
         if kept:
             del row["attempts"]
         output.write(row, keep=kept)
@@ -325,8 +329,8 @@ def teacher(args, own_ask=None):
                        "tokens out": row["tokens_out"]})
     minutes = max(1e-9, time.time() - began) / 60
     counts["answers a minute"] = round(counts["answers"] / minutes)
-    print(f"this run   {row_text(dict(sorted(counts.items())))}")
-    output.close()
+    print(f"new rows   {row_text(dict(sorted(counts.items())))}")
+    output.print_summary()
 
 
 def local_teacher(args, model, processor):
@@ -336,7 +340,7 @@ def local_teacher(args, model, processor):
         torch.manual_seed(int(digest(args.seed, requests[0].temperature, ids)[:8], 16))
         examples = []
         for request in requests:
-            prompt = request.messages[-1]["content"][-1]["text"]
+            prompt = request.prompt
             examples.append(encode(request.post, [("", None)], processor, prompt))
         batch = collate(examples, processor.pad_id).to(model.device)
         budget = max(request.max_tokens for request in requests)  # the batch shares the largest
@@ -382,8 +386,8 @@ class Endpoint:
     comes back. `timeout`: seconds without a byte. `extra_body` is merged into each request; None
     removes a key. `proxy`: a URL; those of the environment are not used.
 
-    `retries` counts failures by kind ("HTTP 503"), `mended` are the kinds that asking again got
-    over, `waiting` says what is waited for, `stop` ends all waiting."""
+    `retries` counts failures by kind ("HTTP 503"); `mended`: kinds that a retry has overcome at
+    least once; `waiting` says what is waited for; `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
@@ -411,9 +415,10 @@ class Endpoint:
 
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are asked again with
-        jittered exponential back-off; Retry-After holds back all threads. Other statuses raise:
-        what no other post would change (401, 402, 404, a redirect, an unsupported parameter, a wait
-        of over an hour) InputError, the rest Refused; after the last retry Unreachable."""
+        jittered exponential back-off; Retry-After holds back all threads. Raises InputError for
+        what would fail for every post (401, 402, 404, a redirect, an unsupported parameter, a wait
+        of over an hour), Refused for what concerns this post alone, Unreachable after the last
+        retry."""
         body, ready_at, kinds = self._body(request), 0.0, set()
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._paused_until) - time.monotonic()
@@ -540,8 +545,9 @@ def _wire_part(part):
 
 class PaidCalls:
     """Asks the endpoint, and keeps every answer in NAME.calls.jsonl before it is used: killed and
-    rerun, the stage pays for nothing twice but the calls that were in flight. No call is sent that
-    might take the tokens spent beyond --budget-tokens."""
+    rerun, the stage pays for nothing twice but the calls that were in flight. A call is sent only
+    if its max_tokens and the longest prompt so far fit into what is left of --budget-tokens; a
+    longer prompt may go over by the difference."""
 
     def __init__(self, args, done):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
@@ -549,15 +555,15 @@ class PaidCalls:
                                  proxy=args.proxy)
         self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.budget = args.budget_tokens
+        self.first_call = threading.Lock()
         self.lock = threading.Condition()  # of all below
-        self.first = threading.Lock()
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        self.known = {}  # answers that unfinished posts will ask for, by the name of the call
+        self.known = {}  # name of a call -> its answers, which unfinished posts will ask for
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
             self.count(answer)
             if row["id"] not in done:
-                self.known[row["call"]] = answer
+                self.known.setdefault(row["call"], []).append(answer)
 
     def count(self, answer):
         """Adds what an answer cost."""
@@ -570,14 +576,14 @@ class PaidCalls:
 
     def call(self, request):
         """The Answer, from the journal if it is there."""
-        text = request.messages[-1]["content"][-1]["text"]
+        text = request.prompt
         name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
                       request.temperature, request.max_tokens, request.logprobs,
                       self.endpoint.extra_body)
-        if name in self.known:
-            return self.known.pop(name)
+        if self.known.get(name):
+            return self.known[name].pop(0)
         if self.budget:
-            with self.first:  # one call alone tells how long a prompt is
+            with self.first_call:  # one call alone tells how long a prompt is
                 if not self.longest_prompt:
                     return self.pay(request, name)
         return self.pay(request, name)
@@ -586,7 +592,8 @@ class PaidCalls:
         """Asks the server, within the budget: a call is expected to cost its whole max_tokens and
         the longest prompt so far."""
         self.endpoint.pause(0)  # ends this post's dialogue if the stage is stopping
-        most = self.endpoint.extra_body.get("max_completion_tokens") or request.max_tokens
+        extra = self.endpoint.extra_body
+        most = extra.get("max_completion_tokens") or extra.get("max_tokens") or request.max_tokens
         with self.lock:
             expected = self.longest_prompt + most
             while self.budget and self.spent + self.under_way + expected > self.budget:
@@ -619,14 +626,14 @@ def files_digest(post):
 
 def from_endpoint(args, posts, done, dialogue):
     """(post, dialogue(post, ask)) as they are finished, --workers posts at once; a dialogue may ask
-    as often as it likes. Posts that the server refuses are set aside when it answers another. The
-    stage stops where it refuses many in a row, where asking again never helped, and before a call
-    that --budget-tokens does not cover."""
+    as often as it likes. Refused posts wait: they are set aside as soon as a later post is
+    answered, since a wrong --model would refuse all. The stage stops where many are refused in a
+    row, where asking again never helped, and before a call that --budget-tokens does not cover."""
     calls = PaidCalls(args, done)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
     running, refused = {}, []
-    over_budget = False
+    unanswered, over_budget = 0, False
     with bar, ThreadPoolExecutor(args.workers) as pool:
         try:
             while True:
@@ -650,6 +657,7 @@ def from_endpoint(args, posts, done, dialogue):
                             raise InputError(f"post {post.id}: {e}; asking again helped no post: "
                                              "mend this and run again") from None
                         say(f"unanswered, run again: post {post.id}: {e}")
+                        unanswered += 1
                     except Refused as e:
                         refused.append((post, e))
                         if len(refused) > max(8, args.workers):
@@ -658,13 +666,16 @@ def from_endpoint(args, posts, done, dialogue):
                         yield from set_aside(refused)
                         refused = []
                         yield post, result
-            if refused and not calls.file.done:  # trap: a wrong --model may be a 400 for every post
+            # trap: a wrong --model may be a 400 for every post, and then no answer is on file
+            if refused and not calls.file.done:
                 raise InputError(f"no post was answered: {refused[0][1]}")
             yield from set_aside(refused)
         finally:
             calls.endpoint.stop.set()
     if calls.endpoint.retries:
         print(f"asked again {row_text(calls.endpoint.retries)}")
+    if unanswered:
+        print(f"unanswered {unanswered} posts, run again")
     if over_budget:
         print(f"stopped    {calls.spent} tokens spent of --budget-tokens {args.budget_tokens}")
 
@@ -699,7 +710,7 @@ def augment(args):
 
     for post, result in in_batches(args, posts, output.done, respond):
         output.write(new_row(post, args, "assistant", result), keep=result["problem"] is None)
-    output.close()
+    output.print_summary()
 
 
 @torch.no_grad()
@@ -709,7 +720,7 @@ def soft(args):
     model, processor = load(args)
     branches_of = partial(training_branches, processor=processor, max_answer=args.max_answer)
     items, _ = training_items(args.data, args.images, branches_of)
-    settings = settings_of(args, FREE)
+    settings = settings_of(args, MAY_CHANGE)
     settings |= dict(weights=fingerprint(model), tokenizer=tokenizer_hash(processor.tokenizer))
     if get_rank() == 0:
         begun = any(Path(args.out).glob("*.safetensors"))
@@ -755,15 +766,16 @@ def predict_posts(args):
     posts, rejects = select_posts(args)
     model, respond = responder(args)
     output = Output(args, rejects, model)
-    source = "ubm" if isinstance(model, UBM) else "student"
+    source = "ubm" if isinstance(model, UBM) else "model"
     for post, result in in_batches(args, controlled(posts, args), output.done, respond):
+        # the post's own chain is not the model's
         output.write(new_row(post, args, source, result | dict(cot=None)))
-    output.close()
+    output.print_summary()
 
 
 def responder(args):
-    """(--model, respond(posts, batch number) -> list of dicts): of a UBM its verdicts, of a model
-    with a readout what that reads, else labels and chains."""
+    """(the loaded model, respond(posts, batch number) -> list of dicts): of a UBM its verdicts, of
+    a model with a readout what that reads, else labels and chains."""
     if Path(args.model, "ubm.json").exists():
         model, processor = load_ubm(args.model, args.device), None
     else:
@@ -797,7 +809,7 @@ def controlled(posts, args):
 
 def predict_one(args):
     """One post from the shell: its chain, its label and the label's probability."""
-    file = Path(os.path.realpath(args.image or "none"))
+    file = Path(os.path.realpath(args.image or "none"))  # with no image any folder will do
     row = dict(id="1", text=args.text, aspect=args.aspect, image=args.image and file.name)
     with explaining("--text, --image or --aspect"):
         post = to_post(row, file.parent)
@@ -897,7 +909,7 @@ def cascade(args):
         dev_error=dev_error, routes=routes, costs=costs))
     write_rows(args.out, rows)
     print(f"routes     {row_text(routes)}\na post     {row_text(costs)}")
-    output.close()
+    output.print_summary()
 
 
 class CascadePasses:
@@ -911,7 +923,7 @@ class CascadePasses:
         self.branches = label_branches(ubm.classes, prompt)
         self.known, self.file = {}, None
         if mllm is not None:
-            self.settings = settings_of(args, FREE), fingerprint(mllm), ubm.classes
+            self.settings = settings_of(args, MAY_CHANGE), fingerprint(mllm), ubm.classes
             self.file = RowWriter(sibling(args.out, "asked.jsonl"), "key")
             for row in read_rows(self.file.path):
                 self.known[row["key"]] = Verdict(**row["verdict"])

@@ -47,8 +47,8 @@ way back to theirs where there is one
     `--reasoning-weight 1 --label-weight 1`.
 12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0:
     prompt, image and padding too, which are most of them.
-13. Losses are means over all supervised tokens of an optimiser step. Theirs add up, undivided, the
-    means of its 20 micro-batches, so that a token of a short chain weighs more.
+13. Each task's loss is a mean over its answer tokens in the whole optimiser step. Theirs add up,
+    undivided, the means of its 20 micro-batches, so that a token of a short chain weighs more.
 14. An epoch's last, incomplete step is taken. Theirs drop its gradient and count on, so that the
     next epoch's first step is short by as many micro-batches.
 15. The posts of a step are of like length (sorted within four steps). Theirs are drawn freely.
@@ -705,12 +705,17 @@ class Request:
     max_tokens: int
     logprobs: bool = False
 
+    @property
+    def prompt(self):
+        """The words of the question, which build_messages puts last."""
+        return self.messages[-1]["content"][-1]["text"]
+
 
 @dataclass
 class Answer:
-    """What came back. `finish` is "stop" or "length" (truncated); tokens as the teacher counts
-    them; `logprobs`, if asked for and offered: [(token, {likely token: log-probability}), …];
-    `seconds` of a paid call."""
+    """What came back. `finish`: "length" if it was cut off, else the teacher's word; tokens as it
+    counts them; `logprobs`, if asked for and offered: [(token, {likely token: its
+    log-probability}), …]; `seconds` of a paid call."""
 
     text: str
     finish: str = "stop"
@@ -720,11 +725,14 @@ class Answer:
     seconds: float = 0.0
 
 
+# stage 1 is the task "unaided"; stage 2 is the task "explained", which is label-conditioned
+
+
 def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
-    """The teacher's chains of labelled posts: `ask(list of Requests) -> list of Answers`, in their
-    order, so that a local model answers a batch at once. Returns a row per post: `cot` (None if
-    every try failed), `prediction`, `unaided_prediction` (what stage 1 said, right or wrong),
-    `stage`, `tries`, `problem`, `attempts`, tokens and seconds.
+    """Asks a teacher for a chain of each labelled post. `ask` takes a list of Requests and returns
+    their Answers in the same order (a local model answers a batch at once). Returns a row per post:
+    `cot` (None if every try failed), `prediction`, `unaided_prediction` (what stage 1 said, right
+    or wrong), `stage`, `tries`, `problem`, `attempts`, tokens, and the seconds of an endpoint.
 
     paper: stage 1 asks without the label and is kept if right; stage 2 is given the label of the
     posts that failed, and explains it."""
@@ -748,10 +756,10 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
     try is appended to `attempts` {post id: tries}.
 
     paper: the adaptive retry controller (ARC) asks again while the structure is incomplete.
-    choice: each retry is at a higher temperature (0, 0.4, 0.8, 1.2). An answer that was cut off
-    gets twice as many tokens the next time. An unaided answer that is whole but wrong is not asked
-    for again: that is what stage 2 is for. An explanation that contradicts its label is."""
-    budget = dict.fromkeys(attempts, max_tokens)
+    choice: each retry is at a higher temperature (0, 0.4, 0.8, 1.2), and after an answer that was
+    cut off with twice as many tokens. Stage 1: an answer that is whole but wrong goes on to stage
+    2. Stage 2: an answer against the label is asked for again."""
+    allowed = dict.fromkeys(attempts, max_tokens)
     pending = posts
     for retry in range(max_tries):
         if not pending:
@@ -761,13 +769,13 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
         for post in pending:
             gold = post.label if task == "explained" else None
             requests.append(Request(post, build_messages(post, task, gold), temperature,
-                                    budget[post.id]))
+                                    allowed[post.id]))
         try:
             answers = ask(requests)
         except Refused:
             if retry == 0:
                 raise
-            break  # what was answered before stands: a server may know no such budget
+            break  # a server may refuse the doubled max_tokens: the earlier answers stand
         pending = []
         for request, answer in zip(requests, answers, strict=True):
             post = request.post
@@ -775,14 +783,14 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
             attempts[post.id].append(_attempt(task, request, answer, parsed, problem))
             cut_off = answer.finish == "length"
             if cut_off:
-                budget[post.id] *= 2
+                allowed[post.id] *= 2
             if cut_off or (problem and (task == "explained" or not parsed.complete)):
                 pending.append(post)
 
 
 def _attempt(task, request, answer, parsed, problem):
     """One try as it is kept; a try without a problem holds the chain in its one written form."""
-    prompt = request.messages[-1]["content"][-1]["text"]
+    prompt = request.prompt
     cot = render_reasoning(parsed.fields) if problem is None else None
     return dict(cot=cot, raw=answer.text, prediction=parsed.prediction, problem=problem,
                 stage=1 if task == "unaided" else 2, label_conditioned=task == "explained",
@@ -1023,11 +1031,14 @@ def encode(post, branches, processor, shared=None):
         head = head.replace(sound, sound * pooled)
     if shared is None:
         shared = post_prompt(post)
-    # trap: GPT-2's way of splitting (SmolVLM2) joins newlines at a text's end, but not before a
-    # letter: where a question follows, a letter stands in for it
-    letter = "A" if branches[0][0] else ""
-    ids = processor.text_ids(turn.opening + shared + letter)
-    prefix = processor.template_ids(head) + ids[: len(ids) - len(letter)]
+    text = turn.opening + shared
+    if branches[0][0]:
+        # trap: some tokenizers (SmolVLM2's) split line breaks otherwise at the end of a text; a
+        # question begins with a letter, so one is put there and its token taken away again
+        text_ids = processor.text_ids(text + "A")[:-1]
+    else:
+        text_ids = processor.text_ids(text)
+    prefix = processor.template_ids(head) + text_ids
     position_ids = rope_positions(
         prefix, processor.placeholder_id, media.get("image_grid_thw", ()),
         getattr(processor.image_processor, "merge_size", 1))
@@ -1146,7 +1157,7 @@ def branch_mask(branch_ids, dtype):
 def training_branches(post, processor, max_answer=512, need_chain=True):
     """The training tasks of a labelled post as branches: reasoning, then label; without
     `need_chain` the label task alone. The chain is brought into the one written form. Raises
-    InputError that says why a post is unfit; choice: one whose chain contradicts its label is."""
+    InputError that says why a post is unfit; choice: a chain against its label is."""
     if post.label is None:
         raise InputError("no label")
     label_task = (LABEL_FORMAT, render_label(post.label))
@@ -1332,16 +1343,26 @@ def load_adapter(model, folder):
             model.set_submodule(name, LoRALinear(base, config["r"], config["lora_alpha"],
                                                  config.get("lora_dropout", 0.0)))
         report = model.load_state_dict(state, strict=False)
-        odd = [key for key in report.missing_keys if ".lora_" in key] + report.unexpected_keys
-        targets = config["target_modules"]  # endings of names, or an expression for whole ones
-        if not isinstance(targets, str):
-            targets = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
-        named = [name for name, module in modules.items() if re.fullmatch(targets, name)
-                 and (hasattr(module, "in_features") or isinstance(module, LoRALinear))]
+        unfilled = [key for key in report.missing_keys if ".lora_" in key]
+        if unfilled or report.unexpected_keys:
+            raise ValueError(f"unfilled {unfilled[:1]}, unknown {report.unexpected_keys[:1]}")
         chosen = config.get("exclude_modules") or config.get("layers_to_transform")
-        if odd or sorted(named) != names and not chosen:
-            raise ValueError(f"{odd[:1] or 'part of target_modules'} is unfilled, or too much")
+        if not chosen and names != _targeted(config["target_modules"], modules):
+            raise ValueError("its layers are not those that target_modules names")
     return names
+
+
+def _targeted(targets, modules):
+    """The sorted names of the linear layers that an adapter's target_modules stand for: endings of
+    names, or, in a string, an expression for whole names."""
+    if not isinstance(targets, str):
+        targets = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    names = []
+    for name, module in modules.items():
+        linear = hasattr(module, "in_features") or isinstance(module, LoRALinear)
+        if linear and re.fullmatch(targets, name):
+            names.append(name)
+    return sorted(names)
 
 
 def _current_key(key, modules):
@@ -1366,15 +1387,15 @@ def multitask_loss(reasoning, label, reasoning_weight=0.8, label_weight=0.2):
 
 
 def student_loss(hard, soft, lam=0.3):
-    """paper: L_student = (1 - λ) L_multi^hard + λ L_multi^soft, λ = 0.3. Both sums are linear, so
-    each task may be mixed before the tasks are added."""
+    """paper: L_student = (1 - λ) L_multi^hard + λ L_multi^soft, λ = 0.3. train.py mixes hard and
+    soft within each task and then adds the tasks: the same sum."""
     return (1 - lam) * hard + lam * soft
 
 
 def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False, reduction="mean"):
-    """KL(teacher || student) of the distributions softened by τ, logits (…, V) each, of the same
-    leading dimensions -> scalar, or (…) with reduction "none"; "mean" and "sum" are over all
-    positions.
+    """KL(teacher || student) of the distributions softened by τ (MulCoT-RD's assistant is the
+    teacher here). Logits (…, V) each, of the same leading dimensions -> scalar, or (…) with
+    reduction "none"; "mean" and "sum" are over all positions.
 
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
     1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
@@ -1395,20 +1416,20 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
 
 
 def in_chunks(sums_of, hidden, size):
-    """{name: scalar}, the sums over chunks of `size` rows of hidden (N, D) of what
+    """{name: scalar}, the sums over chunks of `size` positions of hidden (N, D) of what
     `sums_of(hidden[a:b], slice(a, b))` -> {"loss": scalar, …} returns. "loss" is differentiable:
     value and gradient are those of `sums_of(hidden, slice(0, N))["loss"]`, but only one chunk's
     (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
     pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
     must be frozen: their gradient would be lost."""
-    sums = sums_of(hidden[:0].detach(), slice(0, 0))  # zeros: of no position
+    sums = sums_of(hidden[:0].detach(), slice(0, 0))  # on no positions: zeros under their names
     assert not sums["loss"].requires_grad, "sums_of uses weights that are not frozen"
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        chunk = hidden[rows].detach().requires_grad_()
-        terms = sums_of(chunk, rows)
-        (gradient[rows],) = torch.autograd.grad(terms["loss"], chunk)
+        positions = slice(start, start + size)
+        chunk = hidden[positions].detach().requires_grad_()
+        terms = sums_of(chunk, positions)
+        (gradient[positions],) = torch.autograd.grad(terms["loss"], chunk)
         for name, value in terms.items():
             sums[name] = sums[name] + value.detach()
     link = (hidden * gradient).sum()  # its gradient with respect to hidden is `gradient`
@@ -1452,7 +1473,7 @@ class SoftLabels:
     """The assistant's last hidden states at the supervised positions, in `folder`, and its output
     matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
     part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
-    hash of its token ids, its prefix and its files, so that a stale or foreign one is not found."""
+    hash of its token ids, prefix and pixels, so that a stale or foreign one is not found."""
 
     def __init__(self, folder):
         self.folder, self.head = Path(folder), None
@@ -1485,8 +1506,8 @@ class SoftLabels:
         self.head = read_tensors(self.folder / "head.safetensors")["weight"].to(device)
 
     def hidden(self, examples, branch):
-        """The assistant's hidden states (N, D') at the supervised positions of this branch of the
-        examples, one after the other, as wide and where the head is."""
+        """The assistant's hidden states (N, D') at the supervised positions of this branch, example
+        after example, in the head's dtype and on its device."""
         entries = []
         for example in examples:
             name = self.names(example)[branch - 1]
@@ -1692,8 +1713,8 @@ def label_branches(classes=LABELS, question=LABEL_FORMAT):
 @torch.no_grad()
 def score_labels(model, batch, hidden=None):
     """Log-probabilities (B, C) of a batch whose first C branches are answers, `label_branches()`:
-    each summed over its tokens, then normalised over the C. One forward pass (`hidden` (B, T, D),
-    if it has been made), exact, never unparsed."""
+    the sum over all tokens of an answer, `"Prediction": "…"` and its end of turn, then normalised
+    over the C. One forward pass (`hidden` (B, T, D), if it has been made)."""
     if hidden is None:
         hidden = forward_branches(model, batch)
     supervised = batch.targets != -100  # (B, T)
@@ -2004,7 +2025,7 @@ def read_out(model, processor, posts):
 
 
 def load_readout(model, folder):
-    """Puts the head that `save_readout` wrote on the model."""
+    """Puts the head that train.py readout wrote on the model."""
     with explaining(f"{folder} holds a damaged or foreign readout head"):
         readout = Readout(model.lm_head.in_features, read_json(Path(folder, "head.json")))
         if readout.discriminative:
@@ -2040,12 +2061,13 @@ def regression_metrics(gold, predicted):
     for name, limit in (("acc7", 3), ("acc5", 2)):
         same = np.round(np.clip(g, -limit, limit)) == np.round(np.clip(p, -limit, limit))
         metrics[name] = float(same.sum() / len(gold))
-    for name, kept, sign in (("has0", gold == gold, np.greater_equal),
-                             ("non0", gold != 0, np.greater)):
+    everywhere = np.ones(len(gold), bool)
+    for name, judged, sign in (("has0", everywhere, np.greater_equal),
+                               ("non0", gold != 0, np.greater)):
         metrics[f"acc2_{name}"] = metrics[f"f1_{name}"] = None
-        if kept.any():
-            signs = np.where(parsed, sign(predicted, 0), -1)[kept].tolist()  # -1: of neither class
-            table = confusion_table(sign(gold, 0)[kept].tolist(), signs, classes=(False, True))
+        if judged.any():
+            signs = np.where(parsed, sign(predicted, 0), -1)[judged].tolist()  # -1: neither class
+            table = confusion_table(sign(gold, 0)[judged].tolist(), signs, classes=(False, True))
             scores = confusion_scores(table)
             metrics[f"acc2_{name}"] = float(scores["accuracy"])
             metrics[f"f1_{name}"] = float(scores["weighted_f1"])
@@ -2389,7 +2411,7 @@ def tokenizer_hash(tokenizer):
 
 
 def run_info(script, argv=None):
-    """The command line as typed and the versions it ran with, for config.json and metrics.json."""
+    """The command line as typed and the versions that it ran with."""
     command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
     versions = dict(python=sys.version.split()[0], numpy=np.__version__, torch=torch.__version__,
                     transformers=version("transformers"))  # not imported: half a second
@@ -2408,9 +2430,9 @@ def settings_of(args, free):
 
 
 def check_settings(file, settings, begun, run=None):
-    """Writes what a stage was started with (and `run`, which may differ); a rerun onto what others
-    began is refused, since rows and weights of two settings would mix. `begun`: whether there is
-    something to go on with. A file of that name that no stage wrote is never written over."""
+    """Writes what a stage was started with (and `run`, which may differ). A rerun with other
+    settings onto the same --out is refused. `begun`: whether there is something to go on with. A
+    file of that name that no stage wrote is never written over."""
     settings = json.loads(json.dumps(settings))
     previous = {}
     with contextlib.suppress(InputError):  # missing or foreign

@@ -51,12 +51,12 @@ from mulcot import (
 # How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
 # and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
 # readout; `ubm` is a small loop of its own. The losses are functions of mulcot.py §6 and §10. A
-# stage of your own: its name in STAGES, its flags in parse_args, its class in `train`; weights
-# beside LoRA are made in build_model and saved in evaluate_and_save.
+# stage of your own: its name in STAGES, its flags in parse_args, its class in `train`; for weights
+# beside LoRA it has its own `add_weights`, `save` and `load`.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 SAVE_SECONDS = 600  # choice: a killed run loses ten minutes at most
-DEV_BATCH = 4  # dev posts at once for each post of a micro-batch: no gradients are held
+DEV_BATCH = 4  # a dev batch has so many times --batch posts: no gradients are held
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -194,12 +194,12 @@ class Stage:
         """Reads what `save` wrote; raises InputError if it is missing or damaged."""
         load_adapter(model, folder)
 
-    def task_loss(self, model, hidden, batch, examples, branch, num_tokens):
+    def task_loss(self, model, hidden, batch, examples, branch, answer_tokens):
         """One task's loss at the hidden states (B, T, D) -> {"loss": differentiable scalar, "ce":
         its cross-entropy, "kl": its KL, where there are soft labels}. Cross-entropy and KL are
-        summed over the supervised positions of this branch and divided by `num_tokens`, the number
-        of these in the whole optimiser step. Positions are taken in chunks, so that no (N, V)
-        logits are held."""
+        summed over the supervised positions of this branch and divided by `answer_tokens`, their
+        number in the whole optimiser step. Positions are taken in chunks, so that no (N, V) logits
+        are held."""
         supervised = batch.supervised(branch)  # (B, T)
         targets = batch.targets[supervised]  # (N,)
         assert targets.max() < model.lm_head.out_features, (targets.max(), model.lm_head)
@@ -207,15 +207,15 @@ class Stage:
             assistant_hidden = self.soft_labels.hidden(examples, branch)  # (N, D')
             assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
 
-        def sums_of(h, rows):  # a chunk of the positions: h (n, D), which of the N: a slice
+        def sums_of(h, positions):  # hidden states h (n, D) of a slice of the N positions
             logits = model.lm_head(h).float()  # (n, V)
-            hard = F.cross_entropy(logits, targets[rows], reduction="sum") / num_tokens
+            hard = F.cross_entropy(logits, targets[positions], reduction="sum") / answer_tokens
             if not self.soft_labels:
                 return dict(loss=hard, ce=hard)
             head = self.soft_labels.head
-            assistant_logits = F.linear(assistant_hidden[rows], head)  # (n, V')
+            assistant_logits = F.linear(assistant_hidden[positions], head)  # (n, V')
             soft = distill_kl(logits, assistant_logits, self.args.temperature,
-                              self.args.t_squared, reduction="sum") / num_tokens
+                              self.args.t_squared, reduction="sum") / answer_tokens
             return dict(loss=student_loss(hard, soft, self.args.lam), ce=hard, kl=soft)
 
         size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
@@ -228,7 +228,7 @@ class ChainStage(Stage):
 
     def __init__(self, args, processor):
         super().__init__(args, processor)
-        # the number of each task's branch behind the prefix
+        # the number of each task's branch: the order of training_branches, counted from 1
         self.branch_of = {"reason": 1, "label": 2} if args.reasoning else {"label": 1}
         if args.stage == "student" and not args.no_soft and args.lam > 0:
             self.soft_labels = open_soft_labels(args, processor)
@@ -254,7 +254,8 @@ class ChainStage(Stage):
         losses = {}
         terms = {}
         for task, branch in self.branch_of.items():
-            sums = self.task_loss(model, hidden, batch, examples, branch, counts.tokens[branch])
+            answer_tokens = counts.answer_tokens[branch]
+            sums = self.task_loss(model, hidden, batch, examples, branch, answer_tokens)
             losses[task] = sums.pop("loss")
             terms |= {f"{name}_{task}": value for name, value in sums.items()}
         if not self.args.reasoning:
@@ -285,7 +286,7 @@ def open_soft_labels(args, processor):
 
 def label_scores(rows, posts):
     """{accuracy, macro F1} of predicted rows; a row without a prediction is wrong. paper: the best
-    dev accuracy selects, macro F1 breaks ties (on MVSA weighted F1)."""
+    dev accuracy selects; macro F1 breaks ties, here on MVSA too (departure 21)."""
     gold = [post.label for post in posts]
     predicted = [row["prediction"] for row in rows]
     scores = confusion_scores(confusion_table(gold, predicted))
@@ -295,15 +296,15 @@ def label_scores(rows, posts):
 # ---- set-up ------------------------------------------------------------------------------------
 
 
-# flags that may change in a rerun: they touch no weight (the rows themselves are compared)
-FREE = ("run", "out", "show", "device", "data", "dev", "images", "workers", "log_every",
+# flags that a rerun may change: they touch no weight (the rows themselves are compared)
+MAY_CHANGE = ("run", "out", "show", "device", "data", "dev", "images", "workers", "log_every",
         "save_every", "gradient_checkpointing")
 
 
 def begin(args, items, rejects, dev, begun):
-    """The first thing a run leaves behind, and the guard against mixing two of them: writes
-    settings.json and set_aside.json; refuses to go on with a run of other settings or rows."""
-    settings = settings_of(args, FREE)
+    """Writes settings.json and set_aside.json, before anything else; refuses to go on with a run of
+    other settings or rows."""
+    settings = settings_of(args, MAY_CHANGE)
     read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
     settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
@@ -390,10 +391,10 @@ def steps_of_epoch(lengths, size, epoch, seed, window=4):
 
 def step_loader(args, items, processor, first):
     """A DataLoader of the optimiser steps from `first` to the last epoch's end: each a list of this
-    process's micro-batches (Batch, its examples). Its workers decode the images. Under torchrun
-    every process takes each world-size-th post of a step, so that the step is the same one."""
+    process's micro-batches (Batch, its examples). Its workers decode the images. Under torchrun the
+    posts of a step are dealt out among the processes; together they make the same step."""
     step_size = args.batch * args.accumulate
-    # in characters, where micro_batches goes by tokens
+    # characters of the answers; micro_batches sorts again, by tokens
     lengths = [sum(len(answer or "") for _, answer in branches) for _, branches in items]
     per_epoch = math.ceil(len(items) / step_size)
     steps = []
@@ -423,8 +424,8 @@ class TrainingState:
     schedule, the step and the best so far, every process's random numbers and running sums. The
     order of the data is a function of seed and step (steps_of_epoch).
 
-    Done again after a kill: the steps since the last `save` (an epoch's end, ten minutes, a
-    signal), with the same posts and draws; their log rows are written anew."""
+    After a kill the steps since the last `save` (an epoch's end, ten minutes, a signal) are made
+    again, with the same posts and draws."""
 
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
@@ -444,7 +445,8 @@ class TrainingState:
             group["lr"] = group["peak_lr"]
         self.step = 0
         self.sums = Counter()
-        self.best = dict(step=0, metrics={}, rank=[])  # any rank is higher than []
+        # standing: [selecting metric, tie-breaker], compared in this order; [] is below all
+        self.best = dict(step=0, metrics={}, standing=[])
         self.writer = None  # of log.jsonl
         self.restore()
 
@@ -461,7 +463,8 @@ class TrainingState:
             write_atomic(self.file, lambda part: torch.save(values, part))
 
     def restore(self):
-        """Everything as it was, if there is something; log rows behind it are written anew."""
+        """Everything as it was, if there is something. Log rows later than its step are dropped:
+        those steps log again."""
         log = Path(self.args.out, "log.jsonl")
         if not self.file.exists():  # a run killed before its first resume point begins anew
             return log.unlink(missing_ok=True)
@@ -484,8 +487,7 @@ class TrainingState:
         print(f"resumed    at step {self.step}")
 
     def log(self, **row):
-        """A line for the terminal, the same row in log.jsonl: the first process's, numbers of
-        all."""
+        """Prints a row and appends it to log.jsonl, in the first process."""
         if get_rank() == 0:
             self.writer = self.writer or RowWriter(Path(self.args.out, "log.jsonl"))
             self.writer.write(row)
@@ -493,8 +495,9 @@ class TrainingState:
 
 
 def all_reduce_gradients(parameters):
-    """Gradients summed over all processes. trap: DDP acts in its own forward, which we bypass; a
-    parameter without a gradient (no image in the step) counts as zero, in one process too."""
+    """Gradients summed over all processes. trap: DDP would do it, but we call the model's parts and
+    not its forward. A missing gradient (no image in the step) becomes zero, so that AdamW treats
+    it alike on any number of processes."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -512,18 +515,18 @@ def sum_over_processes(counts):
 
 @dataclass
 class StepCounts:
-    """What an optimiser step holds, over all processes: posts, and of each branch the tokens of its
+    """What an optimiser step holds, over all processes: posts, and the tokens of each branch's
     answers {branch: tokens}."""
 
     posts: int
-    tokens: dict
+    answer_tokens: dict
 
 
-def step_counts(step):
+def step_counts(micro):
     """The StepCounts of a step's micro-batches. trap: to divide by each micro-batch's own count
     would make 1 x 8 differ from 8 x 1."""
     counts = Counter()
-    for batch, examples in step:
+    for batch, examples in micro:
         counts["posts"] += len(examples)
         for branch in range(1, int(batch.branch_ids.max()) + 1):
             counts[branch] += int(batch.supervised(branch).sum())
@@ -532,8 +535,8 @@ def step_counts(step):
 
 
 def set_learning_rate(args, state, total):
-    """Warm-up and cosine. After the warm-up the plateau schedule sets its own rates: it halves them
-    in evaluate_and_save when dev stops getting better."""
+    """Warm-up and cosine. Under the plateau schedule there is nothing to set after the warm-up:
+    ReduceLROnPlateau halves the rate in evaluate_and_save when dev stops getting better."""
     factor = min(1.0, (state.step + 1) / max(1.0, args.warmup * total))
     if args.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * state.step / total))
@@ -573,7 +576,7 @@ def train(args):
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
         print(f"finished   no step is left; delete {args.out} to train anew")
-        stage.load(model, Path(args.out, "best"))  # raises if it is missing or damaged
+        stage.load(model, Path(args.out, "best"))  # a check: raises if it is missing or damaged
     best = state.best["metrics"]
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
           f"{args.out}/settings.json\nbest dev {stage.selected_by} {best[stage.selected_by]:.3f} "
@@ -589,9 +592,9 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     bar = progress(total, args.stage, "step", done=state.step)
     signals = note_signals()
     began = saved = time.time()
-    for step in step_loader(args, items, stage.processor, state.step):
+    for micro in step_loader(args, items, stage.processor, state.step):  # one step's micro-batches
         set_learning_rate(args, state, total)
-        norm = backward(args, stage, model, state, step, parameters)
+        norm = backward(args, stage, model, state, micro, parameters)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -602,11 +605,11 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
         epoch_ends = state.step % per_epoch == 0
         if epoch_ends:
             evaluate_and_save(args, stage, model, state, dev)
-        # all processes do as one: by the first one's clock, and anybody's signal
-        wishes = gather((time.time() - saved > SAVE_SECONDS, sum(signals)))
-        stopped = max(number for _, number in wishes)
+        # all processes do as one: by the first one's clock, and by anybody's signal (0: none)
+        overdue = gather(time.time() - saved > SAVE_SECONDS)[0]
+        stopped = max(gather(sum(signals)))
         every = args.save_every and state.step % args.save_every == 0
-        if epoch_ends or every or stopped or wishes[0][0]:
+        if epoch_ends or every or stopped or overdue:
             state.save()
             saved = time.time()
         if stopped and state.step < total:
@@ -616,16 +619,16 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     bar.close()
 
 
-def backward(args, stage, model, state, step, parameters):
+def backward(args, stage, model, state, micro, parameters):
     """The gradient of one optimiser step over all its micro-batches and processes, clipped; returns
     its norm before that. Losses are added to the running sums."""
-    counts = step_counts(step)
-    for batch, examples in step:
+    counts = step_counts(micro)
+    for batch, examples in micro:
         loss, terms = stage.loss(model, batch.to(args.device), examples, counts)
         loss.backward()
         values = torch.stack([loss.detach(), *terms.values()]).tolist()  # waits for a GPU once
         state.sums.update(dict(zip(("loss", *terms), values)))  # a Counter: adds
-        state.sums["tokens"] += int((batch.branch_ids >= 0).sum())
+        state.sums["seen_tokens"] += int((batch.branch_ids >= 0).sum())
     all_reduce_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
     if not math.isfinite(norm + state.sums["loss"]):
@@ -637,8 +640,9 @@ def backward(args, stage, model, state, step, parameters):
 
 def log_means(state, per_epoch, norm):
     """The means since the last log line, over all processes, as a line of the log."""
+    # each process counts every step and second, but holds only its part of tokens and losses
     sums = sum_over_processes(state.sums)
-    speed = round(sums.pop("tokens") * get_world_size() / sums.pop("seconds"))
+    speed = round(sums.pop("seen_tokens") * get_world_size() / sums.pop("seconds"))
     steps = sums.pop("steps") / get_world_size()
     means = {name: value / steps for name, value in sums.items()}
     state.log(step=state.step, epoch=round(state.step / per_epoch, 2), grad_norm=norm,
@@ -648,7 +652,7 @@ def log_means(state, per_epoch, norm):
 
 def note_signals():
     """[], into which the first Ctrl-C or SIGTERM puts its number, so that the loop can finish its
-    step and save. The second one stops at once."""
+    step and save; the second one stops at once. In place of run_stage's handlers."""
     noted = []
 
     def note(number, frame):
@@ -673,9 +677,9 @@ def evaluate_and_save(args, stage, model, state, dev):
     if args.schedule == "plateau":
         state.plateau.step(metrics[stage.selected_by])
     folders = [Path(args.out, "last")]
-    rank = [metrics[stage.selected_by], metrics[stage.ties]]
-    if rank > state.best["rank"]:
-        state.best = dict(step=state.step, metrics=metrics, rank=rank)
+    standing = [metrics[stage.selected_by], metrics[stage.ties]]
+    if standing > state.best["standing"]:
+        state.best = dict(step=state.step, metrics=metrics, standing=standing)
         folders.append(Path(args.out, "best"))
     for folder in folders if get_rank() == 0 else []:
         stage.save(model, folder)
@@ -740,7 +744,7 @@ class ReadoutStage(Stage):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
         hidden = forward_branches(model, batch)  # (B, T, D)
         if self.args.readout == "generative":
-            sums = self.task_loss(model, hidden, batch, examples, 1, counts.tokens[1])
+            sums = self.task_loss(model, hidden, batch, examples, 1, counts.answer_tokens[1])
             return sums["loss"], dict(ce_score=sums["ce"])
         config = model.readout.config
         if self.args.target == "score":

@@ -44,7 +44,8 @@ def steps():
 
     def before(optimizer, *_):
         groups = optimizer.param_groups
-        gradients = torch.cat([p.grad.flatten() for p in weights(optimizer)])
+        gradients = torch.cat([p.grad.flatten() for p in weights(optimizer)
+                               if p.grad is not None])  # a pooler is not used
         seen.append(dict(rates=[g["lr"] for g in groups], length=gradients.norm().item(),
                          decay=[g["weight_decay"] for g in groups],
                          before=[p.detach().clone() for p in weights(optimizer)]))
