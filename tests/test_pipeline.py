@@ -485,7 +485,7 @@ def test_rows_carry_nothing_that_another_model_said(road, tmp_path):
     row = mulcot.read_rows(tmp_path / "new.jsonl")[0]
     assert not {"raw", "stage", "tries", "tokens_in", "cot", "problem", "temperature", "score",
                 "max_tokens", "unaided_prediction"} & row.keys()
-    assert row["label"] and row["image"] and row["source"] == "student"
+    assert row["label"] and row["image"] and row["source"] == "model"
 
 
 def test_local_teacher_goes_through_the_same_stages(road, tmp_path):
