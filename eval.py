@@ -36,7 +36,7 @@ def parse_args(argv=None):
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     p.add_argument("predictions", nargs="+", metavar="[NAME=]FILE", help="rows of generate.py")
-    p.add_argument("--gold", required=True, help="labelled posts: a file or an MVSA folder")
+    p.add_argument("--gold", required=True, help="labelled posts: a file")
     p.add_argument("--images", help="images folder (default: images/ beside the posts or theirs)")
     p.add_argument("--split", help="judged posts (default: test where gold has such, else all)")
     p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot")
@@ -446,7 +446,7 @@ def meteor(prediction, reference, wordnet=None):
 def load_embedder(name):
     """similarity(prediction, reference) -> Sim: the cosine of two texts' mean-pooled last hidden
     states, of their first 256 pieces (the authors' limit); 0 of an empty prediction. `name`: a
-    folder or a hub name. Equal to sentence-transformers'. Raises InputError if it cannot be
+    folder or a hub name. Raises InputError if it cannot be
     loaded."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -478,7 +478,7 @@ SIGNATURES = {  # how a metric is computed: its name is not enough to compare pa
     "bleu4": "BLEU-4|13a|per post, unsmoothed, mean|= sacrebleu sentence BLEU, smoothing none",
     "rouge_l": "ROUGE-L F|sentences at full stops, union LCS, distinct words|= rouge 1.0.1",
     "meteor": "METEOR|Treebank tokens in lower case|exact, Porter, WordNet: {wordnet}|= nltk 3.10",
-    "sim": "Sim|cosine, mean-pooled {embedder}|first 256 pieces|= sentence-transformers",
+    "sim": "Sim|cosine, mean-pooled {embedder}|first 256 pieces",
     "distinct_1": "Distinct-1, -2|Treebank tokens in lower case|per text, mean"}
 
 
@@ -584,7 +584,7 @@ def teacher_metrics(path):
 
 def diagnose(runs, teacher):
     """What the metrics of the runs {name: metrics} and of the teacher point to, in plain words, by
-    the paper's failure signatures; only what applies. choice: METEOR not 0.05 above its floor is
+    failure signatures; only what applies. choice: METEOR not 0.05 above its floor is
     low, Distinct-2 as high as the references' is high, more than 5 % contradictions are many."""
     found = []
     for name, m in runs.items():

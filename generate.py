@@ -156,7 +156,7 @@ def own_flags(flag, stage):
         flag("--max-answer", type=int, default=512, help="longest chain in tokens, as in training")
     elif stage == "predict":
         flag("--decode", choices=("score", "greedy"), default="score",
-             help="label by scoring the three answers, or generated as the authors do")
+             help="label by scoring the three answers, or generated (theirs)")
         flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
         flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
         flag("--blank-text", action="store_true", help="control: take the words away")

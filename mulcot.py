@@ -22,62 +22,70 @@ loss, n a chunk of them, C classes.
 Departures of MulCoT-RD from the paper and from the authors' released scripts ("theirs"), with the
 way back to theirs where there is one
   Chains
- 1. Chains are brought into one written form. Theirs are trained on as they came.
- 2. Chains that are cut off, incomplete or contradict their label are set aside, after all retries
-    and again before training. Theirs filter stage 1 and the assistant's chains by the label alone,
-    stage 2 by nothing.
- 3. A teacher is asked three times a stage at most (`--max-tries`), each time at a higher
-    temperature; the paper asks until the structure is whole.
+ 1. Chains are brought into one written form, a teacher's references too. Theirs are trained on and
+    compared as they came.
+ 2. Chains that are incomplete or contradict their label are set aside, after all retries and again
+    before training; so are answers that were cut off, as they come. Theirs filter stage 1 and the
+    assistant's chains by the label alone, stage 2 by nothing.
+ 3. A teacher is asked three times a stage at most (`--max-tries` sets how often), each time at a
+    higher temperature, after a cut answer with twice the tokens; the paper asks until the structure
+    is whole.
  4. A training row with a chain of over 512 tokens is set aside. Theirs cap generation alone:
     `--max-answer 8192` in train.py and in generate.py soft.
  5. The prompts are our own wording; field names and their order are the paper's. Ours ask the
-    teacher for two to four sentences a field and for nothing behind the Prediction.
- 6. MVSA is read in CLMLF's split, the one in print. Their files of it are not released.
+    teacher for two to four sentences an analysis and nothing behind the Prediction; theirs say when
+    to call an aspect neutral. In ours white space is joined, and control tokens in a post are text.
+ 6. MVSA is read in CLMLF's split, the one in print. Their files of it are not released. Of rows
+    with one id the first is read: give D_t and D_a as two files, theirs is one.
   Tokens
  7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
- 8. The label's answer is quoted, `"Prediction": "positive"`, as the prompt shows it. Theirs is not.
+ 8. The label's answer is quoted, `"Prediction": "positive"`. Theirs is not, though their prompt
+    shows it so.
  9. Images keep their shape under a pixel cap, are turned upright, and lie on white where they are
-    transparent; `--max-pixels 78400` gives 25 to 100 visual tokens. Theirs resize to 280 x 280,
-    always 100 tokens: `mogrify -resize '280x280!' images/*` beforehand does that.
+    transparent. `--max-pixels 78400` gives 80 to 100 visual tokens, fewer of small images. Theirs
+    resize to 280 x 280, always 100: `mogrify -resize '280x280!' images/*` beforehand does that.
   Training
 10. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
     it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
     prefix's draw. (Qwen3.5: a pass for each branch.)
 11. Task weights 0.8 / 0.2 as the paper says. Theirs sum the tasks 1 : 1, 0.8 / 0.2 is a comment:
     `--reasoning-weight 1 --label-weight 1`.
-12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0:
-    prompt, image and padding too, which are most of them.
+12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0
+    (the token "!"): prompt, image, and padding to the longest row of all, which are most of them.
 13. Each task's loss is a mean over its answer tokens in the whole optimiser step. Theirs add up,
     undivided, the means of its 20 micro-batches, so that a token of a short chain weighs more.
 14. An epoch's last, incomplete step is taken. Theirs drop its gradient and count on, so that the
     next epoch's first step is short by as many micro-batches.
 15. The posts of a step are of like length (sorted within four steps). Theirs are drawn freely.
 16. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
-    states (in 16 bits) and its output matrix. Theirs runs beside the student at each step, with
+    states (in float16) and its output matrix. Theirs runs beside the student at each step, with
     its LoRA dropout of 0.2 left on.
-17. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL); the rows
-    behind mean nothing. Theirs resize the student's output layer up to the assistant's 152,064
-    rows, for both losses.
+17. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL); output rows
+    beyond are unused padding. Theirs resize the student's output layer up to the assistant's
+    152,064 rows, for both losses.
 18. LoRA adapts the language model only. Theirs, by suffix, also the MLPs of the vision tower:
     `--scope all`.
 19. LoRA's factors are held in fp32 and multiplied in the base's dtype. Theirs multiply in fp32.
 20. Gradients are clipped at norm 1. Theirs are not: `--clip 0`.
-21. Macro F1 breaks ties in dev accuracy. On MVSA theirs take weighted F1.
+21. Macro F1 breaks ties in dev accuracy; on MVSA theirs take weighted F1. The rate falls where dev
+    is not better at all; theirs where it is not better by 0.01 %.
   Answers and metrics
-22. Labels are decided by scoring the three answers, on dev too. Theirs generate them;
-    `--decode greedy` of generate.py predict does that for test posts.
-23. Generation is plain: the largest logit, or all tokens at a temperature. Theirs use the model's
-    own defaults (Qwen2.5-VL: a repetition penalty of 1.05; top-k when sampling).
+22. Labels are decided by scoring the three answers, on dev too. Theirs generate them, in at most
+    512 tokens; `--decode greedy` of generate.py predict does that for test posts, in at most 32.
+23. Generation is plain: the largest logit, or all tokens at a temperature, control tokens never.
+    Theirs use the model's own defaults (Qwen2.5-VL: a repetition penalty of 1.05; top-k when
+    sampling).
 24. A generated answer is read behind its last `Prediction`; two different labels there are none.
     Theirs take the first label word behind the first "Prediction", else the last label word.
 25. METEOR looks up synonyms only with `--wordnet`, theirs always. Distinct is of the predictions,
-    theirs of the references (metrics.json has both). Sim of a missing chain is 0.
+    theirs of the references (metrics.json has Distinct-2 of both). Sim of a missing chain is 0.
 
 Departures of the readout (§10) from arXiv 2606.05713
 R1. A clip's frames are separate pictures. Theirs go through Omni's video path: pairs of frames,
     positions aligned in time, audio between them.
-R2. NF4 is of the linears that LoRA adapts in the language model, its block sizes in float32.
-    bitsandbytes within the library takes every linear but the output head, the towers' too.
+R2. NF4 is of the linears that LoRA adapts in the language model, its block scales in float32 and
+    not quantised again. bitsandbytes within the library takes every linear but the output head, the
+    towers' too.
 R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch and schedule
     are ours, as is `--target label`.
 
@@ -87,7 +95,8 @@ U1. A score is learned as weights of its two neighbouring whole numbers, so that
 U2. u is entropy over its maximum; the MLLM's distribution is that of its scored answers, thresholds
     are those of least error on dev within `--budget` MLLM passes a post.
 U3. The UBM (several short runs of a text encoder, adversarial steps, averaged weights, a fitted
-    temperature), the prompt of the second pass and what happens when a pass fails are ours.
+    temperature), the prompt of the second pass, what happens when a pass fails, and that of two
+    answers with one label the MLLM's distribution stands, are ours.
 """
 
 from __future__ import annotations
@@ -825,8 +834,8 @@ class Refused(InputError):
 # ---- model families: how an image enters the prompt; all else is common code
 
 # placeholder: an image's token in the chat template, and the token of each of its features; grid:
-# are positions 3-D; options: of its image processor's call; inputs(out), image_text(out): what the
-# model is given, and what stands in the prompt, of that call's result `out` for one image;
+# are positions 3-D (M-RoPE); options: of its image processor's call; inputs(out), image_text(out):
+# what the model is given, and what stands in the prompt, of that call's result `out` for one image;
 # limit(image processor, max_pixels): caps an image's pixels.
 
 
@@ -1127,7 +1136,7 @@ def collate(examples, pad_id):
             input_ids[b, start:end] = torch.tensor(ids)
             position_ids[:, b, start:end] = torch.arange(position, position + len(ids))
             branch_ids[b, start:end] = branch
-            # the only shift in the house: position t learns to predict token t + 1
+            # the only place where targets are shifted: position t learns to predict token t + 1
             targets[b, end - n_answer - 1 : end - 1] = input_ids[b, end - n_answer : end]
             start = end
     media = join_media(example.media for example in examples)
@@ -1416,12 +1425,14 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
 
 
 def in_chunks(sums_of, hidden, size):
-    """{name: scalar}, the sums over chunks of `size` positions of hidden (N, D) of what
-    `sums_of(hidden[a:b], slice(a, b))` -> {"loss": scalar, …} returns. "loss" is differentiable:
-    value and gradient are those of `sums_of(hidden, slice(0, N))["loss"]`, but only one chunk's
-    (size, V) logits exist at a time. The gradient of each chunk is computed here, in the forward
-    pass, and reaches `hidden` through the returned loss. Weights that sums_of uses (an output head)
-    must be frozen: their gradient would be lost."""
+    """The loss of an output layer without its (N, V) logits. `sums_of(hidden[a:b], slice(a, b))`
+    -> {"loss": scalar, …} is called on chunks of `size` positions of hidden (N, D); returned are
+    the sums over the chunks, {name: scalar}.
+
+    "loss" is differentiable: value and gradient are those of `sums_of(hidden, slice(0, N))["loss"]`,
+    but only one chunk's (size, V) logits exist at a time. The gradient of each chunk is computed
+    here, in the forward pass, and reaches `hidden` through the returned loss. Weights that sums_of
+    uses (an output head) must be frozen: their gradient would be lost."""
     sums = sums_of(hidden[:0].detach(), slice(0, 0))  # on no positions: zeros under their names
     assert not sums["loss"].requires_grad, "sums_of uses weights that are not frozen"
     gradient = torch.zeros_like(hidden)
@@ -1471,8 +1482,8 @@ def confusion_scores(table):
 
 class SoftLabels:
     """The assistant's last hidden states at the supervised positions, in `folder`, and its output
-    matrix `head` (V, D'): their product are its logits. `settings` say what they are valid for;
-    part-*.safetensors hold an entry (n, D') in 16 bits for each branch of each example, named by a
+    matrix `head` (V', D'): their product are its logits. `settings` say what they are valid for;
+    part-*.safetensors hold an entry (n, D') in float16 for each branch of each example, named by a
     hash of its token ids, prefix and pixels, so that a stale or foreign one is not found."""
 
     def __init__(self, folder):
@@ -1802,7 +1813,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     is whole) and `tokens`.
 
     paper: the label comes from the label prompt, the chain from the reason prompt. choice: the
-    three answers are scored; decode="greedy" generates one, as the authors do (`raw_label`)."""
+    three answers are scored; decode="greedy" generates one (`raw_label`; theirs with a repetition penalty)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
     answers = []

@@ -216,6 +216,7 @@ class Stage:
             assistant_logits = F.linear(assistant_hidden[positions], head)  # (n, V')
             soft = distill_kl(logits, assistant_logits, self.args.temperature,
                               self.args.t_squared, reduction="sum") / answer_tokens
+            # linear, so that hard and soft may be mixed within each task
             return dict(loss=student_loss(hard, soft, self.args.lam), ce=hard, kl=soft)
 
         size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
