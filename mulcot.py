@@ -1429,8 +1429,8 @@ def in_chunks(sums_of, hidden, size):
     -> {"loss": scalar, …} is called on chunks of `size` positions of hidden (N, D); returned are
     the sums over the chunks, {name: scalar}.
 
-    "loss" is differentiable: value and gradient are those of `sums_of(hidden, slice(0, N))["loss"]`,
-    but only one chunk's (size, V) logits exist at a time. The gradient of each chunk is computed
+    "loss" is differentiable, value and gradient are those of `sums_of(hidden, slice(0, N))`, but
+    only one chunk's (size, V) logits exist at a time. The gradient of each chunk is computed
     here, in the forward pass, and reaches `hidden` through the returned loss. Weights that sums_of
     uses (an output head) must be frozen: their gradient would be lost."""
     sums = sums_of(hidden[:0].detach(), slice(0, 0))  # on no positions: zeros under their names
@@ -1813,7 +1813,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     is whole) and `tokens`.
 
     paper: the label comes from the label prompt, the chain from the reason prompt. choice: the
-    three answers are scored; decode="greedy" generates one (`raw_label`; theirs with a repetition penalty)."""
+    three answers are scored; decode="greedy" generates one (`raw_label`; departure 23)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
     answers = []
