@@ -41,6 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--split", help="judged posts (default: test where gold has such, else all)")
     p.add_argument("--references", nargs="*", default=[], metavar="ROWS", help="rows with cot")
     p.add_argument("--chains", help="the teacher's rows, for their statistics")
+    p.add_argument("--title", default="", help="what is judged, in words above the table")
     p.add_argument("--cards", type=int, default=200, help="posts in the report, wrong ones first")
     p.add_argument("--baseline", metavar="NAME", help="columns p: accuracy, F1 against this run's")
     p.add_argument("--wordnet", metavar="DIR", help="WordNet 3.0's files, for METEOR's synonyms")
@@ -803,12 +804,16 @@ def write_results(about, runs, columns, posts, rows_of, args):
     entries that are no run; rows_of: {name: {id: row} of its first file}."""
     notes = list(about["signatures"].values())
     lines = list(map("diagnosis: {}".format, about["diagnosis"]))
-    for name in about["teacher"]:
-        lines.append(f"teacher: {name} {cell(about['teacher'], name)}")
+    if about["teacher"]:
+        shown = (f"{name.replace('_', ' ')} {cell(about['teacher'], name)}"
+                 for name in about["teacher"])
+        lines.append(f"teacher: {', '.join(shown)}")
     below = "\n- ".join(["", *notes, *lines]) + "\n"
-    print(markdown(columns, width=100) + below)
-    write_text(Path(args.out, "table.md"), markdown(columns) + below)
-    page = report(about, runs, columns, notes, lines, posts, rows_of, args.cards)
+    title = args.title and args.title + "\n\n"
+    print(title + markdown(columns, width=100) + below)
+    write_text(Path(args.out, "table.md"), title + markdown(columns) + below)
+    page = report(about | dict(title=args.title), runs, columns, notes, lines, posts, rows_of,
+                  args.cards)
     write_text(Path(args.out, "report.html"), page)
     write_json(Path(args.out, "metrics.json"), about | runs)
     print(f"wrote {args.out}/metrics.json, {args.out}/table.md and {args.out}/report.html")
@@ -818,7 +823,8 @@ def write_results(about, runs, columns, posts, rows_of, args):
 
 STYLE = """:root{color-scheme:light dark;--dim:light-dark(#59606c,#a7aebb)}*{box-sizing:border-box;
 margin:0}body{background:Canvas;max-width:78rem;margin:auto;padding:1rem;font:15px/1.5 system-ui;
-overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{font-size:1.7rem;
+overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{white-space:nowrap}
+.lead b{font-size:1.7rem;
 margin-right:1rem}img{width:9rem;float:left;margin:0 1rem 1rem 0}small,dt,th{color:var(--dim);
 font-size:.87rem;font-weight:400}mark{background:light-dark(#fd8,#654)}
 .negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}
@@ -857,7 +863,7 @@ def in_color(label, gold=None):
 def html_table(rows, title):
     """Rows of cells in a box that scrolls sideways: the first row and column are headings, labels
     have their class's colour, **bold** is bold."""
-    html = f'<div class=wide tabindex=0 role=region aria-label="{title}"><table>'
+    html = f'<div class=wide tabindex=0 role=region aria-label="{title}"><b>{title}</b><table>'
     for i, row in enumerate(rows):
         html += "<tr>"
         for j, text in enumerate(row):
@@ -872,15 +878,16 @@ def error_table(metrics):
     table = [["gold", *LABELS, "unparsed", "precision", "recall", "F1", "n"]]
     for counts, (label, scores) in zip(metrics["confusion"], metrics["per_class"].items()):
         table.append([label, *counts, *(cell(scores, name) for name in scores)])
-    return html_table(table, "confusion")
+    return html_table(table, "gold and predicted labels")
 
 
-def chart(title, points, n):
-    """The points of a run over n posts as inline SVG: [[x, y, count], …] as dots of that area, [[x,
-    y], …] as a line; x from 0 to 1."""
+def chart(title, across, up, points, n):
+    """The points of a run over n posts as inline SVG, with the names of both axes: [[x, y, count],
+    …] as dots of that area, [[x, y], …] as a line; x from 0 to 1."""
     # quarters of a multiple of 0.04 are short numbers
     top = max(1, np.ceil(25 * np.max(points, axis=0)[1])) / 25
-    art, line = "", ""
+    art = f"<text x=40 y=8>{up}</text><text x=300 y=206 text-anchor=end>{across}</text>"
+    line = ""
     for k in range(5):
         y = 174 - 40 * k
         art += (f'<path d="M40 {y}H300"/><text x=34 y={y + 4} text-anchor=end>{top * k / 4:g}'
@@ -890,7 +897,7 @@ def chart(title, points, n):
         line += "{:.1f},{:.1f} ".format(*place)
         radius = 2 + 10 * (sum(count) / n) ** 0.5
         art += "<circle cx={:.1f} cy={:.1f} r={:.1f} />".format(*place, radius) * len(count)
-    return (f'<figure>{title}<svg viewBox="0 0 310 196" role=img aria-label="{title}">{art}'
+    return (f'<figure>{title}<svg viewBox="0 0 310 210" role=img aria-label="{title}">{art}'
             f'<polyline points="{line}"/></svg></figure>')
 
 
@@ -960,14 +967,16 @@ def report(about, runs, columns, notes, lines, posts, rows_of, most):
     wrong_first = lambda post: pair[name].get(post.id, {}).get("prediction") == post.label
     for post in sorted(posts, key=wrong_first)[:most]:
         cards += card(post, {run: rows.get(post.id, {}) for run, rows in pair.items()})
-    flags = FLAGS[: 3 + len(pair)]
-    for mark in (*flags, *map("gold {}".format, LABELS), *map("label {}".format, LABELS)):
-        boxes += f' <label><input type=checkbox value="{mark}"> {mark}</label>'
+    marks = [*FLAGS[: 3 + len(pair)], *map("gold {}".format, LABELS),
+             *map("label {}".format, LABELS)]
+    for mark in marks:
+        shown = escape(mark.replace("them", " and ".join(pair)))
+        boxes += f' <label><input type=checkbox value="{mark}"> {shown}</label>'
     if metrics.get("ece") is not None:  # of seeds each needs one
-        for title, summary, points in (
-                ("accuracy by confidence, area: posts; ECE", "ece", metrics["reliability"]),
-                ("error rate by coverage; AURC", "aurc", metrics["risk_coverage"])):
-            charts += chart(f"{title} {cell(metrics, summary)}", points, metrics["n"])
+        charts += chart(f"calibration, area: posts; ECE {cell(metrics, 'ece')}", "confidence",
+                        "accuracy", metrics["reliability"], metrics["n"])
+        charts += chart(f"surest posts alone; AURC {cell(metrics, 'aurc')}", "coverage",
+                        "error rate", metrics["risk_coverage"], metrics["n"])
     computed = "<p class=note>".join(["", *map(escape, notes)])
     lines = "<p class=note>".join(["", *map(escape, lines)])
     seeds = metrics.get("seeds", [metrics])
@@ -983,11 +992,13 @@ def report(about, runs, columns, notes, lines, posts, rows_of, most):
 device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; \
 style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'">
 <title>MulCoT-RD: {escape(name)}</title><style>{STYLE}</style><h1>MulCoT-RD: {escape(name)}</h1>
-<p class=lead>{lead} n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>{escape(about["split"])}</b>
+<p>{escape(about["title"])}<p class=lead>{lead} n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>\
+{escape(about["split"])}</b>
 <p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}
-{html_table(zip(*columns), "runs")}<details><summary>how the columns are computed</summary>
+{html_table(zip(*columns), "all runs")}<details><summary>how the columns are computed</summary>
 {computed}</details>{errors}<div class=pair>{charts}</div>
-<h2>{min(most, len(posts))} of {len(posts)} posts (file 1 of {len(seeds)}), wrong ones first</h2>
+<h2>{min(most, len(posts))} of {len(posts)} posts (--cards shows more; file 1 of {len(seeds)}), \
+wrong ones first</h2>
 <form><label>search <input type=search name=search></label>{boxes}<button type=reset>clear</button>
 <output name=left></output></form>{cards}<script nonce={nonce}>{SCRIPT}</script></html>
 """

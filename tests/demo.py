@@ -30,6 +30,9 @@ from mulcot import (  # noqa: E402
 SHORT = "--batch 16 --accumulate 1"  # for models of half a million parameters
 
 
+TOY = "Toy posts, tiny models of half a million weights: this says nothing about real posts."
+
+
 def run_commands(commands):
     """Runs each as `python COMMAND`; returns their peaks of memory in MiB."""
     peaks = []
@@ -97,7 +100,7 @@ def demo_commands(out, seed):
         f"--out {runs['shuffled_images']}.jsonl",
         f"{predict} --no-chain --blank-text --model {student} --out {runs['blank_text']}.jsonl",
         f"eval.py {judged} --gold {posts} --chains {chains} --references {out}/references.jsonl "
-        f"--out {out}",
+        f"--out {out} --title '{TOY}'",
     ]
 
 
