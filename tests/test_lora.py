@@ -204,7 +204,7 @@ DAMAGE = [  # what the message must say, and what was done to (tensors, config)
     ("lm_head.* fits no linear layer", lambda t, c: t.update({"lm_head.weight": torch.zeros(4)})),
     ("norm fits no linear layer", lambda t, c: t.update(
         {NORM.format(half): torch.ones(4, 4) for half in ("lora_A", "lora_B")})),
-    ("q_proj.lora_B.* unfilled", lambda t, c: t.pop(KEY.format("lora_B"))),
+    ("unfilled .*q_proj.lora_B", lambda t, c: t.pop(KEY.format("lora_B"))),
     ("(?s)does not fit.*q_proj.lora_A.*4, 95",
      lambda t, c: t.update({KEY.format("lora_A"): torch.zeros(4, 95)})),
     ("(?s)does not fit.*q_proj.lora_B.*96, 5",
