@@ -77,10 +77,8 @@ def parse_args(argv=None):
         if stage in ("teacher", "cascade"):
             endpoint_flags(p.add_argument)
         own_flags(p.add_argument, stage)
-    args, unknown = top.parse_known_args(argv)
+    args = top.parse_args(argv)
     p = stages.choices[args.stage]
-    if unknown:  # with the stage's own usage
-        p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "batch", "workers", "max_tries")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
     if args.stage == "cascade":

@@ -84,10 +84,8 @@ def parse_args(argv=None):
         else:
             chain_flags(p.add_argument, stage)
     stages.choices["assistant"].set_defaults(dropout=0.2)
-    args, unknown = top.parse_known_args(argv)
+    args = top.parse_args(argv)
     p = stages.choices[args.stage]
-    if unknown:  # with the stage's own usage
-        p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "epochs", "batch", "accumulate", "log_every", "rank", "members")
     check_at_least(p, args, 0, "max_pixels", "workers", "save_every")
     if args.stage == "student" and not args.temperature > 0:
