@@ -41,7 +41,7 @@ from mulcot import (
     RowWriter, SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
     confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
     encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
-    init_distributed, load_adapter, load_processor, load_readout, load_trained, lora_layers,
+    init_distributed, load_processor, load_trained, lora_layers,
     multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_rows, read_tensors,
     readout_branches, readout_loss, regression_metrics, render_score, row_text, run_info,
     run_stage, save_adapter, say, settings_file, settings_of, student_loss, tokenizer_hash,
@@ -52,7 +52,7 @@ from mulcot import (
 # and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
 # readout; `ubm` is a small loop of its own. The losses are functions of mulcot.py §6 and §10. A
 # stage of your own: its name in STAGES, its flags in parse_args, its class in `train`; for weights
-# beside LoRA it has its own `add_weights`, `save` and `load`.
+# beside LoRA it has its own `add_weights` and `save`.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 SAVE_SECONDS = 600  # choice: a killed run loses ten minutes at most
@@ -187,10 +187,6 @@ class Stage:
         """Writes what was trained, and the image size of training."""
         save_adapter(model, folder)
         self.processor.image_processor.save_pretrained(folder)
-
-    def load(self, model, folder):
-        """Reads what `save` wrote; raises InputError if it is missing or damaged."""
-        load_adapter(model, folder)
 
     def task_loss(self, model, hidden, batch, examples, branch, answer_tokens):
         """One task's loss at the hidden states (B, T, D) -> {"loss": differentiable scalar, "ce":
@@ -575,7 +571,6 @@ def train(args):
         train_loop(args, stage, model, state, items, dev, per_epoch, total)
     else:
         print(f"finished   no step is left; delete {args.out} to train anew")
-        stage.load(model, Path(args.out, "best"))  # a check: raises if it is missing or damaged
     best = state.best["metrics"]
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
           f"{args.out}/settings.json\nbest dev {stage.selected_by} {best[stage.selected_by]:.3f} "
@@ -722,11 +717,6 @@ class ReadoutStage(Stage):
         if model.readout.discriminative:
             write_tensors(Path(folder, "head.safetensors"), model.readout.state_dict())
         write_json(Path(folder, "head.json"), model.readout.config)
-
-    def load(self, model, folder):
-        """Adapter and head."""
-        super().load(model, folder)
-        load_readout(model, folder)
 
     def branches_of(self, post):
         """The prompt of a post as a branch; [] of dev and test posts, which MOSI's and MOSEI's
