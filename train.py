@@ -38,11 +38,11 @@ from torch import nn
 
 from mulcot import (
     CHUNK_LOGITS, LABELS, PLACEHOLDERS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout,
-    RowWriter, SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
+    SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
     confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
     encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, load_processor, load_trained, lora_layers,
-    multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_rows, read_tensors,
+    multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_tensors,
     readout_branches, readout_loss, regression_metrics, render_score, row_text, run_info,
     run_stage, save_adapter, say, settings_file, settings_of, student_loss, tokenizer_hash,
     training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
@@ -416,7 +416,7 @@ def micro_batches(processor, size, items):
 
 class TrainingState:
     """All that a killed run needs to go on as if nothing had happened: trained weights, optimiser,
-    schedule, the step and the best so far, every process's random numbers and running sums. The
+    schedule, the step, the log and the best so far, every process's random numbers and running sums. The
     order of the data is a function of seed and step (steps_of_epoch).
 
     After a kill the steps since the last `save` (an epoch's end, ten minutes, a signal) are made
@@ -442,30 +442,29 @@ class TrainingState:
         self.sums = Counter()
         # standing: [selecting metric, tie-breaker], compared in this order; [] is below all
         self.best = dict(step=0, metrics={}, standing=[])
-        self.writer = None  # of log.jsonl
+        self.rows = []  # of log.jsonl
         self.restore()
 
     def save(self):
         """Atomically; the random numbers and running sums of every process."""
-        cuda = None
-        if str(self.args.device).startswith("cuda"):
-            cuda = torch.cuda.get_rng_state(self.args.device)
+        on_gpu = str(self.args.device).startswith("cuda")
+        cuda = torch.cuda.get_rng_state(self.args.device) if on_gpu else None
         processes = gather((torch.get_rng_state(), cuda, dict(self.sums)))
         trained = {name: p.detach().cpu() for name, p in self.trained.items()}
-        values = dict(step=self.step, best=self.best, processes=processes, trained=trained,
-                      optimizer=self.optimizer.state_dict(), plateau=self.plateau.state_dict())
+        values = dict(step=self.step, best=self.best, rows=self.rows, processes=processes,
+                      trained=trained, optimizer=self.optimizer.state_dict(),
+                      plateau=self.plateau.state_dict())
         if get_rank() == 0:
             write_atomic(self.file, lambda part: torch.save(values, part))
 
     def restore(self):
-        """Everything as it was, if there is something. Log rows later than its step are dropped:
-        those steps log again."""
-        log = Path(self.args.out, "log.jsonl")
-        if not self.file.exists():  # a run killed before its first resume point begins anew
-            return log.unlink(missing_ok=True)
+        """Everything as it was, if there is something; a run that was killed before its first
+        resume point begins anew."""
+        if not self.file.exists():
+            return
         with explaining(f"{self.file} is damaged: delete it to train anew"):
             values = torch.load(self.file, weights_only=True, map_location="cpu")
-            self.step, self.best = values["step"], values["best"]
+            self.step, self.best, self.rows = values["step"], values["best"], values["rows"]
             for name, p in self.trained.items():
                 p.data.copy_(values["trained"][name])
             self.optimizer.load_state_dict(values["optimizer"])
@@ -476,16 +475,14 @@ class TrainingState:
             torch.set_rng_state(rng)
             if cuda is not None and str(self.args.device).startswith("cuda"):
                 torch.cuda.set_rng_state(cuda, self.args.device)
-        if get_rank() == 0:
-            RowWriter(log)  # cuts off a torn last line
-            write_rows(log, [row for row in read_rows(log) if row.get("step", 0) <= self.step])
         print(f"resumed    at step {self.step}")
 
     def log(self, **row):
-        """Prints a row and appends it to log.jsonl, in the first process."""
+        """Prints a row and writes log.jsonl with it, in the first process. The rows are part of the
+        state, so that the file of a resumed run holds no step twice."""
         if get_rank() == 0:
-            self.writer = self.writer or RowWriter(Path(self.args.out, "log.jsonl"))
-            self.writer.write(row)
+            self.rows.append(row)
+            write_rows(Path(self.args.out, "log.jsonl"), self.rows)
             say(row_text(row))
 
 
