@@ -304,12 +304,8 @@ def begin(args, items, rejects, dev, begun):
     settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
     settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
     if get_rank() == 0:
-        file = settings_file(args.out)
-        if file.exists() and not begun:
-            print("note       nothing had been saved when this run was stopped: it begins anew")
-        check_settings(file, settings, begun, run=args.run)
-        if rejects:
-            write_json(Path(args.out, "set_aside.json"), rejects)
+        check_settings(settings_file(args.out), settings, begun, run=args.run)
+        write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
     print(f"settings   {row_text(settings)}")
     texts = {post.text for post, _ in items}
