@@ -421,19 +421,15 @@ class TrainingState:
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = [dict(params=[], peak_lr=args.lr)]
+        adapter = [p for name, p in self.trained.items() if not name.startswith("readout.")]
+        groups = [dict(params=adapter, peak_lr=args.lr)]
         if args.stage == "readout":
-            groups.append(dict(params=[], peak_lr=args.head_lr))
-        for name, p in self.trained.items():
-            group = groups[-1] if name.startswith("readout.") else groups[0]
-            group["params"].append(p)
+            groups.append(dict(params=model.readout.parameters(), peak_lr=args.head_lr))
         # paper: AdamW; its betas, epsilon and weight decay (0.01) are torch's
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr)
+        self.optimizer = torch.optim.AdamW(groups)  # set_learning_rate says how fast
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", factor=0.5, patience=2, min_lr=1e-6,
             threshold=0)  # trap: the default threshold is relative, and -MAE is negative
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"]
         self.step = 0
         self.sums = Counter()
         # standing: [selecting metric, tie-breaker], compared in this order; [] is below all
@@ -523,8 +519,8 @@ def step_counts(micro):
 
 
 def set_learning_rate(args, state, total):
-    """Warm-up and cosine. Under the plateau schedule there is nothing to set after the warm-up:
-    ReduceLROnPlateau halves the rate in evaluate_and_save when dev stops getting better."""
+    """Warm-up and cosine. Under the plateau schedule the first step, or the warm-up, sets the peak
+    rates: ReduceLROnPlateau halves the rate in evaluate_and_save when dev stops getting better."""
     factor = min(1.0, (state.step + 1) / max(1.0, args.warmup * total))
     if args.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * state.step / total))
