@@ -41,7 +41,7 @@ from mulcot import (
     SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
     confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
     encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
-    init_distributed, load_processor, load_trained, lora_layers,
+    init_distributed, label_rows, load_processor, load_trained, lora_layers,
     multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_tensors,
     readout_branches, readout_loss, regression_metrics, render_score, row_text, run_info,
     run_stage, save_adapter, say, settings_file, settings_of, student_loss, tokenizer_hash,
@@ -199,7 +199,6 @@ class Stage:
         assert targets.max() < model.lm_head.out_features, (targets.max(), model.lm_head)
         if self.soft_labels:
             assistant_hidden = self.soft_labels.hidden(examples, branch)  # (N, D')
-            assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
 
         def sums_of(h, positions):  # hidden states h (n, D) of a slice of the N positions
             logits = model.lm_head(h).float()  # (n, V)
@@ -801,8 +800,8 @@ def ubm(args):
     save_ubm(model, out)
     print(f"rows {len(posts)}  temperature {model.temperature:.2f}\nlog {out}/member-*.jsonl  "
           f"settings {out}/settings.json")
-    metrics = ubm_metrics(classes, logits, dev)
-    print(f"{args.members} members together: {row_text(metrics)}: {out}")
+    metrics = row_text(ubm_metrics(classes, logits, dev))
+    print(f"{args.members} members together: dev {metrics}: {out}")
 
 
 @torch.no_grad()
@@ -815,12 +814,10 @@ def ubm_logits(model, posts):
 def ubm_metrics(classes, logits, posts):
     """{name: number}, more is better; their mean selects."""
     if classes == LABELS:
-        predicted = [LABELS[k] for k in logits.argmax(1).tolist()]
-        scores = confusion_scores(confusion_table([post.label for post in posts], predicted))
-        return dict(dev_accuracy=float(scores["accuracy"]), dev_macro_f1=float(scores["macro_f1"]))
+        return label_scores(label_rows(logits.softmax(1)), posts)
     scores = logits.softmax(1) @ torch.tensor(classes, dtype=torch.float)
     gold = torch.tensor([float(post.score) for post in posts])
-    return dict(dev_neg_mae=-(scores - gold).abs().mean().item())
+    return dict(neg_mae=-(scores - gold).abs().mean().item())
 
 
 class WordEmbeddings:
@@ -913,7 +910,8 @@ def train_member(args, k, model, posts, dev, classes):
         for old, new in zip(average.buffers(), model.buffers()):
             old.copy_(new)  # a convolutional encoder's running statistics
         metrics = ubm_metrics(classes, ubm_logits(average, dev), dev)
-        log.append(dict(member=k, epoch=epoch + 1, loss=loss, **metrics,
+        log.append(dict(member=k, epoch=epoch + 1, loss=loss,
+                        **{f"dev_{name}": value for name, value in metrics.items()},
                         seconds=round(time.time() - began, 1)))
         write_rows(Path(args.out, f"member-{k}.jsonl"), log)
         print(row_text(log[-1]))
