@@ -704,15 +704,12 @@ class ReadoutStage(Stage):
         write_json(Path(folder, "head.json"), model.readout.config)
 
     def branches_of(self, post):
-        """The prompt of a post as a branch; [] of dev and test posts, which MOSI's and MOSEI's
-        label files hold too. Raises InputError where a row is to be set aside."""
-        if post.split in ("dev", "test"):
-            return []
-        if getattr(post, self.args.target) is None:
-            raise InputError(f"no {self.args.target}")
-        if self.args.readout == "generative":
+        """The prompt of a post as a branch, with the score as its answer where that is written;
+        else as `target_branches`."""
+        branches = target_branches(post, self.args.target)
+        if branches and self.args.readout == "generative":
             return [(SCORE_FORMAT, render_score(post.score))]
-        return readout_branches(self.args.target)
+        return branches
 
     def loss(self, model, batch, examples, counts):
         """A micro-batch's part of the step's loss -> (scalar, {name: detached scalar})."""
@@ -746,6 +743,16 @@ class ReadoutStage(Stage):
         return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
 
 
+def target_branches(post, target):
+    """The prompt of a post as a branch; [] of dev and test posts, which MOSI's and MOSEI's label
+    files hold too. Raises InputError where a row is to be set aside."""
+    if post.split in ("dev", "test"):
+        return []
+    if getattr(post, target) is None:
+        raise InputError(f"no {target}")
+    return readout_branches(target)
+
+
 # ---- the UBM (arXiv 2509.04459) ----------------------------------------------------------------
 
 
@@ -767,14 +774,8 @@ def ubm(args):
     args.device = init_distributed(args.device)
     out = Path(args.out)
     classes, target = (SCORE_BINS, "score") if args.bins else (LABELS, "label")
-
-    def branches_of(post):
-        if post.split in ("dev", "test"):
-            return []
-        if getattr(post, target) is None:
-            raise InputError(f"no {target}")
-        return readout_branches(target)  # a UBM has no prompt: one branch says that a post is used
-
+    # a UBM has no prompt: a branch says that a post is used
+    branches_of = partial(target_branches, target=target)
     items, rejects = training_items(args.data, args.images, branches_of)
     posts = [post for post, _ in items]
     dev = read_dev_posts(args.dev, args.images, target)
