@@ -39,14 +39,13 @@ from torch import nn
 from mulcot import (
     CHUNK_LOGITS, LABELS, PLACEHOLDERS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout,
     SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
-    confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
-    encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
-    init_distributed, label_rows, load_processor, load_trained, lora_layers,
-    multitask_loss, new_ubm, predict, progress, read_dev_posts, read_out, read_tensors,
-    readout_branches, readout_loss, regression_metrics, render_score, row_text, run_info,
-    run_stage, save_adapter, say, settings_file, settings_of, student_loss, tokenizer_hash,
-    training_branches, training_items, without_inputs, write_atomic, write_json, write_rows,
-    write_tensors)
+    confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl, encode,
+    explaining, forward_branches, gather, get_rank, get_world_size, in_chunks, init_distributed,
+    label_rows, load_processor, load_trained, lora_layers, multitask_loss, new_ubm, predict,
+    progress, read_dev_posts, read_out, read_tensors, readout_branches, readout_loss,
+    regression_metrics, render_score, row_text, run_info, run_stage, save_adapter, say,
+    settings_file, settings_of, student_loss, tokenizer_hash, training_branches, training_items,
+    without_inputs, write_atomic, write_json, write_rows, write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
 # and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
@@ -194,7 +193,6 @@ class Stage:
         are held."""
         supervised = batch.supervised(branch)  # (B, T)
         targets = batch.targets[supervised]  # (N,)
-        assert targets.max() < model.lm_head.out_features, (targets.max(), model.lm_head)
         if self.soft_labels:
             assistant_hidden = self.soft_labels.hidden(examples, branch)  # (N, D')
 
@@ -203,8 +201,7 @@ class Stage:
             hard = F.cross_entropy(logits, targets[positions], reduction="sum") / answer_tokens
             if not self.soft_labels:
                 return dict(loss=hard, ce=hard)
-            head = self.soft_labels.head
-            assistant_logits = F.linear(assistant_hidden[positions], head)  # (n, V')
+            assistant_logits = F.linear(assistant_hidden[positions], self.soft_labels.head)  # (n, V')
             soft = distill_kl(logits, assistant_logits, self.args.temperature,
                               self.args.t_squared, reduction="sum") / answer_tokens
             # linear, so that hard and soft may be mixed within each task
@@ -297,9 +294,8 @@ def begin(args, items, rejects, dev, begun):
     """Writes settings.json and set_aside.json, before anything else; refuses to go on with a run of
     other settings or rows."""
     settings = settings_of(args, MAY_CHANGE)
-    read = ("id", "text", "aspect", "label", "score")  # of a post, in training and selection
-    settings["rows"] = digest([([vars(post)[k] for k in read], more) for post, more in items])
-    settings["dev_rows"] = digest([[vars(post)[k] for k in read] for post in dev])
+    settings["rows"] = digest([(post.row(), branches) for post, branches in items])
+    settings["dev_rows"] = digest([post.row() for post in dev])
     if get_rank() == 0:
         check_settings(settings_file(args.out), settings, begun, run=args.run)
         write_json(Path(args.out, "set_aside.json"), rejects)
@@ -389,8 +385,8 @@ def step_loader(args, items, processor, first):
         steps += steps_of_epoch(lengths, step_size, epoch, args.seed)
     steps = steps[first % per_epoch :]
     mine = [step[get_rank() :: get_world_size()] for step in steps]
-    if args.workers:  # trap: the default takes a file handle for each tensor under way
-        torch.multiprocessing.set_sharing_strategy("file_system")
+    # trap: the default takes a file handle for each tensor under way
+    torch.multiprocessing.set_sharing_strategy("file_system")
     return torch.utils.data.DataLoader(
         items, batch_sampler=mine, collate_fn=partial(micro_batches, processor, args.batch),
         num_workers=args.workers, prefetch_factor=1 if args.workers else None,
@@ -408,8 +404,8 @@ def micro_batches(processor, size, items):
 
 class TrainingState:
     """All that a killed run needs to go on as if nothing had happened: trained weights, optimiser,
-    schedule, the step, the log and the best so far, every process's random numbers and running sums. The
-    order of the data is a function of seed and step (steps_of_epoch).
+    schedule, the step, the log and the best so far, every process's random numbers and running
+    sums. The order of the data is a function of seed and step (steps_of_epoch).
 
     After a kill the steps since the last `save` (an epoch's end, ten minutes, a signal) are made
     again, with the same posts and draws."""
@@ -544,18 +540,13 @@ def train(args):
     begin(args, items, rejects, dev, begun=Path(args.out, "state.pt").exists())
     per_epoch = math.ceil(len(items) / (args.batch * args.accumulate))
     total = per_epoch * args.epochs
-    inputs = Counter(images=0, audio=0)
-    for post, _ in items:
-        inputs.update(images=bool(post.images), audio=bool(post.audio))
-    print(f"data       {len(items)} rows ({inputs['images']} with images, {inputs['audio']} with "
-          f"audio), {len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all, "
-          f"{get_world_size()} processes")
+    images = sum(bool(post.images) for post, _ in items)
+    audio = sum(bool(post.audio) for post, _ in items)
+    print(f"data       {len(items)} rows ({images} with images, {audio} with audio), {len(dev)} dev "
+          f"posts, {per_epoch} steps an epoch, {total} in all, {get_world_size()} processes")
     model = build_model(args, stage, items)
     state = TrainingState(args, model)
-    if state.step < total:
-        train_loop(args, stage, model, state, items, dev, per_epoch, total)
-    else:
-        print(f"finished   no step is left; delete {args.out} to train anew")
+    train_loop(args, stage, model, state, items, dev, per_epoch, total)
     best = state.best["metrics"]
     print(f"rows {len(items)}  steps {total}\nlog {args.out}/log.jsonl  settings "
           f"{args.out}/settings.json\nbest dev {stage.selected_by} {best[stage.selected_by]:.3f} "
@@ -689,12 +680,11 @@ class ReadoutStage(Stage):
     def add_weights(self, model, items):
         """The readout. Of scores it learns z-scores, so it keeps the mean and deviation of its
         training scores."""
-        args = self.args
-        config = dict(target=args.target, readout=args.readout, without=args.without)
-        if args.target == "score":
+        config = dict(target=self.args.target, readout=self.args.readout, without=self.args.without)
+        if self.args.target == "score":
             scores = [post.score for post, _ in items]
             config |= dict(mean=statistics.fmean(scores), deviation=statistics.pstdev(scores) or 1)
-        model.readout = Readout(model.lm_head.in_features, config).to(args.device)
+        model.readout = Readout(model.lm_head.in_features, config).to(self.args.device)
 
     def save(self, model, folder):
         """The readout's head too: `head.safetensors` (where it has layers), then `head.json`."""
@@ -902,15 +892,13 @@ def train_member(args, k, model, posts, dev, classes):
     best = -math.inf
     log = []
     for epoch in range(args.epochs):
-        began = time.time()
         steps = steps_of_epoch(lengths, args.batch, epoch, seed, window=16)
         loss = member_epoch(args, epoch, steps, model, average, optimizer, words, posts, classes)
         for old, new in zip(average.buffers(), model.buffers()):
             old.copy_(new)  # a convolutional encoder's running statistics
         metrics = ubm_metrics(classes, ubm_logits(average, dev), dev)
         log.append(dict(member=k, epoch=epoch + 1, loss=loss,
-                        **{f"dev_{name}": value for name, value in metrics.items()},
-                        seconds=round(time.time() - began, 1)))
+                        **{f"dev_{name}": value for name, value in metrics.items()}))
         write_rows(Path(args.out, f"member-{k}.jsonl"), log)
         print(row_text(log[-1]))
         if statistics.mean(metrics.values()) > best:
@@ -925,7 +913,6 @@ def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, cl
     the plain passes. Each batch is read once and passed twice: plain, then with its word embeddings
     moved by the first pass's gradient; both gradients add up before the step."""
     step, total, losses = epoch * len(steps), args.epochs * len(steps), []
-    bar = progress(len(steps), f"epoch {epoch + 1}", "step")
     model.train()
     for rows in steps:
         for group in optimizer.param_groups:
@@ -950,11 +937,8 @@ def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, cl
         optimizer.zero_grad()
         step += 1
         decay = min(0.98, (1 + step) / (10 + step))  # choice: short at first
-        with torch.no_grad():
-            for mean, new in zip(average.parameters(), model.parameters()):
-                mean.lerp_(new, 1 - decay)
-        bar.update()
-    bar.close()
+        for mean, new in zip(average.parameters(), model.parameters()):
+            mean.data.lerp_(new.data, 1 - decay)
     return statistics.mean(losses)
 
 

@@ -261,7 +261,7 @@ def test_other_settings_are_refused(road, capsys, stage, flags, told):
     assert before == (files(out.parent, f"{out.stem}*") if out.suffix else files(out))
     printed = capsys.readouterr().out
     if script is train:
-        assert "finished" in printed and printed.splitlines()[-1].startswith("best dev accuracy")
+        assert "resumed" in printed and printed.splitlines()[-1].startswith("best dev accuracy")
 
 
 def test_settings_that_touch_no_weight_may_change(road, tmp_path, monkeypatch):
