@@ -201,7 +201,8 @@ class Stage:
             hard = F.cross_entropy(logits, targets[positions], reduction="sum") / answer_tokens
             if not self.soft_labels:
                 return dict(loss=hard, ce=hard)
-            assistant_logits = F.linear(assistant_hidden[positions], self.soft_labels.head)  # (n, V')
+            head = self.soft_labels.head
+            assistant_logits = F.linear(assistant_hidden[positions], head)  # (n, V')
             soft = distill_kl(logits, assistant_logits, self.args.temperature,
                               self.args.t_squared, reduction="sum") / answer_tokens
             # linear, so that hard and soft may be mixed within each task
@@ -542,8 +543,8 @@ def train(args):
     total = per_epoch * args.epochs
     images = sum(bool(post.images) for post, _ in items)
     audio = sum(bool(post.audio) for post, _ in items)
-    print(f"data       {len(items)} rows ({images} with images, {audio} with audio), {len(dev)} dev "
-          f"posts, {per_epoch} steps an epoch, {total} in all, {get_world_size()} processes")
+    print(f"data       {len(items)} rows ({images} with images, {audio} with audio), "
+          f"{len(dev)} dev posts, {per_epoch} steps an epoch, {total} in all")
     model = build_model(args, stage, items)
     state = TrainingState(args, model)
     train_loop(args, stage, model, state, items, dev, per_epoch, total)
@@ -866,8 +867,7 @@ def save_ubm(model, folder):
     hub."""
     folder, member = Path(folder), model.members[0]
     member.text.config.save_pretrained(folder / "text")
-    with explaining(f"{folder} cannot be written"):
-        model.tokenizer.save_pretrained(folder / "text")
+    model.tokenizer.save_pretrained(folder / "text")
     if member.image is not None:
         member.image.config.save_pretrained(folder / "image")
         member.image_processor.save_pretrained(folder / "image")
