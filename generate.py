@@ -117,19 +117,11 @@ def shared_flags(flag, stage):
                   "one, else all)")
 
 
-def json_object(text):
-    """A JSON object, of a flag; argparse reports the ValueError."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
 def endpoint_flags(flag):
     """How to reach an endpoint."""
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
-    flag("--extra-body", type=json_object, default={}, metavar="JSON", help="--endpoint: merged "
+    flag("--extra-body", type=json.loads, default={}, metavar="JSON", help="--endpoint: merged "
          "into each request, retries too; null removes a key: max_completion_tokens, …")
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds without a byte")
@@ -193,9 +185,7 @@ def select_posts(args, labelled=False):
     if n > 1:
         raise InputError(f"id {commonest!r} occurs in two --data files: ids name posts later on")
     if len(posts) < len(everyone):
-        splits = Counter(post.split for post in everyone)
-        del splits[args.split]
-        print("left out   " + ", ".join(f"{n} of split {split}" for split, n in splits.items()))
+        print(f"left out   {len(everyone) - len(posts)} posts of other splits than {args.split}")
     if labelled:
         posts = [post for post in posts if post.label]
     if not posts:
@@ -262,11 +252,7 @@ def in_batches(args, posts, done, respond):
         batch = batches[n] if n < len(batches) else []
         answered, began = [], time.time()
         if any(post.id not in done for post in batch):  # the whole batch, so that it pads as before
-            try:
-                answered = list(zip(batch, respond(batch, n), strict=True))
-            except InputError as e:
-                ids = ", ".join(post.id for post in batch)
-                raise InputError(f"{args.model} on the posts {ids}: {e}") from None
+            answered = list(zip(batch, respond(batch, n), strict=True))
         for _, result in answered:
             result["seconds"] = round((time.time() - began) / len(batch), 4)
         for part in gather(answered):
@@ -315,7 +301,7 @@ def teacher(args, own_ask=None):
         output = Output(args, rejects, model)
         results = in_batches(args, posts, output.done,
                              lambda batch, _: two_stage_cot(batch, ask, *options))
-    counts, began = Counter(), time.time()
+    counts = Counter()
     for post, result in results:
         row = new_row(post, args, "teacher", result)
         kept = result["cot"] is not None
@@ -325,8 +311,6 @@ def teacher(args, own_ask=None):
         kind = {1: "unaided chains", 2: "explained chains"}[row["stage"]] if kept else "set aside"
         counts.update({kind: 1, "answers": row["tries"], "tokens in": row["tokens_in"],
                        "tokens out": row["tokens_out"]})
-    minutes = max(1e-9, time.time() - began) / 60
-    counts["answers a minute"] = round(counts["answers"] / minutes)
     print(f"new rows   {row_text(dict(sorted(counts.items())))}")
     output.print_summary()
 
@@ -336,17 +320,12 @@ def local_teacher(args, model, processor):
     def ask(requests):
         ids = [request.post.id for request in requests]
         torch.manual_seed(int(digest(args.seed, requests[0].temperature, ids)[:8], 16))
-        examples = []
-        for request in requests:
-            prompt = request.prompt
-            examples.append(encode(request.post, [("", None)], processor, prompt))
+        examples = [encode(each.post, [("", None)], processor, each.prompt) for each in requests]
         batch = collate(examples, processor.pad_id).to(model.device)
         budget = max(request.max_tokens for request in requests)  # the batch shares the largest
-        answers = []
-        for example, (text, finish) in zip(examples, generate_text(
-                model, processor, batch, budget, requests[0].temperature)):
-            answers.append(Answer(text, finish, len(example), len(processor.text_ids(text))))
-        return answers
+        texts = generate_text(model, processor, batch, budget, requests[0].temperature)
+        return [Answer(text, finish, len(example), len(processor.text_ids(text)))
+                for example, (text, finish) in zip(examples, texts)]
 
     return ask
 

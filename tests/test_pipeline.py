@@ -437,7 +437,7 @@ def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
     """The toy teacher and augment ask about split train, and say what they left out; train sets
     rows of other splits aside."""
     assert run(road, "teacher", "--out", tmp_path / "chains.jsonl") == 0
-    assert "left out   6 of split dev, 12 of split test" in capsys.readouterr().out
+    assert "left out   18 posts of other splits than train" in capsys.readouterr().out
     posts = ["--data", road / "posts.jsonl"]
     assert run(road, "augment", *posts, "--max-new-tokens", "4", "--out", tmp_path / "a.jsonl") == 0
     assert {row["split"] for row in rows(tmp_path / "a.rejects.jsonl")} == {"train"}
