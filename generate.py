@@ -348,9 +348,7 @@ def dry_run(args, posts):
 
 
 class Unreachable(InputError):
-    """The server gave no usable answer, however often it was asked. `kind`: of the last failure."""
-
-    kind = ""
+    """The server gave no usable answer to this post, however often it was asked."""
 
 
 class OverBudget(InputError):
@@ -364,7 +362,7 @@ class Endpoint:
     removes a key. `proxy`: a URL; those of the environment are not used.
 
     `retries` counts failures by kind ("HTTP 503"); `mended`: kinds that a retry has overcome at
-    least once; `waiting` says what is waited for; `stop` ends all waiting."""
+    least once; `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
@@ -379,7 +377,6 @@ class Endpoint:
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
         self.retries = Counter()
         self.mended = set()
-        self.waiting = ""
         self.stop = threading.Event()
         self._paused_until = 0.0  # of all threads
         self.session = requests.Session()  # of all threads, which it keeps connections for
@@ -393,9 +390,9 @@ class Endpoint:
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are asked again with
         jittered exponential back-off; Retry-After holds back all threads. Raises InputError for
-        what would fail for every post (401, 402, 404, a redirect, an unsupported parameter, a wait
-        of over an hour), Refused for what concerns this post alone, Unreachable after the last
-        retry."""
+        what would fail for every post (401, 402, 404, a redirect, a wait of over an hour, a failure
+        that no retry has ever overcome), Refused for what concerns this post alone, Unreachable
+        after the last retry."""
         body, ready_at, kinds = self._body(request), 0.0, set()
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._paused_until) - time.monotonic()
@@ -412,11 +409,11 @@ class Endpoint:
                 say(f"asked again: post {request.post.id}: {problem}")
             seconds = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
             ready_at = time.monotonic() + seconds
-            self.waiting = (f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in "
-                            f"{seconds:.0f} s")
-        error = Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: {problem}")
-        error.kind = kind
-        raise error
+        problem = f"{self.url} failed {self.max_retries + 1} times, last: {problem}"
+        if kind not in self.mended:
+            raise InputError(f"post {request.post.id}: {problem}; asking again helped no post: mend "
+                             "this and run again")
+        raise Unreachable(problem)
 
     def _body(self, request):
         """What is sent for a Request."""
@@ -619,10 +616,7 @@ def from_endpoint(args, posts, done, dialogue):
                         running[pool.submit(dialogue, post, calls.ask)] = post
                 if not running:
                     break
-                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
-                if not finished:
-                    bar.set_postfix_str(calls.endpoint.waiting)
-                for future in finished:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     post = running.pop(future)
                     bar.update()
                     try:
@@ -630,9 +624,6 @@ def from_endpoint(args, posts, done, dialogue):
                     except OverBudget:
                         over_budget = True
                     except Unreachable as e:
-                        if e.kind not in calls.endpoint.mended:
-                            raise InputError(f"post {post.id}: {e}; asking again helped no post: "
-                                             "mend this and run again") from None
                         say(f"unanswered, run again: post {post.id}: {e}")
                         unanswered += 1
                     except Refused as e:
