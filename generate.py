@@ -30,7 +30,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -122,7 +121,8 @@ def endpoint_flags(flag):
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
     flag("--extra-body", type=json.loads, default={}, metavar="JSON", help="--endpoint: merged "
-         "into each request, retries too; null removes a key: max_completion_tokens, …")
+         'into each request, null removes a key; reasoning models: {"max_tokens": null, '
+         '"max_completion_tokens": 4096, "temperature": null}')
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds without a byte")
     flag("--proxy", help="--endpoint: URL of a proxy (those of the environment are not used)")
@@ -417,11 +417,9 @@ class Endpoint:
 
     def _body(self, request):
         """What is sent for a Request."""
-        messages = []
-        for message in request.messages:
-            content = [_wire_part(part) for part in message["content"]]
-            messages.append(message | dict(content=content))
-        body = dict(model=self.model, messages=messages, temperature=request.temperature,
+        (message,) = request.messages
+        message = message | dict(content=[_wire_part(part) for part in message["content"]])
+        body = dict(model=self.model, messages=[message], temperature=request.temperature,
                     max_tokens=request.max_tokens)
         if request.logprobs:
             body |= dict(logprobs=True, top_logprobs=5)
@@ -434,23 +432,18 @@ class Endpoint:
             reply = self.session.post(self.url, json=body, timeout=self.timeout,
                                       allow_redirects=False)
             if reply.status_code == 200:
-                return _read_reply(reply.json(), self._plain), ""
-            seconds = _retry_after(reply.headers.get("Retry-After", ""))
+                return _read_reply(json.loads(self._plain(reply.content.decode()))), ""
         except Exception as e:
             return None, self._line(f"{type(e).__name__}: {e}")
         status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
         if status == 401:
             problem += " (the key is read from OPENAI_API_KEY)"
-        if re.search("unsupported.(parameter|value)", problem, re.I):
-            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
-            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
-            if "logprobs" in problem:
-                remedy = "say --no-logprobs"
-            raise InputError(f"{self.url} refused: {problem}; {remedy}")
         if status in (401, 402, 404) or status < 400:
             raise InputError(f"{self.url} refused: {problem}")
         if status not in self.RETRIED:
             raise Refused(f"{self.url} refused: {problem}")
+        wish = reply.headers.get("Retry-After", "")  # a date is left to our own back-off
+        seconds = float(wish) if wish.isdigit() else 0.0
         if seconds > 3600:
             raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
@@ -473,38 +466,26 @@ class Endpoint:
 
 def check_url(url, allow_http=False):
     """Raises InputError for an address that is none, or that sends posts and key in the clear."""
-    with explaining(f"--endpoint {url!r} is no address"):
-        address = urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
+    address = urlsplit(url)
     local = address.hostname in ("localhost", "127.0.0.1", "::1")
-    if address.scheme == "http" and not local and not allow_http:
-        raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
-                         "--allow-http")
+    http = address.scheme == "http" and (local or allow_http)
+    if address.scheme != "https" and not http:
+        raise InputError(f"--endpoint {url!r} must start with https://, on this machine http://; "
+                         "--allow-http sends posts and key in the clear")
 
 
-def _retry_after(header):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
-    there is to raise if it cannot be read."""
-    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
-        return float(header or 0)
-    return parsedate_to_datetime(header).timestamp() - time.time()
-
-
-def _read_reply(reply, plain):
-    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
-    (refusal, null content) is an empty answer. Raises what there is to raise."""
+def _read_reply(reply):
+    """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty
+    answer. Raises what there is to raise."""
     choice = reply["choices"][0]
-    content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # some servers answer in content parts
-        content = "".join(part.get("text") or "" for part in content)
     logprobs = []
     for token in (choice.get("logprobs") or {}).get("content") or []:
-        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
-        logprobs.append((plain(token["token"]), likely))
+        likely = {x["token"]: float(x["logprob"]) for x in token.get("top_logprobs") or []}
+        logprobs.append((token["token"], likely))
     usage = reply.get("usage") or {}
     tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
+    return Answer(choice["message"].get("content") or "", choice.get("finish_reason") or "stop",
+                  *tokens, logprobs)
 
 
 def _wire_part(part):
