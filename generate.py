@@ -504,7 +504,7 @@ class PaidCalls:
     if its max_tokens and the longest prompt so far fit into what is left of --budget-tokens; a
     longer prompt may go over by the difference."""
 
-    def __init__(self, args, done):
+    def __init__(self, args):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http, extra_body=args.extra_body,
                                  proxy=args.proxy)
@@ -513,12 +513,11 @@ class PaidCalls:
         self.first_call = threading.Lock()
         self.lock = threading.Condition()  # of all below
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        self.known = {}  # name of a call -> its answers, which unfinished posts will ask for
+        self.known = {}  # name of a call -> its answers, each to be used once
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
             self.count(answer)
-            if row["id"] not in done:
-                self.known.setdefault(row["call"], []).append(answer)
+            self.known.setdefault(row["call"], []).append(answer)
 
     def count(self, answer):
         """Adds what an answer cost."""
@@ -531,10 +530,9 @@ class PaidCalls:
 
     def call(self, request):
         """The Answer, from the journal if it is there."""
-        text = request.prompt
-        name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
-                      request.temperature, request.max_tokens, request.logprobs,
-                      self.endpoint.extra_body)
+        name = digest(self.endpoint.model, request.post.id, request.prompt,
+                      files_digest(request.post), request.temperature, request.max_tokens,
+                      request.logprobs, self.endpoint.extra_body)
         if self.known.get(name):
             return self.known[name].pop(0)
         if self.budget:
@@ -584,7 +582,7 @@ def from_endpoint(args, posts, done, dialogue):
     as often as it likes. Refused posts wait: they are set aside as soon as a later post is
     answered, since a wrong --model would refuse all. The stage stops where many are refused in a
     row, where asking again never helped, and before a call that --budget-tokens does not cover."""
-    calls = PaidCalls(args, done)
+    calls = PaidCalls(args)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
     running, refused = {}, []
