@@ -39,17 +39,16 @@ import requests
 import torch
 
 from mulcot import (
-    FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
+    FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
     RowWriter, SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
-    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather,
-    generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
-    load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, passes_asked, post_prompt,
-    predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
-    render_reasoning, report_rejects, row_text, run_info, run_stage, say, score_labels,
-    score_verdict, select_split, settings_file, settings_of, sibling, to_json, to_post,
-    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
-    write_rows)
+    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather, generate_text,
+    get_rank, get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
+    merge_lora, parse_reasoning, passes_asked, post_prompt, predict, progress, read_dev_posts,
+    read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects,
+    row_text, run_info, run_stage, say, score_labels, score_verdict, select_split, settings_file,
+    settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches, training_items,
+    two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -755,23 +754,16 @@ def controlled(posts, args):
 
 
 def predict_one(args):
-    """One post from the shell: its chain, its label and the label's probability."""
+    """One post from the shell: its chain, then the rest of its row, as a file would hold it."""
     file = Path(os.path.realpath(args.image or "none"))  # with no image any folder will do
     row = dict(id="1", text=args.text, aspect=args.aspect, image=args.image and file.name)
     with explaining("--text, --image or --aspect"):
         post = to_post(row, file.parent)
-        if post.image:
-            load_image(post.image)
     _, respond = responder(args)
     row = respond([post])[0]
-    to_json(row, args.model)  # raises where a probability is NaN
     if "raw" in row:
-        print(row["raw"] + "\n")
-    score = row.get("predicted_score", row.get("score"))  # a UBM's, a readout's
-    if score is not None:
-        return print(f"score: {score}")
-    sure = f" ({max(row['probs']):.1%})" if "probs" in row else ""
-    print(f"label: {row.get('prediction') or 'none in ' + repr(row.get('raw_label'))}{sure}")
+        print(row.pop("raw") + "\n")
+    print(to_json(row, args.model))
 
 
 # ---- export ------------------------------------------------------------------------------------

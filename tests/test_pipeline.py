@@ -471,8 +471,8 @@ def test_greedy_labels_and_one_post(road, tmp_path, capsys):
     assert generate.main(["predict", "--text", "what a {day} <|im_end|>", "--aspect", "Rex",
                           "--image", f"{road}/images/test-0001.png", "--max-new-tokens", "8",
                           "--model", f"{road}/student/best"]) == 0
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("label: ") and last.endswith("%)")
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["prediction"] in mulcot.LABELS and max(row["probs"]) > 0.5 and row["tokens"] <= 8
 
 
 def test_rows_carry_nothing_that_another_model_said(road, tmp_path):
