@@ -24,7 +24,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import threading
 import time
@@ -774,14 +773,12 @@ def export(args):
     it: weights, config, generation config, tokenizer with chat template, image processor."""
     from transformers.utils import cached_file
 
-    refuse_ranks("export")
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} is there already: choose another")
     model, processor = load_trained(args.model, args.device, args.dtype or "auto")
     if hasattr(model, "readout"):
         raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
     part = f"{Path(args.out)}.part"  # trap: a slash at its end
-    shutil.rmtree(part, ignore_errors=True)  # of a killed run
     with explaining(f"{part} cannot be written"):
         merge_lora(model).save_pretrained(part)
         processor.tokenizer.save_pretrained(part)
@@ -1025,13 +1022,11 @@ def main(argv=None, own_ask=None):
     args = parse_args(argv)
 
     def stage(args):
-        if args.stage == "cascade" or getattr(args, "endpoint", None):
+        if args.stage in ("cascade", "export") or getattr(args, "endpoint", None):
             refuse_ranks("this stage (an endpoint has --workers)")
         args.device = init_distributed(args.device)
-        if args.stage == "teacher":
-            return teacher(args, own_ask)
-        stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade,
-                      export=export)
+        stages = dict(teacher=partial(teacher, own_ask=own_ask), augment=augment, soft=soft,
+                      predict=predict_posts, cascade=cascade, export=export)
         stages[args.stage](args)
 
     return run_stage(stage, args)
