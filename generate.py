@@ -23,7 +23,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import threading
 import time
@@ -43,11 +42,11 @@ from mulcot import (
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
     digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather, generate_text,
     get_rank, get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
-    merge_lora, parse_reasoning, passes_asked, post_prompt, predict, progress, read_dev_posts,
-    read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects,
-    row_text, run_info, run_stage, say, score_labels, score_verdict, select_split, settings_file,
-    settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches, training_items,
-    two_stage_cot, verdict, write_json, write_rows)
+    merge_lora, parse_reasoning, parse_score, passes_asked, post_prompt, predict, progress,
+    read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning,
+    report_rejects, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
+    settings_file, settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches,
+    training_items, two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -958,11 +957,10 @@ def answer_verdict(answer, classes):
     found = Verdict(failed=f"no label in {answer.text[:80]!r}")
     parsed = parse_reasoning(answer.text)
     if tuple(classes) != LABELS:
-        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
-        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
+        score = parse_score(parsed.fields.get("Prediction", answer.text))
         found.failed = f"no score in {answer.text[:80]!r}"
-        if len(numbers) == 1 and classes[0] <= float(numbers[0]) <= classes[-1]:
-            found = score_verdict(float(numbers[0]), None)
+        if score is not None and classes[0] <= score <= classes[-1]:
+            found = score_verdict(score, None)
     elif parsed.prediction:
         found = Verdict(parsed.prediction)
         for token, likely in reversed(answer.logprobs or []):
