@@ -670,7 +670,7 @@ def soft(args):
         begun = any(Path(args.out).glob("*.safetensors"))
         check_settings(settings_file(args.out), settings, begun, run=args.run)
     barrier()
-    soft_labels, count = SoftLabels(args.out), 0
+    soft_labels = SoftLabels(args.out)
     if get_rank() == 0:
         vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
         soft_labels.write_head(model.lm_head.weight[:vocab])
@@ -682,10 +682,10 @@ def soft(args):
         names = [SoftLabels.names(example) for example in examples]
         if not soft_labels.parts.keys() >= set(itertools.chain(*names)):
             soft_labels.write_part(soft_entries(model, processor, examples, names))
-        count += sum(map(len, names))
         bar.update()
     bar.close()
-    print(f"wrote {sum(gather(count))} entries to {args.out}")
+    barrier()  # the line is of all processes
+    print(f"wrote {sum(len(branches) for _, branches in items)} entries to {args.out}")
 
 
 def soft_entries(model, processor, examples, names):
