@@ -408,8 +408,8 @@ class Endpoint:
             ready_at = time.monotonic() + seconds
         problem = f"{self.url} failed {self.max_retries + 1} times, last: {problem}"
         if kind not in self.mended:
-            raise InputError(f"post {request.post.id}: {problem}; asking again helped no post: mend "
-                             "this and run again")
+            raise InputError(f"post {request.post.id}: {problem}; asking again helped no post: "
+                             "mend this and run again")
         raise Unreachable(problem)
 
     def _body(self, request):
