@@ -551,10 +551,10 @@ def test_one_line_and_exit_code_2(road, tmp_path, capsys):
         assert told in fails(capsys, train, [*student, *flags])
 
 
-def test_a_wrong_flag_prints_the_stages_own_usage(road, capsys):
-    """The flags that could have been meant, not the list of stages; argparse's exit code 2."""
-    for stage, wrong in (("student", "--nonsense"), ("student", "--batch 0"),
-                         ("student", "--rank -1"), ("predict", "--batch many")):
+def test_a_wrong_value_prints_the_stages_own_usage(road, capsys):
+    """A wrong value: the stage's flags, not the list of stages; argparse's exit code 2."""
+    for stage, wrong in (("student", "--batch 0"), ("student", "--rank -1"),
+                         ("predict", "--batch many")):
         script, argv = command(road, stage, *wrong.split())
         with pytest.raises(SystemExit) as end:
             script.main(argv)
