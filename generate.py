@@ -23,14 +23,11 @@ import json
 import math
 import os
 import random
-import re
-import shutil
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,17 +37,16 @@ import requests
 import torch
 
 from mulcot import (
-    FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
+    FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
     RowWriter, SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
-    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather,
-    generate_text, get_rank, get_world_size, init_distributed, label_branches, load_image,
-    load_trained, load_ubm, mark_aspect, merge_lora, parse_reasoning, passes_asked, post_prompt,
-    predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks,
-    render_reasoning, report_rejects, row_text, run_info, run_stage, say, score_labels,
-    score_verdict, select_split, settings_file, settings_of, sibling, to_json, to_post,
-    tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
-    write_rows)
+    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather, generate_text,
+    get_rank, get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
+    merge_lora, parse_reasoning, parse_score, passes_asked, post_prompt, predict, progress,
+    read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning,
+    report_rejects, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
+    settings_file, settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches,
+    training_items, two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -77,10 +73,8 @@ def parse_args(argv=None):
         if stage in ("teacher", "cascade"):
             endpoint_flags(p.add_argument)
         own_flags(p.add_argument, stage)
-    args, unknown = top.parse_known_args(argv)
+    args = top.parse_args(argv)
     p = stages.choices[args.stage]
-    if unknown:  # with the stage's own usage
-        p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_at_least(p, args, 1, "batch", "workers", "max_tries")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
     if args.stage == "cascade":
@@ -119,20 +113,13 @@ def shared_flags(flag, stage):
                   "one, else all)")
 
 
-def json_object(text):
-    """A JSON object, of a flag; argparse reports the ValueError."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
 def endpoint_flags(flag):
     """How to reach an endpoint."""
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
-    flag("--extra-body", type=json_object, default={}, metavar="JSON", help="--endpoint: merged "
-         "into each request, retries too; null removes a key: max_completion_tokens, …")
+    flag("--extra-body", type=json.loads, default={}, metavar="JSON", help="--endpoint: merged "
+         'into each request, null removes a key; reasoning models: {"max_tokens": null, '
+         '"max_completion_tokens": 4096, "temperature": null}')
     flag("--workers", type=int, default=8, help="--endpoint: calls at once")
     flag("--timeout", type=float, default=120.0, help="--endpoint: seconds without a byte")
     flag("--proxy", help="--endpoint: URL of a proxy (those of the environment are not used)")
@@ -195,9 +182,7 @@ def select_posts(args, labelled=False):
     if n > 1:
         raise InputError(f"id {commonest!r} occurs in two --data files: ids name posts later on")
     if len(posts) < len(everyone):
-        splits = Counter(post.split for post in everyone)
-        del splits[args.split]
-        print("left out   " + ", ".join(f"{n} of split {split}" for split, n in splits.items()))
+        print(f"left out   {len(everyone) - len(posts)} posts of other splits than {args.split}")
     if labelled:
         posts = [post for post in posts if post.label]
     if not posts:
@@ -264,11 +249,7 @@ def in_batches(args, posts, done, respond):
         batch = batches[n] if n < len(batches) else []
         answered, began = [], time.time()
         if any(post.id not in done for post in batch):  # the whole batch, so that it pads as before
-            try:
-                answered = list(zip(batch, respond(batch, n), strict=True))
-            except InputError as e:
-                ids = ", ".join(post.id for post in batch)
-                raise InputError(f"{args.model} on the posts {ids}: {e}") from None
+            answered = list(zip(batch, respond(batch, n), strict=True))
         for _, result in answered:
             result["seconds"] = round((time.time() - began) / len(batch), 4)
         for part in gather(answered):
@@ -317,7 +298,7 @@ def teacher(args, own_ask=None):
         output = Output(args, rejects, model)
         results = in_batches(args, posts, output.done,
                              lambda batch, _: two_stage_cot(batch, ask, *options))
-    counts, began = Counter(), time.time()
+    counts = Counter()
     for post, result in results:
         row = new_row(post, args, "teacher", result)
         kept = result["cot"] is not None
@@ -327,8 +308,6 @@ def teacher(args, own_ask=None):
         kind = {1: "unaided chains", 2: "explained chains"}[row["stage"]] if kept else "set aside"
         counts.update({kind: 1, "answers": row["tries"], "tokens in": row["tokens_in"],
                        "tokens out": row["tokens_out"]})
-    minutes = max(1e-9, time.time() - began) / 60
-    counts["answers a minute"] = round(counts["answers"] / minutes)
     print(f"new rows   {row_text(dict(sorted(counts.items())))}")
     output.print_summary()
 
@@ -338,17 +317,12 @@ def local_teacher(args, model, processor):
     def ask(requests):
         ids = [request.post.id for request in requests]
         torch.manual_seed(int(digest(args.seed, requests[0].temperature, ids)[:8], 16))
-        examples = []
-        for request in requests:
-            prompt = request.prompt
-            examples.append(encode(request.post, [("", None)], processor, prompt))
+        examples = [encode(each.post, [("", None)], processor, each.prompt) for each in requests]
         batch = collate(examples, processor.pad_id).to(model.device)
         budget = max(request.max_tokens for request in requests)  # the batch shares the largest
-        answers = []
-        for example, (text, finish) in zip(examples, generate_text(
-                model, processor, batch, budget, requests[0].temperature)):
-            answers.append(Answer(text, finish, len(example), len(processor.text_ids(text))))
-        return answers
+        texts = generate_text(model, processor, batch, budget, requests[0].temperature)
+        return [Answer(text, finish, len(example), len(processor.text_ids(text)))
+                for example, (text, finish) in zip(examples, texts)]
 
     return ask
 
@@ -371,9 +345,7 @@ def dry_run(args, posts):
 
 
 class Unreachable(InputError):
-    """The server gave no usable answer, however often it was asked. `kind`: of the last failure."""
-
-    kind = ""
+    """The server gave no usable answer to this post, however often it was asked."""
 
 
 class OverBudget(InputError):
@@ -387,7 +359,7 @@ class Endpoint:
     removes a key. `proxy`: a URL; those of the environment are not used.
 
     `retries` counts failures by kind ("HTTP 503"); `mended`: kinds that a retry has overcome at
-    least once; `waiting` says what is waited for; `stop` ends all waiting."""
+    least once; `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
@@ -402,7 +374,6 @@ class Endpoint:
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
         self.retries = Counter()
         self.mended = set()
-        self.waiting = ""
         self.stop = threading.Event()
         self._paused_until = 0.0  # of all threads
         self.session = requests.Session()  # of all threads, which it keeps connections for
@@ -416,9 +387,9 @@ class Endpoint:
     def __call__(self, request):
         """Request -> Answer. 408/409/429/5xx, time-outs and broken replies are asked again with
         jittered exponential back-off; Retry-After holds back all threads. Raises InputError for
-        what would fail for every post (401, 402, 404, a redirect, an unsupported parameter, a wait
-        of over an hour), Refused for what concerns this post alone, Unreachable after the last
-        retry."""
+        what would fail for every post (401, 402, 404, a redirect, a wait of over an hour, a failure
+        that no retry has ever overcome), Refused for what concerns this post alone, Unreachable
+        after the last retry."""
         body, ready_at, kinds = self._body(request), 0.0, set()
         for attempt in range(self.max_retries + 1):
             delay = max(ready_at, self._paused_until) - time.monotonic()
@@ -435,19 +406,17 @@ class Endpoint:
                 say(f"asked again: post {request.post.id}: {problem}")
             seconds = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
             ready_at = time.monotonic() + seconds
-            self.waiting = (f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in "
-                            f"{seconds:.0f} s")
-        error = Unreachable(f"{self.url} failed {self.max_retries + 1} times, last: {problem}")
-        error.kind = kind
-        raise error
+        problem = f"{self.url} failed {self.max_retries + 1} times, last: {problem}"
+        if kind not in self.mended:
+            raise InputError(f"post {request.post.id}: {problem}; asking again helped no post: "
+                             "mend this and run again")
+        raise Unreachable(problem)
 
     def _body(self, request):
         """What is sent for a Request."""
-        messages = []
-        for message in request.messages:
-            content = [_wire_part(part) for part in message["content"]]
-            messages.append(message | dict(content=content))
-        body = dict(model=self.model, messages=messages, temperature=request.temperature,
+        (message,) = request.messages
+        message = message | dict(content=[_wire_part(part) for part in message["content"]])
+        body = dict(model=self.model, messages=[message], temperature=request.temperature,
                     max_tokens=request.max_tokens)
         if request.logprobs:
             body |= dict(logprobs=True, top_logprobs=5)
@@ -460,23 +429,18 @@ class Endpoint:
             reply = self.session.post(self.url, json=body, timeout=self.timeout,
                                       allow_redirects=False)
             if reply.status_code == 200:
-                return _read_reply(reply.json(), self._plain), ""
-            seconds = _retry_after(reply.headers.get("Retry-After", ""))
+                return _read_reply(json.loads(self._plain(reply.content.decode()))), ""
         except Exception as e:
             return None, self._line(f"{type(e).__name__}: {e}")
         status, problem = reply.status_code, f"HTTP {reply.status_code}: {self._line(reply.text)}"
         if status == 401:
             problem += " (the key is read from OPENAI_API_KEY)"
-        if re.search("unsupported.(parameter|value)", problem, re.I):
-            remedy = """a reasoning model wants --extra-body '{"max_tokens": null, """
-            remedy += """"max_completion_tokens": 4096, "temperature": null}'"""
-            if "logprobs" in problem:
-                remedy = "say --no-logprobs"
-            raise InputError(f"{self.url} refused: {problem}; {remedy}")
         if status in (401, 402, 404) or status < 400:
             raise InputError(f"{self.url} refused: {problem}")
         if status not in self.RETRIED:
             raise Refused(f"{self.url} refused: {problem}")
+        wish = reply.headers.get("Retry-After", "")  # a date is left to our own back-off
+        seconds = float(wish) if wish.isdigit() else 0.0
         if seconds > 3600:
             raise InputError(f"{self.url} asks to wait {seconds:.0f} s: run again later")
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
@@ -499,38 +463,26 @@ class Endpoint:
 
 def check_url(url, allow_http=False):
     """Raises InputError for an address that is none, or that sends posts and key in the clear."""
-    with explaining(f"--endpoint {url!r} is no address"):
-        address = urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise InputError(f"--endpoint {url!r} must start with https:// (or http://, this machine)")
+    address = urlsplit(url)
     local = address.hostname in ("localhost", "127.0.0.1", "::1")
-    if address.scheme == "http" and not local and not allow_http:
-        raise InputError(f"--endpoint {url!r} sends posts and key in the clear: use https, or "
-                         "--allow-http")
+    http = address.scheme == "http" and (local or allow_http)
+    if address.scheme != "https" and not http:
+        raise InputError(f"--endpoint {url!r} must start with https://, on this machine http://; "
+                         "--allow-http sends posts and key in the clear")
 
 
-def _retry_after(header):
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 of none. Raises what
-    there is to raise if it cannot be read."""
-    if re.fullmatch(r"\d{0,9}(\.\d{0,9})?", header):
-        return float(header or 0)
-    return parsedate_to_datetime(header).timestamp() - time.time()
-
-
-def _read_reply(reply, plain):
-    """A chat-completions reply -> Answer, its texts as plain(text) has them; a missing text
-    (refusal, null content) is an empty answer. Raises what there is to raise."""
+def _read_reply(reply):
+    """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty
+    answer. Raises what there is to raise."""
     choice = reply["choices"][0]
-    content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # some servers answer in content parts
-        content = "".join(part.get("text") or "" for part in content)
     logprobs = []
     for token in (choice.get("logprobs") or {}).get("content") or []:
-        likely = {plain(x["token"]): float(x["logprob"]) for x in token.get("top_logprobs") or []}
-        logprobs.append((plain(token["token"]), likely))
+        likely = {x["token"]: float(x["logprob"]) for x in token.get("top_logprobs") or []}
+        logprobs.append((token["token"], likely))
     usage = reply.get("usage") or {}
     tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-    return Answer(plain(content), plain(choice.get("finish_reason") or "stop"), *tokens, logprobs)
+    return Answer(choice["message"].get("content") or "", choice.get("finish_reason") or "stop",
+                  *tokens, logprobs)
 
 
 def _wire_part(part):
@@ -549,7 +501,7 @@ class PaidCalls:
     if its max_tokens and the longest prompt so far fit into what is left of --budget-tokens; a
     longer prompt may go over by the difference."""
 
-    def __init__(self, args, done):
+    def __init__(self, args):
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http, extra_body=args.extra_body,
                                  proxy=args.proxy)
@@ -558,12 +510,11 @@ class PaidCalls:
         self.first_call = threading.Lock()
         self.lock = threading.Condition()  # of all below
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        self.known = {}  # name of a call -> its answers, which unfinished posts will ask for
+        self.known = {}  # name of a call -> its answers, each to be used once
         for row in read_rows(self.file.path):
             answer = Answer(**row["answer"])
             self.count(answer)
-            if row["id"] not in done:
-                self.known.setdefault(row["call"], []).append(answer)
+            self.known.setdefault(row["call"], []).append(answer)
 
     def count(self, answer):
         """Adds what an answer cost."""
@@ -576,10 +527,9 @@ class PaidCalls:
 
     def call(self, request):
         """The Answer, from the journal if it is there."""
-        text = request.prompt
-        name = digest(self.endpoint.model, request.post.id, text, files_digest(request.post),
-                      request.temperature, request.max_tokens, request.logprobs,
-                      self.endpoint.extra_body)
+        name = digest(self.endpoint.model, request.post.id, request.prompt,
+                      files_digest(request.post), request.temperature, request.max_tokens,
+                      request.logprobs, self.endpoint.extra_body)
         if self.known.get(name):
             return self.known[name].pop(0)
         if self.budget:
@@ -629,7 +579,7 @@ def from_endpoint(args, posts, done, dialogue):
     as often as it likes. Refused posts wait: they are set aside as soon as a later post is
     answered, since a wrong --model would refuse all. The stage stops where many are refused in a
     row, where asking again never helped, and before a call that --budget-tokens does not cover."""
-    calls = PaidCalls(args, done)
+    calls = PaidCalls(args)
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
     running, refused = {}, []
@@ -642,10 +592,7 @@ def from_endpoint(args, posts, done, dialogue):
                         running[pool.submit(dialogue, post, calls.ask)] = post
                 if not running:
                     break
-                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
-                if not finished:
-                    bar.set_postfix_str(calls.endpoint.waiting)
-                for future in finished:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     post = running.pop(future)
                     bar.update()
                     try:
@@ -653,9 +600,6 @@ def from_endpoint(args, posts, done, dialogue):
                     except OverBudget:
                         over_budget = True
                     except Unreachable as e:
-                        if e.kind not in calls.endpoint.mended:
-                            raise InputError(f"post {post.id}: {e}; asking again helped no post: "
-                                             "mend this and run again") from None
                         say(f"unanswered, run again: post {post.id}: {e}")
                         unanswered += 1
                     except Refused as e:
@@ -726,7 +670,7 @@ def soft(args):
         begun = any(Path(args.out).glob("*.safetensors"))
         check_settings(settings_file(args.out), settings, begun, run=args.run)
     barrier()
-    soft_labels, count = SoftLabels(args.out), 0
+    soft_labels = SoftLabels(args.out)
     if get_rank() == 0:
         vocab = len(processor.tokenizer)  # ids that mean the same in every size of a model family
         soft_labels.write_head(model.lm_head.weight[:vocab])
@@ -738,10 +682,10 @@ def soft(args):
         names = [SoftLabels.names(example) for example in examples]
         if not soft_labels.parts.keys() >= set(itertools.chain(*names)):
             soft_labels.write_part(soft_entries(model, processor, examples, names))
-        count += sum(map(len, names))
         bar.update()
     bar.close()
-    print(f"wrote {sum(gather(count))} entries to {args.out}")
+    barrier()  # the line is of all processes
+    print(f"wrote {sum(len(branches) for _, branches in items)} entries to {args.out}")
 
 
 def soft_entries(model, processor, examples, names):
@@ -808,23 +752,16 @@ def controlled(posts, args):
 
 
 def predict_one(args):
-    """One post from the shell: its chain, its label and the label's probability."""
+    """One post from the shell: its chain, then the rest of its row, as a file would hold it."""
     file = Path(os.path.realpath(args.image or "none"))  # with no image any folder will do
     row = dict(id="1", text=args.text, aspect=args.aspect, image=args.image and file.name)
     with explaining("--text, --image or --aspect"):
         post = to_post(row, file.parent)
-        if post.image:
-            load_image(post.image)
     _, respond = responder(args)
     row = respond([post])[0]
-    to_json(row, args.model)  # raises where a probability is NaN
     if "raw" in row:
-        print(row["raw"] + "\n")
-    score = row.get("predicted_score", row.get("score"))  # a UBM's, a readout's
-    if score is not None:
-        return print(f"score: {score}")
-    sure = f" ({max(row['probs']):.1%})" if "probs" in row else ""
-    print(f"label: {row.get('prediction') or 'none in ' + repr(row.get('raw_label'))}{sure}")
+        print(row.pop("raw") + "\n")
+    print(to_json(row, args.model))
 
 
 # ---- export ------------------------------------------------------------------------------------
@@ -835,14 +772,12 @@ def export(args):
     it: weights, config, generation config, tokenizer with chat template, image processor."""
     from transformers.utils import cached_file
 
-    refuse_ranks("export")
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} is there already: choose another")
     model, processor = load_trained(args.model, args.device, args.dtype or "auto")
     if hasattr(model, "readout"):
         raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
     part = f"{Path(args.out)}.part"  # trap: a slash at its end
-    shutil.rmtree(part, ignore_errors=True)  # of a killed run
     with explaining(f"{part} cannot be written"):
         merge_lora(model).save_pretrained(part)
         processor.tokenizer.save_pretrained(part)
@@ -1022,11 +957,10 @@ def answer_verdict(answer, classes):
     found = Verdict(failed=f"no label in {answer.text[:80]!r}")
     parsed = parse_reasoning(answer.text)
     if tuple(classes) != LABELS:
-        text = parsed.fields.get("Prediction", answer.text).replace("\u2212", "-")
-        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", text)
+        score = parse_score(parsed.fields.get("Prediction", answer.text))
         found.failed = f"no score in {answer.text[:80]!r}"
-        if len(numbers) == 1 and classes[0] <= float(numbers[0]) <= classes[-1]:
-            found = score_verdict(float(numbers[0]), None)
+        if score is not None and classes[0] <= score <= classes[-1]:
+            found = score_verdict(score, None)
     elif parsed.prediction:
         found = Verdict(parsed.prediction)
         for token, likely in reversed(answer.logprobs or []):
@@ -1086,13 +1020,11 @@ def main(argv=None, own_ask=None):
     args = parse_args(argv)
 
     def stage(args):
-        if args.stage == "cascade" or getattr(args, "endpoint", None):
+        if args.stage in ("cascade", "export") or getattr(args, "endpoint", None):
             refuse_ranks("this stage (an endpoint has --workers)")
         args.device = init_distributed(args.device)
-        if args.stage == "teacher":
-            return teacher(args, own_ask)
-        stages = dict(augment=augment, soft=soft, predict=predict_posts, cascade=cascade,
-                      export=export)
+        stages = dict(teacher=partial(teacher, own_ask=own_ask), augment=augment, soft=soft,
+                      predict=predict_posts, cascade=cascade, export=export)
         stages[args.stage](args)
 
     return run_stage(stage, args)

@@ -6,8 +6,6 @@ import io
 import json
 import shutil
 import time
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 
 import pytest
 from conftest import KEY, chat, torn
@@ -202,23 +200,22 @@ def test_back_off_and_giving_up(connect):
 
 
 def test_retry_after(connect):
-    """The server's wish in seconds, or as a date, is the least that we wait; hours are not waited
-    for."""
-    date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)
-    plan = [(429, "", {"Retry-After": wish}) for wish in ("17", "2.5", date, "soon", "7200")]
-    endpoint, _ = connect([*plan[:4], GOOD])
-    assert endpoint(question()).text == RIGHT and len(endpoint.waits) == 4
-    assert all(wait > least - 0.1 for wait, least in zip(endpoint.waits, [17, 2.5, 80, 4]))
+    """The server's wish in seconds is the least that we wait, of any other wish the pause is ours;
+    hours are not waited for."""
+    plan = [(429, "", {"Retry-After": wish}) for wish in ("17", "Wed, 21 Oct", "soon", "7200")]
+    endpoint, _ = connect([*plan[:3], GOOD])
+    assert endpoint(question()).text == RIGHT and len(endpoint.waits) == 3
+    assert all(wait > least - 0.1 for wait, least in zip(endpoint.waits, [17, 1, 2]))
     with pytest.raises(InputError, match="asks to wait 7200 s"):
-        connect(plan[4:])[0](question())
+        connect(plan[3:])[0](question())
 
 
 @pytest.mark.parametrize("sent, text, finish", [
     (chat(None), "", "stop"), (chat("cut", "length"), "cut", "length"),
-    (chat([dict(type="text", text="a"), dict(type="text", text="b")], None), "ab", "stop"),
+    (chat("ab", None), "ab", "stop"),
     (dict(choices=[dict(message={})]), "", "stop")])
 def test_odd_replies(connect, sent, text, finish):
-    """Null content is an empty answer, parts are joined, and truncation is reported."""
+    """Null content is an empty answer, and truncation is reported."""
     answer = connect([sent])[0](question())
     assert (answer.text, answer.finish, answer.tokens_in) == (text, finish, 0)
 
@@ -233,18 +230,6 @@ def test_refusals_are_final(connect, status, kind):
     with pytest.raises(InputError, match=f"HTTP {status}.*no model big-model") as error:
         endpoint(question())
     assert type(error.value) is kind and len(server.asked) == 1 and endpoint.waits == []
-
-
-@pytest.mark.parametrize("words, remedy", [
-    ("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
-     "'max_completion_tokens' instead.", "--extra-body .*max_completion_tokens.*temperature"),
-    ("Unsupported value: 'temperature' does not support 0.4 with this model.", "--extra-body"),
-    ("Unsupported parameter: 'logprobs' is not supported with this model.", "say --no-logprobs")])
-def test_what_a_model_does_not_know_names_the_remedy(connect, words, remedy):
-    """All posts would be refused alike, so the stage ends at the first, with what to type."""
-    with pytest.raises(InputError, match=remedy) as error:
-        connect([(400, dict(error=dict(message=words)))])[0](question())
-    assert type(error.value) is InputError
 
 
 def test_the_key_comes_back_in_no_text(connect, monkeypatch):
@@ -318,8 +303,8 @@ def test_addresses():
                 "http://[::1]:8000/v1"):
         whole = f"{url.rstrip('/')}/chat/completions"
         assert Endpoint(url, "m").url == Endpoint(whole, "m").url == whole
-    for url in ("http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1", "ftp://host/v1", "",
-                "https://"):
+    for url in ("http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1", "ftp://host/v1",
+                ""):
         with pytest.raises(InputError, match="--endpoint"):
             Endpoint(url, "m")
     assert Endpoint("http://10.0.0.1/v1", "m", allow_http=True).url.startswith("http://10.")

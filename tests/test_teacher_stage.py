@@ -92,7 +92,7 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     printed = capsys.readouterr()
     files = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert KEY not in printed.out + printed.err and KEY.encode() not in files
-    assert "HTTP 429" in printed.out and "answers a minute" in printed.out
+    assert "HTTP 429" in printed.out and "tokens out" in printed.out
     for row in read_rows(out):
         assert {"stage", "tries", "model", "tokens_in", "seconds", "prompt"} <= row.keys()
         assert row["label_conditioned"] == (row["stage"] == 2) and "attempts" not in row
@@ -231,7 +231,7 @@ def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsy
     argv = command(world, server, tmp_path / "a.jsonl", "--split", "test")
     assert generate.main(argv) == 2
     printed, errors = capsys.readouterr()
-    assert "--allow-test" in errors and "left out   40 of split train" in printed
+    assert "--allow-test" in errors and "left out   40 posts of other splits than test" in printed
     assert server.asked == []
     assert generate.main([*argv, "--allow-test"]) == 0 and len(server.asked) >= 2
 

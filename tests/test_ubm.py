@@ -262,7 +262,7 @@ def test_it_learns_and_its_rows_are_read(tmp_path, capsys):
     assert metrics["ubm"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
     post = ["--text", "lovely Rex", "--aspect", "Rex"]
     assert generate.main(["predict", "--model", out, *post]) == 0
-    assert "label: " in capsys.readouterr().out
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prediction"] in mulcot.LABELS
 
 
 def test_bins_learn_scores(command, toy, tmp_path, capsys):
@@ -279,4 +279,5 @@ def test_bins_learn_scores(command, toy, tmp_path, capsys):
     assert mulcot.load_ubm(tmp_path / "bins").classes == mulcot.SCORE_BINS
     assert "dev_neg_mae" in capsys.readouterr().out
     assert generate.main(["predict", "--model", str(tmp_path / "bins"), "--text", "so dull"]) == 0
-    assert -3 <= float(capsys.readouterr().out.split("score: ")[1]) <= 3
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert -3 <= row["predicted_score"] <= 3
