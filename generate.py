@@ -359,7 +359,7 @@ class Endpoint:
     removes a key. `proxy`: a URL; those of the environment are not used.
 
     `retries` counts failures by kind ("HTTP 503"); `mended`: kinds that a retry has overcome at
-    least once; `stop` ends all waiting."""
+    least once; `waiting` says what is waited for; `stop` ends all waiting."""
 
     RETRIED = {408, 409, 429} | set(range(500, 600))
 
@@ -374,6 +374,7 @@ class Endpoint:
             raise InputError("OPENAI_API_KEY holds a character that no header takes: set it anew")
         self.retries = Counter()
         self.mended = set()
+        self.waiting = ""
         self.stop = threading.Event()
         self._paused_until = 0.0  # of all threads
         self.session = requests.Session()  # of all threads, which it keeps connections for
@@ -406,6 +407,8 @@ class Endpoint:
                 say(f"asked again: post {request.post.id}: {problem}")
             seconds = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
             ready_at = time.monotonic() + seconds
+            self.waiting = (f"{kind}, {attempt + 1} of {self.max_retries + 1}, again in "
+                            f"{seconds:.0f} s")
         problem = f"{self.url} failed {self.max_retries + 1} times, last: {problem}"
         if kind not in self.mended:
             raise InputError(f"post {request.post.id}: {problem}; asking again helped no post: "
@@ -592,7 +595,9 @@ def from_endpoint(args, posts, done, dialogue):
                         running[pool.submit(dialogue, post, calls.ask)] = post
                 if not running:
                     break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
+                bar.set_postfix_str("" if finished else calls.endpoint.waiting)
+                for future in finished:
                     post = running.pop(future)
                     bar.update()
                     try:

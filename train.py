@@ -193,8 +193,10 @@ class Stage:
         are held."""
         supervised = batch.supervised(branch)  # (B, T)
         targets = batch.targets[supervised]  # (N,)
+        assert targets.max() < model.lm_head.out_features, (targets.max(), model.lm_head)
         if self.soft_labels:
             assistant_hidden = self.soft_labels.hidden(examples, branch)  # (N, D')
+            assert len(assistant_hidden) == len(targets), (len(assistant_hidden), len(targets))
 
         def sums_of(h, positions):  # hidden states h (n, D) of a slice of the N positions
             logits = model.lm_head(h).float()  # (n, V)
@@ -298,7 +300,10 @@ def begin(args, items, rejects, dev, begun):
     settings["rows"] = digest([(post.row(), branches) for post, branches in items])
     settings["dev_rows"] = digest([post.row() for post in dev])
     if get_rank() == 0:
-        check_settings(settings_file(args.out), settings, begun, run=args.run)
+        file = settings_file(args.out)
+        if file.exists() and not begun:
+            print("note       nothing had been saved when this run was stopped: it begins anew")
+        check_settings(file, settings, begun, run=args.run)
         write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
     print(f"settings   {row_text(settings)}")
@@ -913,6 +918,7 @@ def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, cl
     the plain passes. Each batch is read once and passed twice: plain, then with its word embeddings
     moved by the first pass's gradient; both gradients add up before the step."""
     step, total, losses = epoch * len(steps), args.epochs * len(steps), []
+    bar = progress(len(steps), f"epoch {epoch + 1}", "step")
     model.train()
     for rows in steps:
         for group in optimizer.param_groups:
@@ -939,6 +945,8 @@ def member_epoch(args, epoch, steps, model, average, optimizer, words, posts, cl
         decay = min(0.98, (1 + step) / (10 + step))  # choice: short at first
         for mean, new in zip(average.parameters(), model.parameters()):
             mean.data.lerp_(new.data, 1 - decay)
+        bar.update()
+    bar.close()
     return statistics.mean(losses)
 
 
@@ -947,6 +955,9 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("--out", "--seed"):  # the whole road
         road = Path(__file__).with_name("tests") / "demo.py"
+        if not road.exists():
+            sys.exit(f"error: the embedded default needs {road}; without it give a stage: python "
+                     "train.py --help")
         return runpy.run_path(str(road))["main"](words)
     args = parse_args(argv)
     return run_stage(ubm if args.stage == "ubm" else train, args)
