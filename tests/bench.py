@@ -514,20 +514,17 @@ def shape_answers(shape, device, side, posts, tokens=64):
 def measured(args, make, *how):
     """(seconds, GiB held at most, what the first call returned) of what `make(*how)` gives; seconds
     are None where the memory does not suffice."""
-    first = seconds = held = None
+    first = seconds = None
     gc.collect()
-    if args.device != "cpu":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
         way = make(*how)
         first = way()
         seconds = median_seconds({"": way}, args.device, args.repeats)[""]
     except torch.OutOfMemoryError:
         pass
-    if args.device != "cpu":
-        held = torch.cuda.max_memory_allocated() / 2**30
-    return seconds, held, first
+    return seconds, torch.cuda.max_memory_allocated() / 2**30, first
 
 
 STEPS = {"": (False, False), ", checkpointing": (True, False), ", nf4": (False, True)}
@@ -535,8 +532,8 @@ STEPS = {"": (False, False), ", checkpointing": (True, False), ", nf4": (False, 
 
 def shapes(args):
     """Ours and Hugging Face's ways one after another, each with a model of its own; medians."""
-    if args.device == "cpu" and args.shapes != ["tiny"]:
-        raise SystemExit("shapes: say --device cuda (or --shapes tiny, to try it)")
+    if args.device == "cpu":
+        raise SystemExit("shapes: say --device cuda")
     works = []  # (name, posts, their way, maker, its options)
     for posts in (2, 8):
         for name, how in STEPS.items():
@@ -544,7 +541,7 @@ def shapes(args):
     for posts in (1, 64):
         works.append((f"answers of {posts}", posts, "two HF generate calls", shape_answers, ()))
     rows = []
-    for shape in args.shapes:
+    for shape in families.SHAPES:
         for name, posts, theirs, make, how in works:
             sides = {}
             for side in ("ours",) if "nf4" in name else ("ours", theirs):
@@ -554,7 +551,7 @@ def shapes(args):
                 if seconds:
                     factor = seconds / (sides["ours"][0] or math.nan)
                     numbers = f"{seconds:.3f}", f"{posts / seconds:.2f}", f"{factor:.2f}"
-                rows.append((shape, name, side, *numbers, held and f"{held:.1f}"))
+                rows.append((shape, name, side, *numbers, f"{held:.1f}"))
                 print(rows[-1], flush=True)
             losses = [float(loss) for _, loss in sides.values() if loss is not None]
             # lora_B is zero in the first step, so that no dropout tells the sides apart
@@ -666,8 +663,6 @@ def main(argv=None):
     parser.add_argument("--posts", type=int, default=16, help="of trl: how many")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of trl",
                         default="bfloat16")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(families.SHAPES), default=["3B", "7B"],
-                        help="of shapes")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of shapes")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

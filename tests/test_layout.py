@@ -1,19 +1,19 @@
-"""Positions, masks and colours of packed rows on Qwen2.5-VL, and what is never generated. That one
-pass equals separate passes stands in test_families.py, for every family."""
+"""Masks and colours of packed rows on Qwen2.5-VL. That one pass equals separate passes stands
+in test_families.py, for every family; what is never generated in test_by_hand.py."""
 
 import re
 
 import pytest
 import torch
-from conftest import noise_image
+from conftest import chain, noise_image
 
 import train
 from mulcot import (
-    FIELDS, LABEL_FORMAT, LABELS, REASON_FORMAT, InputError, Post, collate, encode, encode_batch,
-    forward_branches, generate_text, label_branches, load_model, render_label, render_reasoning)
-from toy import IM_END, IMAGE_TOKENS, VIDEO_PAD
+    LABEL_FORMAT, LABELS, REASON_FORMAT, InputError, Post, collate, encode, encode_batch,
+    forward_branches, label_branches, load_model, render_label)
+from toy import IM_END
 
-COT = render_reasoning(dict(zip(FIELDS, ("Words.", "A face.", "Fine.", "So.", "neutral"))))
+COT = chain("neutral")
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +49,6 @@ def test_flash_attention_is_refused(student, posts, monkeypatch):
         forward_branches(student[0], batch)
 
 
-def test_rope_positions_equal_the_models_own(student, examples):
-    """Each branch of each post stands where the model's get_rope_index puts it."""
-    model, processor = student
-    batch = collate(examples, processor.pad_id)
-    for row, example in enumerate(examples):
-        for branch in (1, 2):
-            ids = torch.tensor([example.prefix + example.branches[branch - 1][0]])
-            want, _ = model.model.get_rope_index(
-                ids, (ids == processor.placeholder_id).int(), example.media.get("image_grid_thw"),
-                attention_mask=torch.ones_like(ids))
-            attended = batch.attended(branch)[row]
-            assert torch.equal(batch.input_ids[row, attended], ids[0])
-            assert torch.equal(batch.position_ids[:, row, attended], want[:, 0])
-
-
 def test_show_tokens_colours_the_supervised_text(student, examples):
     """Green are the answers with their end token, branch by branch, and nothing else."""
     processor = student[1]
@@ -75,20 +60,3 @@ def test_show_tokens_colours_the_supervised_text(student, examples):
                  for name, text in zip(parts[1::2], parts[2::2])}
         assert green == {"prefix": "", "branch 1": COT + IM_END,
                          "branch 2": render_label(LABELS[row % 3]) + IM_END}
-
-
-def test_vision_ids_are_never_sampled(student, posts):
-    """However likely the model finds them; the greedy way is compared with transformers' own."""
-    model, processor = student
-    never = [*IMAGE_TOKENS, VIDEO_PAD]
-    ids = processor.tokenizer.convert_tokens_to_ids(never)
-
-    def push(module, inputs, logits):
-        logits[..., ids] += 1e4
-
-    hook = model.lm_head.register_forward_hook(push)
-    batch = encode_batch(posts[:2], [(LABEL_FORMAT, None)], model, processor)
-    texts = generate_text(model, processor, batch, 4, temperature=1.0)
-    hook.remove()
-    for text, _ in texts:
-        assert text and not any(token in text for token in never)

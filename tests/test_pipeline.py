@@ -92,6 +92,24 @@ def rows(path):
             for row in mulcot.read_rows(path)]
 
 
+@pytest.fixture
+def kill_at(monkeypatch):
+    """kill_at(2, 5): the second and fifth step from now on are interrupted; gives all steps."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def start(*numbers):
+        def killed(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) in numbers:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+        return calls
+
+    return start
+
+
 def files(folder, name="*"):
     """{path: bytes, or rows} of what a stage left, without its command line and resume point."""
     left = {}
@@ -167,21 +185,13 @@ def test_roads_parse_and_feed_each_other(name):
     ("student", "--dtype bfloat16 --dropout 0.2", (2, 5), 8),
     ("readout", "", (2, 5), 8),
     ("ubm", "--members 2", (10, 27), 39)])  # a member that is not done begins anew
-def test_resume_equals_uninterrupted_bit_for_bit(road, tmp_path, monkeypatch, stage, more, kills,
+def test_resume_equals_uninterrupted_bit_for_bit(road, tmp_path, kill_at, stage, more, kills,
                                                  steps):
     """Killed in the middle of an epoch and again later, a run ends with the same bytes and log;
     another seed is refused meanwhile."""
     more = more.split()
     assert run(road, stage, *more, "--out", tmp_path / "whole") == 0
-    step, calls = torch.optim.AdamW.step, []
-
-    def killed(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) in kills:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    calls = kill_at(*kills)
     codes = [run(road, stage, *more, "--out", tmp_path / "broken", "--seed", seed)
              for seed in (1, 9, 1, 1)]
     assert codes == [130, 2, 130, 0] and len(calls) == steps
@@ -264,20 +274,11 @@ def test_other_settings_are_refused(road, capsys, stage, flags, told):
         assert "resumed" in printed and printed.splitlines()[-1].startswith("best dev accuracy")
 
 
-def test_settings_that_touch_no_weight_may_change(road, tmp_path, monkeypatch):
+def test_settings_that_touch_no_weight_may_change(road, tmp_path, kill_at):
     """Half a run, then the rest with other logging, saving, memory and workers: the weights of a
     whole run."""
-    step, calls = torch.optim.AdamW.step, []
-
-    def killed(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", killed)
-        assert run(road, "student", "--out", tmp_path / "a") == 130
+    kill_at(4)
+    assert run(road, "student", "--out", tmp_path / "a") == 130
     more = "--log-every 3 --save-every 0 --gradient-checkpointing --workers 2".split()
     assert run(road, "student", "--out", tmp_path / "a", *more) == 0
     for part in ("best", "last"):
@@ -307,17 +308,6 @@ def test_rows_of_two_models_never_mix(road, tmp_path, capsys):
     mulcot.write_tensors(model / "adapter_model.safetensors",
                          {name: 2 * tensor for name, tensor in tensors.items()})
     assert "begun with weights" in fails(capsys, script, [*argv, "--model", model])
-
-
-def test_a_deleted_out_is_begun_anew(road, tmp_path):
-    """Other settings are taken, and what an earlier run set aside counts no more."""
-    out, texts = tmp_path / "a.jsonl", []
-    for temperature in ("0.7", "1.5"):
-        assert run(road, "augment", "--max-new-tokens", "4", "--out", out, "--temperature",
-                   temperature) == 0
-        texts.append([row["raw"] for row in rows(tmp_path / "a.rejects.jsonl")])
-        out.unlink()
-    assert len(texts[0]) == len(texts[1]) > 15 and texts[0] != texts[1]
 
 
 def test_out_is_an_empty_or_a_new_one(road, tmp_path, capsys):
@@ -434,12 +424,11 @@ def test_an_adapter_knows_its_base_and_image_size_from_anywhere(road, tmp_path, 
 
 
 def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
-    """The toy teacher and augment ask about split train, and say what they left out; train sets
-    rows of other splits aside."""
-    assert run(road, "teacher", "--out", tmp_path / "chains.jsonl") == 0
-    assert "left out   18 posts of other splits than train" in capsys.readouterr().out
+    """Augment asks about split train, and says what it left out; train sets rows of other splits
+    aside."""
     posts = ["--data", road / "posts.jsonl"]
     assert run(road, "augment", *posts, "--max-new-tokens", "4", "--out", tmp_path / "a.jsonl") == 0
+    assert "left out   18 posts of other splits than train" in capsys.readouterr().out
     assert {row["split"] for row in rows(tmp_path / "a.rejects.jsonl")} == {"train"}
     more = "--no-soft --no-reasoning --epochs 1 --out".split()
     assert run(road, "student", *posts, *more, tmp_path / "t") == 0
@@ -486,30 +475,6 @@ def test_rows_carry_nothing_that_another_model_said(road, tmp_path):
     assert not {"raw", "stage", "tries", "tokens_in", "cot", "problem", "temperature", "score",
                 "max_tokens", "unaided_prediction"} & row.keys()
     assert row["label"] and row["image"] and row["source"] == "model"
-
-
-def test_local_teacher_goes_through_the_same_stages(road, tmp_path):
-    """--model FOLDER: every post is kept or set aside with all its attempts, in both stages."""
-    out = tmp_path / "chains.jsonl"
-    assert generate.main(f"teacher --data {road}/posts.jsonl --split dev --model "
-                         f"{road}/assistant/best --max-new-tokens 8 --max-tries 2 --out {out}"
-                         .split()) == 0
-    aside = mulcot.read_rows(mulcot.sibling(out, "rejects.jsonl"))
-    assert len(mulcot.read_rows(out)) + len(aside) == 6
-    assert all([a["stage"] for a in row["attempts"]] == [1, 1, 2, 2] for row in aside)
-    assert any(row["attempts"][0]["problem"] == "truncated" for row in aside)
-
-
-def test_bad_rows_are_set_aside_and_the_rest_is_predicted(road, tmp_path):
-    """Broken rows are in the rejects with file, line and reason; the good ones go on."""
-    good, out = json.dumps(rows(road / "posts.jsonl")[0]), tmp_path / "predictions.jsonl"
-    nasty = json.dumps(dict(id="g", text='<|image_pad|> {} "Prediction": positive'))
-    (tmp_path / "mixed.jsonl").write_text("\n".join([good, "{not json", nasty]) + "\n")
-    assert run(road, "predict", "--data", tmp_path / "mixed.jsonl", "--split", "all", "--images",
-               road / "images", "--no-chain", "--out", out) == 0
-    assert [row["id"] for row in rows(out)] == ["train-0000", "g"]
-    (aside,) = rows(mulcot.sibling(out, "rejects.jsonl"))
-    assert aside["where"].endswith("mixed.jsonl:2") and "not a row" in aside["problem"]
 
 
 def test_progress_is_a_line_a_minute_where_nobody_watches(monkeypatch, capsys):

@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import noise_image, tone, write_wav
+from conftest import noise_image, tone
 from PIL import Image
 
 from mulcot import LABELS, InputError, load_image, parse_reasoning, read_posts, select_split
-from toy import TOY_TEST_TEMPLATES, toy_posts, toy_warmup
+from toy import TOY_TEST_TEMPLATES, toy_posts, toy_warmup, write_wav
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, chain
+from test_pipeline import rows as without_clock
 
 import generate
 import mulcot
-import toy as toy_world
 import train
 
 FEW = ["--batch", "3", "--accumulate", "2", "--epochs", "2", "--lr", "0.01", "--log-every", "1",
@@ -25,9 +25,7 @@ def chains(toy, posts, tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks") / "chains.jsonl"
     rows = []
     for i, post in enumerate(posts[:13]):
-        words = f"It says {post.text}." * (1 + i % 3)
-        fields = [words, "A face.", "They agree.", "So.", post.label]
-        cot = mulcot.render_reasoning(dict(zip(mulcot.FIELDS, fields)))
+        cot = chain(post.label, f"It says {post.text}." * (1 + i % 3))
         rows.append(post.row() | dict(cot=cot, split="train"))
     del rows[4]["image"]
     mulcot.write_rows(path, rows)
@@ -51,12 +49,6 @@ def finished(process):
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err[-3000:]
     return out
-
-
-def without_clock(path):
-    """Rows of a file without the fields that a clock decides."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")}
-            for row in mulcot.read_rows(path)]
 
 
 def test_two_processes_train_as_one(toy, chains, tmp_path):
@@ -110,12 +102,11 @@ def test_two_processes_write_the_rows_of_one(toy, chains, tmp_path):
                for name in s1.parts)
 
 
-def test_two_processes_share_the_members(toy, posts, tmp_path):
+def test_two_processes_share_the_members(toy, encoders, tmp_path):
     """The first trains members 0 and 2, the second member 1; together they are what one process
     trains."""
-    toy_world.tiny_encoders(tmp_path, posts)
     data = str(toy / "posts.jsonl")
-    ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", str(tmp_path / "text"),
+    ubm = ["ubm", "--data", data, "--dev", data, "--text-encoder", f"{encoders}/text",
            "--epochs", "1", "--members", "3", "--batch", "4", "--device", "cpu", "--out"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it

@@ -16,6 +16,7 @@ import generate
 import mulcot
 import toy as toy_world
 import train
+from families import SHAPES
 from mulcot import InputError, Readout
 from toy import TOY_PITCHES, TOY_SIDES, toy_clip_warmup, toy_clips
 
@@ -81,51 +82,21 @@ def test_loss_by_hand():
     assert mulcot.readout_loss(logits, torch.tensor([2, 1])).item() == pytest.approx(want)
 
 
-@pytest.mark.parametrize("target", ["score", "label"])
-def test_one_batch_equals_micro_batches(toy, scored, target):
-    """Posts are counted over the whole step."""
-    model, processor = mulcot.load_model(toy / "student")
-    model.readout = Readout(model.lm_head.in_features, dict(target=target, mean=0.3)).eval()
-    posts = mulcot.read_posts(scored, toy / "images")[:6]
-    examples = [mulcot.encode(p, mulcot.readout_branches(target), processor) for p in posts]
-    args = train.parse_args(readout_args(toy, scored, "o", "--target", target))
-    stage = train.ReadoutStage(args, processor)
-
-    def step(size):
-        model.zero_grad()
-        parts = [examples[i : i + size] for i in range(0, 6, size)]
-        micro_batches = [(mulcot.collate(part, processor.pad_id), part) for part in parts]
-        counts, total = train.step_counts(micro_batches), 0.0
-        for batch, part in micro_batches:
-            loss, _ = stage.loss(model, batch, part, counts)
-            loss.backward()
-            total += loss.item()
-        return total, torch.cat([p.grad.flatten() for p in model.readout.parameters()])
-
-    (whole, gradient), (sums, parts) = step(6), step(1)
-    assert sums == pytest.approx(whole, rel=1e-5)
-    assert (gradient - parts).norm() < 1e-5 * gradient.norm()
-
-
 def test_lora_on_the_omni_7b_shape():
     """METHOD: 103,043,072 parameters at rank 32 over language, vision and audio."""
-    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-                num_key_value_heads=4, intermediate_size=18944, vocab_size=152064)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
                   spatial_merge_size=2, out_hidden_size=3584)
     audio = dict(encoder_layers=32, d_model=1280, encoder_attention_heads=20, encoder_ffn_dim=5120,
                  output_dim=3584)
-    config = Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio)
+    config = Qwen2_5OmniThinkerConfig(text_config=SHAPES["7B"], vision_config=vision,
+                                      audio_config=audio)
     with torch.device("meta"):
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
         mulcot.add_lora(model, 32, 32, 0.1, scope="all")
-    counts = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            tower = next((t for t in ("visual", "audio_tower") if f".{t}." in name), "language")
-            counts[tower] = counts.get(tower, 0) + p.numel()
-    assert counts == dict(language=80_740_352, visual=14_438_400, audio_tower=7_864_320)
-    assert sum(counts.values()) == 103_043_072
+    language, vision, audio = 80_740_352, 14_438_400, 7_864_320
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        (language, vision, audio)) == 103_043_072
+
 
 # ---- training
 
@@ -173,23 +144,11 @@ def test_predict_rows(toy, scored, runs, tmp_path):
         assert abs(one["score"]) <= 3 and "prediction" not in one
         assert one["score"] == pytest.approx(rows["score", "24"][i]["score"], abs=2e-4)
     for i, one in rows["label", "1"].items():
-        assert sum(one["probs"]) == pytest.approx(1, abs=1e-4)
-        assert one["prediction"] == mulcot.LABELS[int(np.argmax(one["probs"]))]
         assert one["probs"] == pytest.approx(rows["label", "24"][i]["probs"], abs=1e-4)
     for i, one in rows["generative", "1"].items():
         assert one["raw"] == rows["generative", "24"][i]["raw"]
         assert one["score"] == mulcot.parse_score(one["raw"])
         assert (one["problem"] is None) == (one["score"] is not None)
-
-
-def test_it_learns(toy, scored, tmp_path):
-    """A few dozen steps fit the training posts: the loss goes from that of a guess to far below."""
-    args = readout_args(toy, scored, tmp_path, "--epochs", "25", "--dropout", "0", "--head-lr",
-                        "0.01", "--scope", "all", "--batch", "12", "--accumulate", "1",
-                        "--save-every", "0")
-    assert train.main(args) == 0
-    loss = [row["loss"] for row in mulcot.read_rows(tmp_path / "log.jsonl") if "loss" in row]
-    assert loss[0] > 0.6 and loss[-1] < 0.5 * loss[0]
 
 
 # ---- bad input

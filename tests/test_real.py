@@ -1,8 +1,7 @@
-"""tests/real.py: SmolLM2 as a model folder equals the language model, and the stages take it."""
+"""tests/real.py: SmolLM2 as a model folder equals the language model; rows of the real road."""
 
 import argparse
 import copy
-import json
 import shutil
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mulcot
 import real
 import toy
-import train
 
 
 def run(out):
@@ -64,17 +62,6 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys, name, spel
     assert files_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("place", ["smol", "smol.part"])
-def test_a_foreign_folder_is_left_alone(tmp_path, monkeypatch, capsys, place):
-    """Neither the folder nor the one it is built in, where others wrote into it."""
-    monkeypatch.setattr(real, "package_folder", lambda: None)
-    (tmp_path / place).mkdir()
-    (tmp_path / place / "config.json").write_text("mine")
-    assert run(tmp_path / "smol") == 2
-    assert "choose another --out" in capsys.readouterr().err
-    assert files_in(tmp_path) == [f"{place}/config.json"]
-
-
 def test_logits_are_the_language_models(gguf, loaded):
     """Over every id of the reply, to the last bit; through our branches within rounding."""
     lm, _ = gguf
@@ -108,7 +95,8 @@ def test_token_ids_of_a_dialogue(gguf, loaded):
 
 def test_finished_and_killed_builds_end_with_the_same_folder(tmp_path, monkeypatch, capsys):
     """With a tiny language model: a second run writes nothing; one that goes on from a killed one's
-    files gives the same bytes; the check says so where a weight differs."""
+    files gives the same bytes; a foreign folder is left alone; the check says so where a weight
+    differs."""
     tokenizer = toy.tiny_tokenizer(["x"])
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2,
                          intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
@@ -125,25 +113,16 @@ def test_finished_and_killed_builds_end_with_the_same_folder(tmp_path, monkeypat
     assert run(tmp_path / "b") == 0
     for folder in ("a", "b"):
         assert before == {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()}
+    for foreign in ("c", "d.part"):  # neither written over nor built in
+        (tmp_path / foreign).mkdir()
+        (tmp_path / foreign / "config.json").write_text("mine")
+        assert run(tmp_path / foreign[0]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+        assert [p.name for p in (tmp_path / foreign).iterdir()] == ["config.json"]
     model, _ = mulcot.load_model(tmp_path / "a")
     model.model.language_model.layers[1].self_attn.q_proj.bias.data[0] = 1
     with pytest.raises(AssertionError, match="logits differ"):
         real.check_logits(lm, model, torch.arange(9)[None])
-
-
-def test_a_student_step(smol, tmp_path):
-    """train.py student takes the folder, and posts without images."""
-    fields = dict.fromkeys(mulcot.FIELDS, "Plain words.")
-    posts = [dict(id=str(n), text=f"{word} show by Rex", aspect="Rex", label=label,
-                  cot=mulcot.render_reasoning(fields | dict(Prediction=label)))
-             for n, (word, label) in enumerate(zip(("dull", "new", "fine"), mulcot.LABELS))]
-    mulcot.write_rows(tmp_path / "chains.jsonl", posts)
-    data = str(tmp_path / "chains.jsonl")
-    assert train.main(["student", "--no-soft", "--data", data, "--dev", data, "--model", str(smol),
-                       "--out", str(tmp_path / "run"), "--epochs", "1", "--batch", "3"]) == 0
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 1 and 0 < log[0]["loss"] < 6
-    assert (tmp_path / "run/best/adapter_model.safetensors").exists()
 
 
 def test_chains_are_counted_and_shown_by_the_rule(tmp_path, capsys):

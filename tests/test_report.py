@@ -7,10 +7,11 @@ import shutil
 import subprocess
 
 import pytest
+from conftest import chain
 from PIL import Image
 
 import eval as scores
-from mulcot import FIELDS, LABELS, render_reasoning
+from mulcot import LABELS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium or google-chrome")
@@ -19,10 +20,6 @@ needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium or googl
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def chain(label, words="one two three"):
-    return render_reasoning({k: f"{k[:4]} {words}" for k in FIELDS} | {"Prediction": label})
 
 
 def report(folder, posts, rows, more=(), **others):

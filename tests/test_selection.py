@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import pass_inputs
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -161,15 +162,13 @@ def losses_by_hand(model, processor, rows):
     """(L_rea, L_cls, L_multi) of one step over these posts: an ordinary pass for each post and
     task, the mean over all answer tokens of a task, 0.8 and 0.2."""
     losses = []
-    for k in (0, 1):
+    for k in (1, 2):
         log_p = []
         for post, branches in rows:
             example = mulcot.encode(post, branches, processor)
-            tail, n_answer = example.branches[k]
-            ids = torch.tensor([example.prefix + tail])
             with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **example.media,
-                               mm_token_type_ids=(ids == processor.placeholder_id).int()).logits[0]
+                logits = model(**pass_inputs(processor, example, k)).logits[0]
+            tail, n_answer = example.branches[k - 1]
             answer = torch.tensor(tail[-n_answer:])
             log_p.append(logits[-n_answer - 1 : -1].log_softmax(-1)[range(n_answer), answer])
         losses.append(-torch.cat(log_p).mean().item())
@@ -198,3 +197,6 @@ def test_logged_losses_are_means_over_steps(toy, folder, run, plan):
         want = [(first[k] + second[k]) / 2, third[k]]
         assert log(out, name) == pytest.approx(want, rel=1e-4)
     assert log(out, "epoch") == [2.0, 3.0]
+    plan("pppppp")
+    label = run("--epochs", "1", "--no-reasoning", *flags, out="label")  # its loss is all there is
+    assert log(label, "loss") == log(label, "ce_label") == pytest.approx([first[1]], rel=1e-4)

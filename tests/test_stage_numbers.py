@@ -5,18 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import chain
 from safetensors.torch import load_file
 
 import generate
 import mulcot
 
 CLOCK = SimpleNamespace(now=0.0)
-
-
-def chain(label):
-    """A whole answer that says this label."""
-    return mulcot.render_reasoning(dict.fromkeys(mulcot.FIELDS, "So it is.") | dict(
-        Prediction=label))
 
 
 @pytest.fixture
@@ -89,12 +84,6 @@ def test_a_local_teacher_retries_with_more_heat_and_room(answers):
     for row in aside:
         for name in ("tokens_in", "tokens_out"):
             assert row[name] == sum(each[name] for each in row["attempts"]) > 0
-
-
-def test_max_tries_is_of_each_stage(answers):
-    """One try a stage, for all three posts."""
-    asked, kept, aside = answers([[CUT] * 3, [WRONG] * 3], "teacher", "--max-tries", "1")
-    assert [each["posts"] for each in asked] == [3, 3] and not kept and len(aside) == 3
 
 
 def test_soft_labels_are_taken_without_dropout(toy, posts, tmp_path):

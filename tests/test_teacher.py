@@ -8,19 +8,15 @@ import shutil
 import time
 
 import pytest
-from conftest import KEY, chat, torn
+from conftest import KEY, chain, chat, torn
 from PIL import Image, PngImagePlugin
 
 import toy
 from generate import Endpoint
-from mulcot import (FIELDS, Answer, InputError, Post, Refused, Request, build_messages,
-                    parse_reasoning, read_rows, render_reasoning, two_stage_cot)
+from mulcot import (Answer, InputError, Post, Refused, Request, build_messages, parse_reasoning,
+                    read_rows, two_stage_cot)
 
 POST = Post("1", "so lovely", None, "Rex", "positive")
-
-
-def chain(label):
-    return render_reasoning({k: f"{k} says so" for k in FIELDS} | {"Prediction": label})
 
 
 def cut(text):
@@ -334,12 +330,11 @@ def test_stage_writes_chains_and_rejects(whole):
     assert unread["where"].endswith(":161") and "empty text" in unread["problem"]
     assert {r["id"] for r in kept + refused} == {f"train-{i:04d}" for i in range(150)}
     assert len(kept) + len(refused) == 150 and refused
-    assert 75 < sum(row["stage"] == 1 for row in kept) < 105  # about 60 % right unaided
     for row in kept:
         assert parse_reasoning(row["cot"]).prediction == row["prediction"] == row["label"]
         assert (row["source"], row["model"], row["problem"]) == ("teacher", "toy-0.6", None)
-        assert row["stage"] in (1, 2) and row["tries"] == row["stage"] and row["raw"]
-        assert (row["unaided_prediction"] == row["label"]) == (row["stage"] == 1)
+        assert (row["unaided_prediction"] == row["label"]) == (row["stage"] == 1) and row["raw"]
+        assert row["tries"] == row["stage"]  # as --max-tries 1 has it
     assert all(a["raw"] and a["problem"] for r in refused for a in r["attempts"])
     assert all("cot" not in r and r["problem"] and "unaided_prediction" in r for r in refused)
 

@@ -108,7 +108,14 @@ def test_the_longest_chain_that_is_trained_on(toy, folder):
 # ---- the neighbours' constants
 
 
-def test_dev_error_of_a_readout(toy, folder, tmp_path, monkeypatch):
+def train_readout(toy, out, *flags):
+    """Trains a readout in OUT/run on the posts of OUT/data.jsonl, dev in OUT/dev.jsonl."""
+    argv = ["readout", "--data", f"{out}/data.jsonl", "--dev", f"{out}/dev.jsonl", "--model",
+            f"{toy}/student", "--out", f"{out}/run", "--device", "cpu", "--workers", "0", *flags]
+    assert train.main(argv) == 0
+
+
+def test_dev_error_of_a_readout(toy, tmp_path, monkeypatch):
     """Minus the mean distance, so that more is better; no number is 6 away, as far as can be. A
     single training score has no deviation, and z-scores divide by 1."""
     said = {"dev-0": 1.0, "dev-1": -1.0, "dev-2": None}
@@ -120,10 +127,7 @@ def test_dev_error_of_a_readout(toy, folder, tmp_path, monkeypatch):
         return [dict(score=said[post.id], raw="") for post in posts]
 
     monkeypatch.setattr(train, "read_out", read_out)
-    argv = ["readout", "--readout", "generative", "--data", f"{tmp_path}/data.jsonl", "--dev",
-            f"{tmp_path}/dev.jsonl", "--model", f"{toy}/student", "--out", f"{tmp_path}/run",
-            "--device", "cpu", "--workers", "0", "--epochs", "1"]
-    assert train.main(argv) == 0
+    train_readout(toy, tmp_path, "--readout", "generative", "--epochs", "1")
     assert log(tmp_path / "run", "dev_neg_mae") == pytest.approx([-(1 + 3 + 6) / 3])
     head = mulcot.read_json(tmp_path / "run" / "best" / "head.json")
     assert (head["mean"], head["deviation"]) == (1, 1)
@@ -135,12 +139,10 @@ def test_logged_loss_of_a_readout(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     scores = [2.0, -1.0, 1.0]
     rows = [dict(id=str(n), text="a day " * (n + 1), score=s) for n, s in enumerate(scores)]
-    mulcot.write_rows(tmp_path / "data.jsonl", rows)
-    argv = ["readout", "--data", f"{tmp_path}/data.jsonl", "--dev", f"{tmp_path}/data.jsonl",
-            "--model", f"{toy}/student", "--out", f"{tmp_path}/run", "--device", "cpu",
-            "--workers", "0", "--epochs", "2", "--batch", "2", "--accumulate", "2", "--dropout",
-            "0", "--lr", "0", "--head-lr", "0"]
-    assert train.main(argv) == 0
+    for name in ("data", "dev"):
+        mulcot.write_rows(tmp_path / f"{name}.jsonl", rows)
+    train_readout(toy, tmp_path, "--epochs", "2", "--batch", "2", "--accumulate", "2", "--dropout",
+                  "0", "--lr", "0", "--head-lr", "0")
     model, processor = mulcot.load_trained(tmp_path / "run" / "last")
     said = mulcot.read_out(model, processor, mulcot.read_posts(tmp_path / "data.jsonl"))
     error = sum(abs(row["score"] - gold) for row, gold in zip(said, scores)) / 3

@@ -1,6 +1,6 @@
-"""The small model: what it reads, what it is saved as, calibration, training that resumes."""
+"""The small model: what it reads, what it is saved as, uncertainty, adversarial steps, rows. Its
+training by numbers stands in test_ubm_steps.py."""
 
-import json
 import math
 
 import pytest
@@ -10,10 +10,8 @@ from transformers import (
     AlbertConfig, AlbertModel, ModernBertConfig, ModernBertModel, ViTConfig, ViTModel)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-import eval as judge
 import generate
 import mulcot
-import toy as world
 import train
 
 
@@ -44,16 +42,12 @@ def test_the_aspect_is_marked_in_place(text, aspect, marked):
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory, posts):
-    """A folder with a random tiny BERT, ResNet and ViT."""
-    folder = tmp_path_factory.mktemp("encoders")
-    words = "Kanye loves such a day , Rex is dull but Mia shines # tbt @ user ( )"
-    world.tiny_encoders(folder, [*posts, mulcot.Post("1", words, aspect="Rex")])
+def vit(encoders):
+    """A random tiny ViT beside the BERT and the ResNet."""
     config = ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32,
                        num_attention_heads=2, image_size=32)
-    ViTModel(config).save_pretrained(folder / "vit")
-    ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(folder / "vit")
-    return folder
+    ViTModel(config).save_pretrained(encoders / "vit")
+    ViTImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(encoders / "vit")
 
 
 @pytest.fixture
@@ -113,7 +107,7 @@ def test_members_answer_together(encoder, three):
 
 
 @pytest.mark.parametrize("image", [None, "vit", "image"])
-def test_saved_and_loaded(encoder, encoders, three, image, tmp_path):
+def test_saved_and_loaded(encoder, encoders, vit, three, image, tmp_path):
     """The folder holds all it needs; the loaded model says the same."""
     image = image and str(encoders / image)
     model = mulcot.new_ubm(encoder, mulcot.SCORE_BINS, image, members=2)
@@ -154,22 +148,13 @@ def test_bad_folders(tmp_path):
         mulcot.new_ubm(str(tmp_path / "nothing"))
 
 
-# ---- uncertainty and calibration
+# ---- uncertainty and targets
 
 
 def test_uncertainty_by_hand():
     probs = torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0]])
     expected = torch.tensor([0, 1, math.log(2) / math.log(3)])
     assert torch.allclose(mulcot.uncertainty(probs), expected, atol=1e-6)
-
-
-def test_temperature_undoes_overconfidence():
-    """Labels drawn from softmax(logits / 2): the fitted temperature is 2, within sampling error."""
-    torch.manual_seed(0)
-    logits = torch.randn(20000, 3) * 4
-    drawn = torch.multinomial((logits / 2).softmax(1), 1)[:, 0]
-    targets = torch.nn.functional.one_hot(drawn, 3).float()
-    assert train.fit_temperature(logits, targets) == pytest.approx(2.0, rel=0.04)
 
 
 def test_score_targets_have_the_score_as_expectation():
@@ -180,22 +165,13 @@ def test_score_targets_have_the_score_as_expectation():
     assert torch.allclose(mean, torch.tensor([1.4, -3, 0, 2.75, 3.0]))
 
 
-# ---- training
+# ---- training and rows
 
 
-@pytest.fixture
-def command(toy, encoders):
-    """command(out, *flags): a short run on the toy posts."""
-    data = str(toy / "posts.jsonl")
-    return lambda out, *more: [
-        "ubm", "--data", data, "--dev", data, "--text-encoder", str(encoders / "text"),
-        "--image-encoder", str(encoders / "image"), "--out", str(out), "--members", "2", "--epochs",
-        "2", "--batch", "4", "--lr", "0.001", *more]
-
-
-def test_adversarial_steps(command, tmp_path, monkeypatch):
+def test_adversarial_steps(toy, encoders, tmp_path, monkeypatch):
     """Each batch is seen twice: the second time with each post's word embeddings moved by
-    --adv-epsilon along the gradient of the first."""
+    --adv-epsilon along the gradient of the first. BatchNorm's means are no parameters: the kept
+    average has those that training left."""
     seen, forward = [], mulcot.UBMMember.forward
 
     def watched(self, inputs):
@@ -211,73 +187,32 @@ def test_adversarial_steps(command, tmp_path, monkeypatch):
         return logits
 
     monkeypatch.setattr(mulcot.UBMMember, "forward", watched)
-    assert train.main(command(tmp_path / "ubm", "--epochs", "1", "--adv-epsilon", "0.5")) == 0
+    data = str(toy / "posts.jsonl")
+    assert train.main(["ubm", "--data", data, "--dev", data, "--text-encoder", f"{encoders}/text",
+                       "--image-encoder", f"{encoders}/image", "--out", f"{tmp_path}/ubm",
+                       "--members", "2", "--epochs", "1", "--batch", "4", "--lr", "0.001",
+                       "--adv-epsilon", "0.5"]) == 0
     assert len(seen) == 2 * 3 * 2  # two members, twelve posts in fours
     for plain, moved in zip(seen[::2], seen[1::2]):
         for b in range(4):
             uphill = plain["gradient"][b] / plain["gradient"][b].norm()
             step = moved["words"][b] - plain["words"][b]
             assert torch.allclose(step, 0.5 * uphill, atol=1e-5) and step.norm() > 0.49
-
-
-def test_members_are_trained_on_split_train_alone(command, tmp_path, monkeypatch):
-    """Another order and other weights for each member. BatchNorm's means are no parameters: the
-    kept average has those that training left."""
-    seen, read = [], mulcot.UBMMember.inputs
-
-    def watched(self, posts):
-        if self.training:
-            seen.extend(post.split for post in posts)
-        return read(self, posts)
-
-    monkeypatch.setattr(mulcot.UBMMember, "inputs", watched)
-    assert train.main(command(tmp_path / "ubm")) == 0
-    assert set(seen) == {"train"} and len(seen) == 2 * 2 * 12
-    members = mulcot.load_ubm(tmp_path / "ubm").members
-    assert not torch.equal(members[0].head[1].weight, members[1].head[1].weight)
-    kept = members[0].image.embedder.embedder.normalization
+    kept = mulcot.load_ubm(tmp_path / "ubm").members[0].image.embedder.embedder.normalization
     assert kept.num_batches_tracked > 0 and kept.running_mean.any()
 
 
-def test_it_learns_and_its_rows_are_read(tmp_path, capsys):
-    """The drawn world's words and pictures are learnt; predict writes rows that eval.py reads."""
-    data = tmp_path / "toy"
-    assert world.main(["posts", "--out", str(data), "--train", "300", "--dev", "60", "--test", "40",
-                       "--warmup", "2"]) == 0
-    posts, out, encoders = str(data / "posts.jsonl"), str(tmp_path / "ubm"), str(tmp_path / "tiny")
-    assert world.main(["encoders", "--data", posts, "--out", encoders]) == 0
-    assert train.main(["ubm", "--data", posts, "--dev", posts, "--text-encoder", f"{encoders}/text",
-                       "--image-encoder", f"{encoders}/image", "--members", "1", "--epochs", "7",
-                       "--lr", "0.003", "--head-lr", "0.003", "--batch", "16", "--adv-epsilon", "0",
-                       "--out", out]) == 0
-    predictions = str(tmp_path / "ubm.jsonl")
-    assert generate.main(["predict", "--model", out, "--data", posts, "--split", "dev", "--out",
-                          predictions]) == 0
-    for row in mulcot.read_rows(predictions):
+def test_rows_of_a_ubm(toy, encoder, tmp_path, capsys):
+    """predict writes rows with the likeliest label, and says the label of a single post."""
+    out, predictions = str(tmp_path / "ubm"), tmp_path / "rows.jsonl"
+    train.save_ubm(mulcot.new_ubm(encoder), out)
+    assert generate.main(["predict", "--model", out, "--data", str(toy / "posts.jsonl"), "--split",
+                          "dev", "--out", str(predictions)]) == 0
+    rows = mulcot.read_rows(predictions)
+    assert len(rows) == 6
+    for row in rows:
         assert row["source"] == "ubm" and 0 <= row["uncertainty"] <= 1
         assert row["prediction"] == mulcot.LABELS[row["probs"].index(max(row["probs"]))]
-    assert judge.main([predictions, "--gold", posts, "--split", "dev", "--out",
-                       str(tmp_path / "results")]) == 0
-    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
-    assert metrics["ubm"]["accuracy"] > 0.7  # the majority class is 0.4, one modality 0.66
     post = ["--text", "lovely Rex", "--aspect", "Rex"]
     assert generate.main(["predict", "--model", out, *post]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["prediction"] in mulcot.LABELS
-
-
-def test_bins_learn_scores(command, toy, tmp_path, capsys):
-    """--bins 7 needs scores, and predicts their expectation."""
-    assert train.main(command(tmp_path / "no", "--bins", "7")) == 2
-    assert "no row that this stage can use" in capsys.readouterr().err
-    rows = [json.loads(x) for x in (toy / "posts.jsonl").read_text().splitlines()]
-    for n, row in enumerate(rows):
-        row["score"] = n % 13 / 2 - 3
-    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    argv = command(tmp_path / "bins", "--bins", "7", "--images", str(toy / "images"))
-    argv = [str(tmp_path / "posts.jsonl") if x.endswith("posts.jsonl") else x for x in argv]
-    assert train.main(argv) == 0
-    assert mulcot.load_ubm(tmp_path / "bins").classes == mulcot.SCORE_BINS
-    assert "dev_neg_mae" in capsys.readouterr().out
-    assert generate.main(["predict", "--model", str(tmp_path / "bins"), "--text", "so dull"]) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert -3 <= row["predicted_score"] <= 3

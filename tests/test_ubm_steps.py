@@ -11,26 +11,18 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook, register_optimizer_step_pre_hook)
 
+import generate
 import mulcot
 import train
-from toy import tiny_encoders
-
-
-@pytest.fixture(scope="module")
-def encoder(posts, tmp_path_factory):
-    """A random tiny BERT that knows the toy posts' words."""
-    folder = tmp_path_factory.mktemp("encoders")
-    tiny_encoders(folder, posts)
-    return str(folder / "text")
 
 
 @pytest.fixture
-def command(toy, encoder, tmp_path):
+def command(toy, encoders, tmp_path):
     """The arguments of a run of one member: twelve posts in fours, no adversarial step."""
     data = f"{toy}/posts.jsonl"
-    return ["ubm", "--data", data, "--dev", data, "--text-encoder", encoder, "--device", "cpu",
-            "--out", f"{tmp_path}/ubm", "--members", "1", "--epochs", "2", "--batch", "4",
-            "--lr", "0.01", "--head-lr", "0.04", "--adv-epsilon", "0"]
+    return ["ubm", "--data", data, "--dev", data, "--text-encoder", f"{encoders}/text",
+            "--device", "cpu", "--out", f"{tmp_path}/ubm", "--members", "1", "--epochs", "2",
+            "--batch", "4", "--lr", "0.01", "--head-lr", "0.04", "--adv-epsilon", "0"]
 
 
 @pytest.fixture
@@ -97,7 +89,7 @@ def test_the_steps_of_a_member(command, steps):
     assert max(step["length"] for step in steps) == pytest.approx(1, abs=1e-3)
 
 
-def test_the_running_average(command, encoder, steps, monkeypatch, tmp_path):
+def test_the_running_average(command, encoders, steps, monkeypatch, tmp_path):
     """Step t moves the average to (1 + t) / (10 + t) of itself and the rest of the new weights; it
     begins at the first weights, and is what the member is."""
     planned_logits(monkeypatch, [wrong, right, right])
@@ -107,7 +99,7 @@ def test_the_running_average(command, encoder, steps, monkeypatch, tmp_path):
         keep = (1 + t) / (10 + t)
         average = [keep * old + (1 - keep) * new for old, new in zip(average, step["after"])]
     kept = load_file(tmp_path / "ubm" / "member-0.safetensors")
-    member = mulcot.new_ubm(encoder).members[0]
+    member = mulcot.new_ubm(encoders / "text").members[0]
     for name, want in zip(dict(member.named_parameters()), average, strict=True):
         assert torch.allclose(kept[name], want, atol=1e-6), name
 
@@ -163,24 +155,30 @@ def test_the_logged_loss_is_of_the_plain_pass(command, monkeypatch, tmp_path):
     assert [row["loss"] for row in log] == pytest.approx([want, want], rel=0.01)
 
 
-def test_members_differ(command, monkeypatch):
-    """Each member draws an order of its own, or their mean would be worth no more than one; a step
-    begins without gradients."""
+def test_members_differ(command, tmp_path, monkeypatch):
+    """Each member draws an order of its own over split train, and weights, or their mean would be
+    worth no more than one; a step begins without gradients."""
     orders, read = [], mulcot.UBMMember.inputs
 
     def watched(self, posts):
         if self.training:
             orders.append([post.id for post in posts])
+            assert {post.split for post in posts} == {"train"}
             assert not any(p.grad is not None and p.grad.any() for p in self.parameters())
         return read(self, posts)
 
     monkeypatch.setattr(mulcot.UBMMember, "inputs", watched)
     assert train.main([*command, "--members", "2", "--epochs", "1"]) == 0
     assert len(orders) == 6 and orders[:3] != orders[3:]
+    one, other = mulcot.load_ubm(tmp_path / "ubm").members
+    assert not torch.equal(one.head[1].weight, other.head[1].weight)
 
 
-def test_score_bins_are_selected_by_the_smaller_error(command, toy, tmp_path):
-    """More is better: the metric that selects is minus the mean distance."""
+def test_score_bins_are_selected_by_the_smaller_error(command, toy, tmp_path, capsys):
+    """More is better: the metric that selects is minus the mean distance. --bins 7 needs scores,
+    and predicts one."""
+    assert train.main([*command, "--bins", "7"]) == 2
+    assert "no row that this stage can use" in capsys.readouterr().err
     rows = [row | dict(score=n % 7 - 3.0) for n, row in
             enumerate(mulcot.read_rows(toy / "posts.jsonl"))]
     data = str(tmp_path / "scored.jsonl")
@@ -195,3 +193,5 @@ def test_score_bins_are_selected_by_the_smaller_error(command, toy, tmp_path):
     error = (scores - torch.tensor([post.score for post in dev])).abs().mean().item()
     log = mulcot.read_rows(tmp_path / "ubm" / "member-0.jsonl")
     assert max(row["dev_neg_mae"] for row in log) == pytest.approx(-error, abs=1e-4)
+    assert generate.main(["predict", "--model", f"{tmp_path}/ubm", "--text", "so dull"]) == 0
+    assert -3 <= float(capsys.readouterr().out.split("score: ")[1]) <= 3

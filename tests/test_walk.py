@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from conftest import chat
+from conftest import chain, chat
 
 import generate
 import mulcot
@@ -68,8 +68,8 @@ def test_a_predicted_batch(student, posts):
 
 def test_the_teachers_command(toy, tmp_path, serve):
     """Against a server, both stages, from the command line to the last line printed."""
-    fields = dict.fromkeys(mulcot.FIELDS, "Some words.") | dict(Prediction="positive")
-    server = serve(lambda request: chat(mulcot.render_reasoning(fields)))
+    answer = chat(chain("positive"))
+    server = serve(lambda request: answer)
     with walk("the teacher's command", 77):
         assert generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
                               "--endpoint", server.url, "--max-tries", "1", "--out",

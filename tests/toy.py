@@ -202,9 +202,16 @@ def _voice(path, hertz, rng):
     tone = sum(torch.sin(2 * math.pi * k * turn) / k for k in range(1, 9))
     noise = torch.randn(len(t), generator=torch.Generator().manual_seed(rng.getrandbits(32)))
     sound = rng.uniform(0.1, 0.3) * (tone + 0.05 * noise) * torch.sin(math.pi * t / t[-1]).sqrt()
-    with wave.open(path, "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(AUDIO_RATE)
-        file.writeframes((sound.clamp(-1, 1) * 32767).short().numpy().tobytes())
+    write_wav(path, sound.clamp(-1, 1).numpy())
+
+
+def write_wav(path, samples, rate=AUDIO_RATE, channels=1, width=2):
+    """Floats in [-1, 1] as PCM; unsigned bytes where width is 1."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(rate)
+        scaled = (samples * 32767).astype("<i2") if width == 2 else (samples * 127 + 128)
+        file.writeframes(scaled.tobytes() if width == 2 else scaled.astype("u1").tobytes())
+    return str(path)
 
 
 def _draw(scene, rng):
@@ -287,8 +294,7 @@ class ToyTeacher:
 
 
 # The embedded default: real Qwen2.5-VL classes, a few hundred thousand parameters. The assistant
-# has more output rows than the student, as 7B (152,064) has more than 3B (151,936). The language
-# layers of "half" hold half the student's weights.
+# has more output rows than the student, as 7B (152,064) has more than 3B (151,936).
 TINY = {"student": dict(hidden=96, layers=2, heads=3, extra_rows=0),
         "assistant": dict(hidden=128, layers=2, heads=4, extra_rows=64)}
 TINY_OMNI = {"omni": dict(hidden=96, layers=2, heads=3, extra_rows=0)}  # Qwen2.5-Omni's Thinker
