@@ -168,9 +168,8 @@ def losses_by_hand(model, processor, rows):
             example = mulcot.encode(post, branches, processor)
             with torch.no_grad():
                 logits = model(**pass_inputs(processor, example, k)).logits[0]
-            tail, n_answer = example.branches[k - 1]
-            answer = torch.tensor(tail[-n_answer:])
-            log_p.append(logits[-n_answer - 1 : -1].log_softmax(-1)[range(n_answer), answer])
+            ids, n = example.branches[k - 1]
+            log_p.append(logits[-n - 1 : -1].log_softmax(-1)[range(n), ids[-n:]])
         losses.append(-torch.cat(log_p).mean().item())
     return *losses, 0.8 * losses[0] + 0.2 * losses[1]
 

@@ -171,9 +171,8 @@ def test_a_servers_own_words(serve, world, tmp_path, capsys):
 
 
 def test_what_asking_again_never_helped_ends_the_stage(serve, world, tmp_path, capsys):
-    """A server that is down, or a text-only one that answers pictures with HTTP 500: its words are
-    shown, not every post is tried and none set aside; when it answers, the same command completes.
-    """
+    """A server that is down, or a text-only one that answers pictures with HTTP 500: its words come
+    back, few posts are tried, none is set aside; when it answers, the same command completes."""
     answering = []
     server = serve(teacher(world, lambda request: "" if answering else 500))
     argv = command(world, server, tmp_path / "a.jsonl", "--workers", "2")
