@@ -1,6 +1,7 @@
 """The small model: what it reads, what it is saved as, uncertainty, adversarial steps, rows. Its
 training by numbers stands in test_ubm_steps.py."""
 
+import json
 import math
 
 import pytest
@@ -203,7 +204,7 @@ def test_adversarial_steps(toy, encoders, tmp_path, monkeypatch):
 
 
 def test_rows_of_a_ubm(toy, encoder, tmp_path, capsys):
-    """predict writes rows with the likeliest label, and says the label of a single post."""
+    """predict writes rows with the likeliest label, and prints that of a single post."""
     out, predictions = str(tmp_path / "ubm"), tmp_path / "rows.jsonl"
     train.save_ubm(mulcot.new_ubm(encoder), out)
     assert generate.main(["predict", "--model", out, "--data", str(toy / "posts.jsonl"), "--split",

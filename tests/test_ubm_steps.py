@@ -194,4 +194,5 @@ def test_score_bins_are_selected_by_the_smaller_error(command, toy, tmp_path, ca
     log = mulcot.read_rows(tmp_path / "ubm" / "member-0.jsonl")
     assert max(row["dev_neg_mae"] for row in log) == pytest.approx(-error, abs=1e-4)
     assert generate.main(["predict", "--model", f"{tmp_path}/ubm", "--text", "so dull"]) == 0
-    assert -3 <= float(capsys.readouterr().out.split("score: ")[1]) <= 3
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert -3 <= row["predicted_score"] <= 3
