@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -365,7 +366,12 @@ class Endpoint:
 
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
                  proxy=None):
-        check_url(url, allow_http)
+        address = urlsplit(url)
+        local = address.hostname in ("localhost", "127.0.0.1", "::1")
+        http = address.scheme == "http" and (local or allow_http)
+        if address.scheme != "https" and not http:
+            raise InputError(f"--endpoint {url!r} must start with https://, on this machine "
+                             "http://; --allow-http sends posts and key in the clear")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.timeout, self.max_retries = model, timeout, max_retries
         self.extra_body = extra_body or {}
@@ -462,16 +468,6 @@ class Endpoint:
     def _line(self, text):
         """The start of such a text, as one line."""
         return " ".join(self._plain(text).split())[:300]
-
-
-def check_url(url, allow_http=False):
-    """Raises InputError for an address that is none, or that sends posts and key in the clear."""
-    address = urlsplit(url)
-    local = address.hostname in ("localhost", "127.0.0.1", "::1")
-    http = address.scheme == "http" and (local or allow_http)
-    if address.scheme != "https" and not http:
-        raise InputError(f"--endpoint {url!r} must start with https://, on this machine http://; "
-                         "--allow-http sends posts and key in the clear")
 
 
 def _read_reply(reply):
@@ -783,6 +779,7 @@ def export(args):
     if hasattr(model, "readout"):
         raise InputError(f"{args.model} is a readout, whose head has no place in a model folder")
     part = f"{Path(args.out)}.part"  # trap: a slash at its end
+    shutil.rmtree(part, ignore_errors=True)  # of a killed run
     with explaining(f"{part} cannot be written"):
         merge_lora(model).save_pretrained(part)
         processor.tokenizer.save_pretrained(part)
