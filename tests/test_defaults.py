@@ -16,7 +16,7 @@ CHAINS = dict(
     rank=(16, MULCOT), alpha=(32, MULCOT), lr=(3e-4, MULCOT), batch=(2, MULCOT),
     accumulate=(20, MULCOT), epochs=(20, MULCOT), seed=(42, MULCOT), schedule=("plateau", MULCOT),
     warmup=(0.0, MULCOT), reasoning_weight=(0.8, MULCOT), label_weight=(0.2, MULCOT),
-    max_answer=(512, MULCOT), reasoning=(True, MULCOT), clip=(1.0, OURS), scope=("language", OURS),
+    max_answer=(512, OURS), reasoning=(True, MULCOT), clip=(1.0, OURS), scope=("language", OURS),
     nf4=(False, MULCOT), max_pixels=(0, OURS))
 
 TRAIN = {
@@ -41,11 +41,11 @@ GENERATE = {
     "augment": dict(
         temperature=(0.7, RELEASE), max_new_tokens=(512, MULCOT), seed=(42, MULCOT),
         split=("train", MULCOT)),
-    "soft": dict(max_answer=(512, MULCOT)),
+    "soft": dict(max_answer=(512, OURS)),
     "predict": dict(
         max_new_tokens=(512, MULCOT), chain=(True, MULCOT), decode=("score", OURS),
         shuffle_images=(False, OURS), blank_text=(False, OURS)),
-    "cascade": dict(budget=(0.4, OURS), logprobs=(True, UACS))}
+    "cascade": dict(budget=(0.4, OURS), logprobs=(True, OURS))}
 
 # what a stage cannot do without
 NEEDED = {
