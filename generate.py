@@ -38,14 +38,14 @@ import requests
 import torch
 
 from mulcot import (
-    FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
-    RowWriter, SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
+    FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
+    SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
-    digest, encode, encode_batch, explaining, fingerprint, forward_branches, gather, generate_text,
-    get_rank, get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
-    merge_lora, parse_reasoning, parse_score, passes_asked, post_prompt, predict, progress,
-    read_dev_posts, read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning,
-    report_rejects, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
+    digest, encode, encode_batch, explaining, forward_branches, gather, generate_text, get_rank,
+    get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
+    merge_lora, parse_reasoning, parse_score, post_prompt, predict, progress, read_dev_posts,
+    read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects,
+    row_line, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
     settings_file, settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches,
     training_items, two_stage_cot, verdict, write_json, write_rows)
 
@@ -190,6 +190,36 @@ def select_posts(args, labelled=False):
         raise InputError(f"{', '.join(args.data)}: no post of split {args.split!r} that the "
                          f"{args.stage} stage can use")
     return posts, rejects
+
+
+class RowWriter:
+    """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last
+    line (the mark of a killed run), so that `done` (the rows' values of `key`) holds just what is
+    safe to skip."""
+
+    def __init__(self, path, key="id"):
+        self.path, self.key = str(path), key
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        self.file = open(self.path, "ab")
+        torn = Path(path).read_bytes().rpartition(b"\n")[2]
+        self.file.truncate(self.file.tell() - len(torn))
+        self.done = {str(row[key]) for row in read_rows(path) if key in row}
+
+    def write(self, row):
+        self.file.write(row_line(self.path, row).encode("utf-8", "replace"))
+        self.file.flush()
+        self.done.add(row.get(self.key))
+
+
+def fingerprint(model):
+    """Names a model with its adapter: every tensor's name, shape and 256 values spread over it.
+    Seconds even for 7B; another training run gives another name."""
+    parts = []
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.reshape(-1)
+        sample = flat[:: flat.numel() // 256 + 1].float()
+        parts += [name, tuple(tensor.shape), sample]
+    return digest(*parts)
 
 
 # flags that a rerun onto the same --out may change: more posts, the way to a server, when to stop;
@@ -982,6 +1012,17 @@ def _label_of_token(token):
     start = token.strip(' "').lower()
     labels = [label for label in LABELS if start and label.startswith(start)]
     return labels[0] if len(labels) == 1 else None
+
+
+def passes_asked(verdicts, tau1, tau2):
+    """How many of a post's three passes (1 to 3) its route asks; `verdicts` (ubm, mllm,
+    second_pass) may hold more of them. Those of the MLLM are one less."""
+    ubm, mllm, _ = verdicts
+    if cascade_route(ubm, None, None, tau1, tau2)[0] != "ask mllm":
+        return 1
+    if cascade_route(ubm, mllm, None, tau1, tau2)[0] != "ask second_pass":
+        return 2
+    return 3
 
 
 def threshold_grid(verdicts, error):

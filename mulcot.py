@@ -2322,17 +2322,6 @@ def cascade_route(ubm, mllm, second_pass, tau1, tau2):
     return "mllm", mllm, reason  # choice: also where its uncertainty is unknown
 
 
-def passes_asked(verdicts, tau1, tau2):
-    """How many of a post's three passes (1 to 3) its route asks; `verdicts` (ubm, mllm,
-    second_pass) may hold more of them. Those of the MLLM are one less."""
-    ubm, mllm, _ = verdicts
-    if cascade_route(ubm, None, None, tau1, tau2)[0] != "ask mllm":
-        return 1
-    if cascade_route(ubm, mllm, None, tau1, tau2)[0] != "ask second_pass":
-        return 2
-    return 3
-
-
 def _mean_verdict(ubm, mllm):
     """Two answers of one polarity as one: for scores their mean, weighted by 1 - u (paper: v1; an
     unknown u counts as 0.5); the label is the same."""
@@ -2382,37 +2371,7 @@ def sibling(path, name):
     return f"{str(path).removesuffix('.jsonl')}.{name}"
 
 
-class RowWriter:
-    """Appends rows to a .jsonl, one whole line per call, flushed. Opening it cuts off a torn last
-    line (the mark of a killed run), so that `done` (the rows' values of `key`) holds just what is
-    safe to skip."""
-
-    def __init__(self, path, key="id"):
-        self.path, self.key = str(path), key
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self.file = open(self.path, "ab")
-        torn = Path(path).read_bytes().rpartition(b"\n")[2]
-        self.file.truncate(self.file.tell() - len(torn))
-        self.done = {str(row[key]) for row in read_rows(path) if key in row}
-
-    def write(self, row):
-        self.file.write(row_line(self.path, row).encode("utf-8", "replace"))
-        self.file.flush()
-        self.done.add(row.get(self.key))
-
-
 # ---- what a stage was started with
-
-
-def fingerprint(model):
-    """Names a model with its adapter: every tensor's name, shape and 256 values spread over it.
-    Seconds even for 7B; another training run gives another name."""
-    parts = []
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.reshape(-1)
-        sample = flat[:: flat.numel() // 256 + 1].float()
-        parts += [name, tuple(tensor.shape), sample]
-    return digest(*parts)
 
 
 def tokenizer_hash(tokenizer):

@@ -39,13 +39,13 @@ from torch import nn
 from mulcot import (
     CHUNK_LOGITS, LABELS, PLACEHOLDERS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout,
     SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
-    confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl, encode,
-    explaining, forward_branches, gather, get_rank, get_world_size, in_chunks, init_distributed,
-    label_rows, load_processor, load_trained, lora_layers, multitask_loss, new_ubm, predict,
-    progress, read_dev_posts, read_out, read_tensors, readout_branches, readout_loss,
-    regression_metrics, render_score, row_text, run_info, run_stage, save_adapter, say,
-    settings_file, settings_of, student_loss, tokenizer_hash, training_branches, training_items,
-    without_inputs, write_atomic, write_json, write_rows, write_tensors)
+    confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
+    encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
+    init_distributed, label_rows, load_processor, load_trained, lora_layers, multitask_loss,
+    new_ubm, predict, progress, read_dev_posts, read_out, read_tensors, readout_branches,
+    readout_loss, regression_metrics, render_score, row_text, run_info, run_stage, save_adapter,
+    say, settings_file, settings_of, student_loss, tokenizer_hash, training_branches,
+    training_items, without_inputs, write_atomic, write_json, write_rows, write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
 # and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for

@@ -68,8 +68,8 @@ def test_a_pass_that_failed_was_made():
     unsure, other = verdict("positive", 0.99), verdict("negative", 0.99)
     for verdicts, passes in (((unsure, FAILED, None), 2), ((unsure, unsure, None), 2),
                              ((unsure, other, FAILED), 3)):
-        assert mulcot.passes_asked(verdicts, 0.5, 0.5) == passes
-    assert mulcot.passes_asked((unsure, other, other), 1, 0.5) == 1
+        assert generate.passes_asked(verdicts, 0.5, 0.5) == passes
+    assert generate.passes_asked((unsure, other, other), 1, 0.5) == 1
 
 
 def test_scores_of_one_polarity_are_averaged_by_certainty():
@@ -105,7 +105,7 @@ def test_thresholds_keep_the_budget():
         passes, least, tau1, tau2 = generate.best_thresholds(grid, budget)
         assert passes <= budget + 1e-9 and least == pytest.approx(wrong)
         assert (passes, least, tau1, tau2) in grid
-        asked = [mulcot.passes_asked(v, tau1, tau2) - 1 for v in answers]
+        asked = [generate.passes_asked(v, tau1, tau2) - 1 for v in answers]
         assert passes == pytest.approx(sum(asked) / 10)
     passes, _, _, tau2 = generate.best_thresholds(grid, 0.7)
     assert passes > 0.6 and tau2 == 0.1  # of equals: asks about more posts, about none twice

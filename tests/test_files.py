@@ -64,7 +64,7 @@ def test_a_full_gpu_or_disk_is_one_line(toy, tmp_path, monkeypatch, capsys):
 def test_no_file_holds_nan(tmp_path):
     """Rows name their post; the file is as it was."""
     file, row = tmp_path / "x.jsonl", dict(id="7", probs=[float("nan")])
-    writer = mulcot.RowWriter(file)
+    writer = generate.RowWriter(file)
     for write in (writer.write, lambda row: write_rows(file, [row])):
         with pytest.raises(InputError, match="x.jsonl.*post 7 .*is a model damaged"):
             write(row)
@@ -91,7 +91,7 @@ def test_a_model_that_yields_nan_stops(how, toy, tmp_path, capsys, monkeypatch):
 def test_a_broken_row_is_named(tmp_path, line):
     """In the middle of a file of ours, as an editor or a bad copy leaves it."""
     (tmp_path / "a.jsonl").write_bytes(b'{"id": "a"}\n' + line + b'\n{"id": "c"}\n')
-    for read in (read_rows, mulcot.RowWriter):
+    for read in (read_rows, generate.RowWriter):
         with pytest.raises(InputError, match="a.jsonl:2: "):
             read(tmp_path / "a.jsonl")
 

@@ -70,7 +70,7 @@ def test_the_teachers_command(toy, tmp_path, serve):
     """Against a server, both stages, from the command line to the last line printed."""
     answer = chat(chain("positive"))
     server = serve(lambda request: answer)
-    with walk("the teacher's command", 77):
+    with walk("the teacher's command", 76):
         assert generate.main(["teacher", "--data", f"{toy}/posts.jsonl", "--model", "big",
                               "--endpoint", server.url, "--max-tries", "1", "--out",
                               f"{tmp_path}/chains.jsonl"]) == 0
