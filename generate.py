@@ -44,10 +44,10 @@ from mulcot import (
     digest, encode, encode_batch, explaining, forward_branches, gather, generate_text, get_rank,
     get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
     merge_lora, parse_reasoning, parse_score, post_prompt, predict, progress, read_dev_posts,
-    read_json, read_out, read_posts, read_rows, refuse_ranks, render_reasoning, report_rejects,
-    row_line, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
-    settings_file, settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches,
-    training_items, two_stage_cot, verdict, write_json, write_rows)
+    read_json, read_out, read_posts, read_rows, render_reasoning, report_rejects, row_line,
+    row_text, run_info, run_stage, say, score_labels, score_verdict, select_split, settings_file,
+    settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches, training_items,
+    two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -190,6 +190,12 @@ def select_posts(args, labelled=False):
         raise InputError(f"{', '.join(args.data)}: no post of split {args.split!r} that the "
                          f"{args.stage} stage can use")
     return posts, rejects
+
+
+def refuse_ranks(what):
+    """Raises InputError under torchrun with more than one process."""
+    if get_world_size() > 1:
+        raise InputError(f"{what} needs one process: run it without torchrun")
 
 
 class RowWriter:
@@ -372,7 +378,7 @@ def dry_run(args, posts):
           f"{calls * (tokens + 300):,} tokens in all; nothing was sent")
 
 
-# ---- an endpoint ---------------------------------------------------------------------------------
+# ---- an endpoint -------------------------------------------------------------------------------
 
 
 class Unreachable(InputError):

@@ -2431,12 +2431,6 @@ def get_world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def refuse_ranks(what):
-    """Raises InputError under torchrun with more than one process."""
-    if get_world_size() > 1:
-        raise InputError(f"{what} needs one process: run it without torchrun")
-
-
 def init_distributed(device):
     """Under torchrun: meets the other processes and returns this one's device. All but the first
     are silent."""
@@ -2446,12 +2440,9 @@ def init_distributed(device):
         return device
     on_gpu = str(device).startswith("cuda")
     if on_gpu:
-        count, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if found < count:  # all processes refuse, so that none waits for the others
-            raise InputError(f"{count} processes need {count} GPUs here, {found} found: lower "
-                             "--nproc-per-node")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        with explaining(f"{device}: a process needs a GPU of its own, lower --nproc-per-node"):
+            torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
                                          timeout=timedelta(days=7))  # work may be uneven
     if get_rank() > 0:

@@ -23,9 +23,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from generate import refuse_ranks  # noqa: E402
 from mulcot import (  # noqa: E402
-    Help, InputError, read_posts, read_rows, refuse_ranks, regression_metrics, run_stage,
-    write_json)
+    Help, InputError, read_posts, read_rows, regression_metrics, run_stage, write_json)
 
 SHORT = "--batch 16 --accumulate 1"  # for models of half a million parameters
 
