@@ -144,14 +144,10 @@ def test_gradients_are_clipped(run, plan, steps, clip):
     assert steps[0][1].norm().item() == pytest.approx(cap, rel=1e-3)
 
 
-def test_adamw_as_torch_has_it(run, plan, steps):
-    """choice: weight decay 0.01, torch's default; the first moment's β is 0.9. A step starts
-    from no gradients: the second step's are those of the second step alone."""
+def test_a_step_starts_from_no_gradients(run, plan, steps):
+    """The second step's are those of the second step alone."""
     plan(*["pppppp"] * 2)
     run("--epochs", "2", "--lr", "0", "--clip", "0")
-    for groups, _ in steps:
-        assert [group["weight_decay"] for group in groups] == [0.01] * len(groups)
-        assert [group["betas"][0] for group in groups] == [0.9] * len(groups)
     assert torch.allclose(steps[1][1], steps[0][1], rtol=1e-3)
 
 

@@ -149,9 +149,3 @@ def test_logged_loss_of_a_readout(toy, tmp_path, monkeypatch):
     deviation = torch.tensor(scores).std(correction=0).item()
     want = pytest.approx(error / deviation, rel=1e-4)
     assert log(tmp_path / "run", "loss") == [want]
-
-
-def test_dropout_of_the_readouts_head():
-    """paper, arXiv 2606.05713: 0.2."""
-    head = mulcot.Readout(8, dict(target="score"))
-    assert [m.p for m in head.modules() if isinstance(m, nn.Dropout)] == [0.2]
