@@ -59,8 +59,7 @@ def own_inputs(e, k):
     """What the model's own forward takes for one post and its branch k."""
     ids = torch.tensor([e.prefix + e.branches[k - 1][0]])
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if "pixel_values" in e.media:
-        inputs |= {key: e.media[key] for key in ("pixel_values", "image_grid_thw")}
+    inputs |= {key: value for key, value in e.media.items() if key != "audio"}
     if "audio" in e.media:
         inputs |= dict(input_features=e.media["audio"].T[None],
                        feature_attention_mask=torch.ones(1, len(e.media["audio"])).long())
@@ -226,11 +225,15 @@ def test_which_frames_are_taken(tmp_path):
     assert read_posts(tmp_path / "again.jsonl") == posts
 
 
-def test_shuffled_pictures_of_clips(clips):
-    """The control deals out frames too, not only single images; words and voices stay."""
-    args = generate.parse_args(["predict", "--data", "x", "--model", "y", "--out", "z",
-                                "--shuffle-images"])
+def test_controls_of_clips(clips):
+    """One takes the words alone. The other deals out frames too, not only single images; words and
+    voices stay."""
+    predict = ["predict", "--data", "x", "--model", "y", "--out", "z"]
+    posts = [replace(post, aspect="Rex") for post in clips]
+    generate.controlled(posts, generate.parse_args([*predict, "--blank-text"]))
+    assert posts == [replace(post, text="", aspect="Rex") for post in clips]
     posts = [replace(post) for post in clips]
+    args = generate.parse_args([*predict, "--shuffle-images"])
     dealt = [post.images for post in generate.controlled(posts, args)]
     assert sorted(dealt) == sorted(post.images for post in clips)
     assert dealt != [post.images for post in clips]
@@ -256,6 +259,7 @@ def test_label_file(tmp_path):
     assert [reason.split(":")[0] for _, reason in rejects] == [
         "not a row", "score must be a number in [-3, 3], got 3.4", "expected 9 cells, got 4",
         "a row of CH-SIMS, whose scores lie in [-1, 1], not [-3, 3]"]
+    assert "multiply its column label by 3" in rejects[-1][1]
 
 
 def test_readout_of_clips_from_file_to_rows(omni, clips, tmp_path):
