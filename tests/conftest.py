@@ -42,6 +42,13 @@ def tone(hertz, seconds, rate=16_000):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
+def write(path, rows):
+    """A .jsonl of these rows, also of those that write_rows would refuse."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def chain(label, words="one two three", conclusion=None):
     """A whole chain that names its label once, in its conclusion and as its Prediction."""
     fields = {k: f"{k[:4]} {words}" for k in mulcot.FIELDS}

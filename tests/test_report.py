@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import chain
+from conftest import chain, write
 from PIL import Image
 
 import eval as scores
@@ -15,11 +15,6 @@ from mulcot import LABELS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium or google-chrome")
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def report(folder, posts, rows, more=(), **others):
