@@ -13,13 +13,8 @@ import mulcot
 import train
 
 SURE, UNSURE = 0.1, 0.9
-
-
-def verdict(label, u):
-    return mulcot.Verdict(label, u)
-
-
-FAILED = mulcot.Verdict(failed="HTTP 400")
+verdict = mulcot.Verdict  # of a label and its uncertainty
+FAILED = verdict(failed="HTTP 400")
 
 
 # ---- the decision

@@ -77,18 +77,15 @@ def test_labels_by_hand(cascade):
     assert summary["costs"]["seconds"] == pytest.approx(sum(spent) / 10) and sum(spent) > 0.02
 
 
-def test_errors_of_labels_are_counted(cascade):
-    """Without a budget the UBM answers alone: wrong on one post of four."""
-    said = {"a": [0.1, 0.1, 0.8], "b": [0.1, 0.8, 0.1], "c": [0.8, 0.1, 0.1], "d": [0.2, 0.2, 0.6]}
-    labels = ["positive", "neutral", "negative", "negative"]
-    dev = [dict(id=text, text=text, label=label) for text, label in zip(said, labels)]
-    summary, _, _ = cascade(GivenUBM(mulcot.LABELS, said), dev, [dict(id="t", text="a")], 0)
-    assert (summary["dev_passes"], summary["dev_error"]) == (0, 0.25)
-
-
-def test_errors_of_scores_are_distances(cascade):
-    """A UBM that knows nothing says 0: 2, 1 and 3 away from the gold scores."""
-    said = {text: [1 / 7] * 7 for text in "abc"}
-    dev = [dict(id=text, text=text, score=score) for text, score in zip(said, (-2.0, 1.0, 3.0))]
-    summary, _, _ = cascade(GivenUBM(mulcot.SCORE_BINS, said), dev, [dict(id="t", text="a")], 0)
-    assert (summary["dev_passes"], summary["dev_error"]) == (0, pytest.approx((2 + 1 + 3) / 3))
+@pytest.mark.parametrize("classes, said, golds, error", [
+    (mulcot.LABELS, ([0.1, 0.1, 0.8], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.2, 0.2, 0.6]),
+     ("positive", "neutral", "negative", "negative"), 1 / 4),
+    (mulcot.SCORE_BINS, [[1 / 7] * 7] * 3, (-2.0, 1.0, 3.0), (2 + 1 + 3) / 3)])
+def test_errors_on_dev(cascade, classes, said, golds, error):
+    """Without a budget the UBM answers alone: wrong labels are counted, scores are distances (one
+    that knows nothing says 0)."""
+    name = "label" if classes == mulcot.LABELS else "score"
+    dev = [{"id": text, "text": text, name: gold} for text, gold in zip("abcd", golds)]
+    ubm = GivenUBM(classes, dict(zip("abcd", said)))
+    summary, _, _ = cascade(ubm, dev, [dict(id="t", text="a")], 0)
+    assert (summary["dev_passes"], summary["dev_error"]) == (0, pytest.approx(error))

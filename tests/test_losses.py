@@ -1,6 +1,5 @@
 """Losses against hand-computed numbers; chunks; soft labels; a training step's normalisation."""
 
-import json
 import math
 import shutil
 from functools import partial
@@ -177,11 +176,10 @@ def two_tasks(cot, label):
 def rows(toy, posts, tmp_path_factory):
     """Eight posts with chains of differing length, two of them without an image."""
     path = tmp_path_factory.mktemp("rows") / "chains.jsonl"
-    with open(path, "w") as f:
-        for i, post in enumerate(posts[:8]):
-            cot = chain(post.label, f"It says {post.text}." * (1 + i % 3))
-            f.write(json.dumps(post.row() | dict(cot=cot, image=None if i in (2, 5)
-                                                 else post.row()["image"])) + "\n")
+    rows = [post.row() | dict(cot=chain(post.label, f"It says {post.text}." * (1 + i % 3)))
+            for i, post in enumerate(posts[:8])]
+    del rows[2]["image"], rows[5]["image"]
+    mulcot.write_rows(path, rows)
     return path
 
 

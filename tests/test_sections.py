@@ -171,16 +171,12 @@ def test_the_lora_layer_to_copy():
 
 # ---- the scripts
 
-def tree(name):
-    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_house_rules(name):
     """From mulcot only public names, one by one, never a script, nothing for nothing; every public
     function and class says what it is; lines of at most 100 columns."""
-    module = tree(name)
-    imported = set()
+    text, imported = (ROOT / name).read_text(encoding="utf-8"), set()
+    module = ast.parse(text)
     for node in ast.walk(module):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
@@ -193,7 +189,7 @@ def test_house_rules(name):
     mute = [node.name for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
             and not node.name.startswith("_") and not ast.get_docstring(node)]
     assert ast.get_docstring(module) and not mute, mute
-    long = [n for n, line in enumerate((ROOT / name).read_text("utf-8").split("\n"), 1)
+    long = [n for n, line in enumerate(text.split("\n"), 1)
             if len(line) > 100 or line != line.rstrip()]
     assert not long, long
 

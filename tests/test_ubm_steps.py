@@ -66,16 +66,12 @@ def planned_logits(monkeypatch, answers, size=5.0):
     return asked
 
 
-def right(n, gold):
-    return gold
+def wrong_on(count):
+    """Answers that are wrong on the first `count` posts of six."""
+    return lambda n, gold: (gold + 1) % 3 if n < count else gold
 
 
-def wrong_on_two(n, gold):
-    return (gold + 1) % 3 if n < 2 else gold
-
-
-def wrong(n, gold):
-    return (gold + 1) % 3
+right, wrong_on_two, wrong = wrong_on(0), wrong_on(2), wrong_on(6)
 
 
 def test_the_steps_of_a_member(command, steps):
