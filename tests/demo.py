@@ -4,7 +4,6 @@ process (libraries load once).
     python tests/demo.py                  teacher -> assistant -> student -> report (train.py's door)
     python tests/demo.py ablate --quick   the paper's ablations: table.md
     python tests/demo.py readout          discriminative against generative, input by input
-    python tests/demo.py readout --data label.csv --dev label.csv --model Qwen/Qwen2.5-Omni-7B
 
 Each is resumable: killed and run again it goes on where it was.
 """
@@ -25,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from generate import refuse_ranks  # noqa: E402
 from mulcot import (  # noqa: E402
-    Help, InputError, read_posts, read_rows, regression_metrics, run_stage, write_json)
+    Help, read_posts, read_rows, regression_metrics, run_stage, write_json)
 
 SHORT = "--batch 16 --accumulate 1"  # for models of half a million parameters
 
@@ -35,23 +34,23 @@ TOY = "Toy posts, tiny models of half a million weights: this says nothing about
 
 def run_commands(commands):
     """Runs each as `python COMMAND`; returns their peaks of memory in MiB."""
-    peaks = []
+    peaks, gpu = [], torch.cuda.is_available()
     for n, command in enumerate(commands, 1):
         print(f"\n[stage {n} of {len(commands)}] $ python {command}", flush=True)
         script, *argv = shlex.split(command)
-        peak_mib(reset=True)
+        peak_mib(gpu, reset=True)
         main = runpy.run_path(str(ROOT / script))["main"]
         code = main(argv)
         if code:
             raise SystemExit(code)
-        peaks.append(peak_mib())
+        peaks.append(peak_mib(gpu))
     return peaks
 
 
-def peak_mib(reset=False):
-    """The most memory in MiB held since the last reset: of the GPU where there is one, else of this
-    process (0 where the system does not tell)."""
-    if torch.cuda.is_available():
+def peak_mib(gpu, reset=False):
+    """The most memory in MiB held since the last reset: of the GPU or of this process (0 where the
+    system does not tell)."""
+    if gpu:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return round(torch.cuda.max_memory_allocated() / 2**20)
@@ -66,24 +65,38 @@ def peak_mib(reset=False):
 # ---- the whole road
 
 
+def world_commands(out, seed, flags=""):
+    """Posts and base models."""
+    commands = [f"tests/toy.py posts --seed {seed} --out {out} {flags}".rstrip()]
+    for size in ("assistant", "student"):
+        commands.append(f"tests/toy.py base --size {size} --data {out}/warmup.jsonl --seed {seed} "
+                        f"--out {out}/base/{size}")
+    return commands
+
+
+def training_flags(out, seed):
+    """What the trainings of a seed share."""
+    return (f"--dev {out}/posts.jsonl --lr 0.01 --schedule cosine --log-every 20 {SHORT} "
+            f"--seed {seed}")
+
+
 def demo_commands(out, seed):
     """The stages of the embedded default, each as a user would type it."""
     out = shlex.quote(out)
     posts, chains, more = f"{out}/posts.jsonl", f"{out}/chains.jsonl", f"{out}/augmented.jsonl"
-    lora = f"--dev {posts} --lr 0.01 --schedule cosine --log-every 20 {SHORT} --seed {seed}"
+    lora = training_flags(out, seed)
     assistant, student = f"{out}/assistant/best", f"{out}/student/best"
     predict = f"generate.py predict --data {posts} --split test"
     rows = f"{out}/predictions"
-    runs = {"student": rows, "assistant": f"{rows}.assistant",
-            "base/student": f"{rows}.base.student", "base/assistant": f"{rows}.base.assistant",
-            "shuffled_images": f"{rows}.shuffled_images", "blank_text": f"{rows}.blank_text"}
-    judged = " ".join(f"{name}={file}.jsonl" for name, file in runs.items())
+    runs = {  # name -> its rows, its model and flags
+        "student": (rows, student), "assistant": (f"{rows}.assistant", assistant),
+        "base/student": (f"{rows}.base.student", f"{out}/base/student --no-chain"),
+        "base/assistant": (f"{rows}.base.assistant", f"{out}/base/assistant --no-chain"),
+        "shuffled_images": (f"{rows}.shuffled_images", f"{student} --no-chain --shuffle-images"),
+        "blank_text": (f"{rows}.blank_text", f"{student} --no-chain --blank-text")}
+    judged = " ".join(f"{name}={file}.jsonl" for name, (file, _) in runs.items())
     return [
-        f"tests/toy.py posts --out {out} --seed {seed}",
-        f"tests/toy.py base --size assistant --data {out}/warmup.jsonl --seed {seed} "
-        f"--out {out}/base/assistant",
-        f"tests/toy.py base --size student --data {out}/warmup.jsonl --seed {seed} "
-        f"--out {out}/base/student",
+        *world_commands(out, seed),
         f"tests/toy.py teacher --data {posts} --out {chains}",
         f"train.py assistant --data {chains} {lora} --epochs 4 --dropout 0.05 "
         f"--model {out}/base/assistant --out {out}/assistant",
@@ -92,13 +105,7 @@ def demo_commands(out, seed):
         f"train.py student --data {chains} {more} --soft {out}/soft {lora} --epochs 3 "
         f"--model {out}/base/student --out {out}/student",
         f"tests/toy.py teacher --data {posts} --split test --out {out}/references.jsonl",
-        f"{predict} --model {student} --out {rows}.jsonl",
-        f"{predict} --model {assistant} --out {runs['assistant']}.jsonl",
-        f"{predict} --no-chain --model {out}/base/student --out {runs['base/student']}.jsonl",
-        f"{predict} --no-chain --model {out}/base/assistant --out {runs['base/assistant']}.jsonl",
-        f"{predict} --no-chain --shuffle-images --model {student} "
-        f"--out {runs['shuffled_images']}.jsonl",
-        f"{predict} --no-chain --blank-text --model {student} --out {runs['blank_text']}.jsonl",
+        *(f"{predict} --model {model} --out {file}.jsonl" for file, model in runs.values()),
         f"eval.py {judged} --gold {posts} --chains {chains} --references {out}/references.jsonl "
         f"--out {out} --title '{TOY}'",
     ]
@@ -141,21 +148,6 @@ SETTINGS = {
 QUICK = ("full", "no-assistant", "no-soft-labels", "no-reasoning-task", "no-stage2")
 
 
-def world_commands(out):
-    """Posts and base models, which all seeds share."""
-    commands = [f"tests/toy.py posts --train 400 --noise 0.1 --out {out}"]
-    for size in ("assistant", "student"):
-        commands.append(f"tests/toy.py base --size {size} --data {out}/warmup.jsonl "
-                        f"--out {out}/base/{size}")
-    return commands
-
-
-def training_flags(out, seed):
-    """What the trainings of a seed share."""
-    return (f"--dev {out}/posts.jsonl --lr 0.01 --schedule cosine --log-every 20 {SHORT} "
-            f"--seed {seed}")
-
-
 def teacher_commands(out, teacher, seed):
     """A teacher's chains; the assistant that learns from them, its chains and its soft labels."""
     at = f"{out}/{teacher}-{seed}"
@@ -182,7 +174,7 @@ def student_command(out, seed, run, teacher, flags):
 def ablation_commands(out, seeds, quick):
     """(commands, {setting: [its predictions, one file a seed]}). Posts and base models are shared
     by all, a teacher's chains, assistant and soft labels by the settings of a seed."""
-    commands, files = world_commands(out), {}
+    commands, files = world_commands(out, 42, "--train 400 --noise 0.1"), {}
     for seed in seeds:
         for name in QUICK if quick else SETTINGS:
             run, (teacher, flags) = f"{out}/students/{name}-{seed}", SETTINGS[name]
@@ -198,8 +190,8 @@ def ablate(args):
     """The paper's ablations on toy posts, every student judged on the same test posts."""
     refuse_ranks("ablate")
     out = shlex.quote(args.out)
-    seeds = args.seeds or (2 if args.quick else 3)
-    commands, files = ablation_commands(out, range(1, seeds + 1), args.quick)
+    seeds = (1, 2) if args.quick else (1, 2, 3)
+    commands, files = ablation_commands(out, seeds, args.quick)
     runs = " ".join(f"{name}={file}" for name, each in files.items() for file in each)
     judge = f"eval.py {runs} --gold {out}/posts.jsonl --out {out} --baseline full"
     run_commands([*commands, judge])
@@ -216,53 +208,36 @@ TOY_READOUT = ("--batch 8 --accumulate 1 --epochs 5 --lr 0.003 --head-lr 0.002 "
                "--dropout 0.05")
 
 
-def readout_commands(args):
+def readout_commands(out, seed):
     """({(readout, inputs): its predictions}, commands): both readouts over all sets of inputs, with
-    the same backbone, data, LoRA and budget; first what the toy world needs."""
-    out, commands, files = shlex.quote(args.out), [], {}
-    data, dev, model, flags = args.data, args.dev, args.model, " ".join(args.flags)
-    if not model:
-        data = dev = f"{args.out}/posts.jsonl"
-        model, flags = f"{args.out}/base", TOY_READOUT
-        commands = [
-            f"tests/toy.py posts --clips --seed {args.seed} --out {out}",
-            f"tests/toy.py base --size omni --data {out}/warmup.jsonl {OMNI_WARMUP} "
-            f"--seed {args.seed} --out {out}/base"]
-    data, dev, model = shlex.quote(data), shlex.quote(dev), shlex.quote(model)
-    images = f" --images {shlex.quote(args.images)}" if args.images else ""
+    the same backbone, data, LoRA and budget; first the toy world."""
+    folder, out, files = out, shlex.quote(out), {}
+    posts, base = f"{out}/posts.jsonl", f"{out}/base"
+    commands = [f"tests/toy.py posts --clips --seed {seed} --out {out}",
+                f"tests/toy.py base --size omni --data {out}/warmup.jsonl {OMNI_WARMUP} "
+                f"--seed {seed} --out {base}"]
     for n, (inputs, left_out) in enumerate(INPUTS.items()):
         for readout in ("discriminative", "generative"):
             run = f"{out}/{readout}-{n}"
-            files[readout, inputs] = f"{args.out}/{readout}-{n}.jsonl"
+            files[readout, inputs] = f"{folder}/{readout}-{n}.jsonl"
             commands += [
-                f"train.py readout --data {data} --dev {dev}{images} --model {model} --readout "
-                f"{readout} {flags} --seed {args.seed} --out {run} {left_out}".rstrip(),
-                f"generate.py predict --data {dev}{images} --split test --model {run}/best "
+                f"train.py readout --data {posts} --dev {posts} --model {base} --readout {readout} "
+                f"{TOY_READOUT} --seed {seed} --out {run} {left_out}".rstrip(),
+                f"generate.py predict --data {posts} --split test --model {run}/best "
                 f"--out {run}.jsonl"]
     return files, commands
 
 
-def gold_scores(file, images):
-    """{id: score} of the test posts, which judge."""
-    posts = read_posts(file, images, [])
-    gold = {p.id: p.score for p in posts if p.split == "test" and p.score is not None}
-    if not gold:
-        raise InputError(f"{file} has no post of split test with a score to judge on")
-    return gold
-
-
 def compare_readouts(args):
     """paper: the discriminative against the generative readout, and what each input adds; judged on
-    the test split of --dev."""
+    the test posts."""
     refuse_ranks("readout")
-    files, commands = readout_commands(args)
-    if args.dev:  # before anything is trained
-        gold_scores(args.dev, args.images)
+    files, commands = readout_commands(args.out, args.seed)
     peaks = run_commands(commands)[-2 * len(files) :]
-    gold = gold_scores(args.dev or f"{args.out}/posts.jsonl", args.images)
+    gold = {p.id: p.score for p in read_posts(f"{args.out}/posts.jsonl") if p.split == "test"}
     table = []
     for n, ((readout, inputs), file) in enumerate(files.items()):
-        rows = [row for row in read_rows(file) if row["id"] in gold]
+        rows = read_rows(file)
         metrics = regression_metrics([gold[r["id"]] for r in rows], [r["score"] for r in rows])
         for key in ("unparsed", "out_of_range"):
             metrics[key] /= len(rows)
@@ -278,29 +253,17 @@ def compare_readouts(args):
 def parse_args(argv=None):
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    top.add_argument("--out", default="runs/demo", help="where everything lands")
-    top.add_argument("--seed", type=int, default=42, help="of all that is drawn")
     roads = top.add_subparsers(dest="road")
-    p = roads.add_parser("ablate", formatter_class=Help, help="the paper's ablations on toy posts: "
-                         "table.md with mean ± deviation and p against full")
-    p.add_argument("--out", default="runs/ablate", help="where everything lands")
-    p.add_argument("--quick", action="store_true", help="five settings, two seeds")
-    p.add_argument("--seeds", type=int, default=0, help="runs of each setting (0: three, or two)")
-    p = roads.add_parser("readout", formatter_class=Help, help="both readouts over all sets of "
-                         "inputs, in one table; other flags go to train.py readout")
-    p.add_argument("--out", default="runs/compare", help="where everything lands")
-    p.add_argument("--seed", type=int, default=42, help="of all that is drawn")
-    for name in ("data", "dev", "images", "model"):
-        p.add_argument(f"--{name}", help="instead of the toy clips, as in train.py readout")
-    args, args.flags = top.parse_known_args(argv)
-    if args.flags and args.road != "readout":
-        top.error(f"unrecognized arguments: {' '.join(args.flags)}")
-    if args.road == "readout":
-        if len({bool(args.data), bool(args.dev), bool(args.model)}) > 1:
-            p.error("--data, --dev and --model belong together")
-        if {"--readout", "--without", "--target"} & set(args.flags):
-            p.error("--readout and --without are what is compared, of scores")
-    return args
+    ablate = roads.add_parser("ablate", formatter_class=Help, help="the paper's ablations on toy "
+                              "posts: table.md with mean ± deviation and p against full")
+    ablate.add_argument("--quick", action="store_true", help="five settings, two seeds")
+    readout = roads.add_parser("readout", formatter_class=Help, help="both readouts over all sets "
+                               "of inputs, in one table")
+    for p, name in ((top, "demo"), (ablate, "ablate"), (readout, "compare")):
+        p.add_argument("--out", default=f"runs/{name}", help="where everything lands")
+    for p in (top, readout):
+        p.add_argument("--seed", type=int, default=42, help="of all that is drawn")
+    return top.parse_args(argv)
 
 
 def main(argv=None):
