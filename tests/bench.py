@@ -31,9 +31,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+import demo  # noqa: E402
 import families  # noqa: E402
 import generate as generate_script  # noqa: E402
 import mulcot  # noqa: E402
@@ -91,17 +94,10 @@ def operations(way):
 def peak(way, device):
     """GiB that a function needs above what is held before it."""
     gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    resident = lambda key: int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) / 2**20
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = resident("VmRSS")
+    gpu = device != "cpu"
+    before = demo.peak_mib(gpu, reset=True)
     way()
-    return resident("VmHWM") - before
+    return (demo.peak_mib(gpu) - before) / 1024
 
 
 def peak_alone(args, name):
@@ -262,15 +258,15 @@ def train(args):
 class Soft:
     """Soft labels at hand, as train.py reads them from files."""
 
-    names = staticmethod(mulcot.SoftLabels.names)
-
     def __init__(self, teacher, examples, pad):
-        self.head = teacher.lm_head.weight.detach()
-        names = [mulcot.SoftLabels.names(example) for example in examples]
-        processor = argparse.Namespace(pad_id=pad)
+        self.head, names = teacher.lm_head.weight.detach(), map(mulcot.SoftLabels.names, examples)
         with torch.no_grad():
-            entries = generate_script.soft_entries(teacher, processor, examples, names)
-        self.read = entries.__getitem__
+            self.entries = generate_script.soft_entries(
+                teacher, argparse.Namespace(pad_id=pad), examples, list(names))
+
+    def hidden(self, examples, branch):
+        names = [mulcot.SoftLabels.names(example)[branch - 1] for example in examples]
+        return torch.cat([self.entries[name] for name in names]).to(self.head)
 
 
 def student(args):
@@ -316,33 +312,18 @@ def student(args):
 # ---- the teacher stage ---------------------------------------------------------------------------
 
 
-class Slow(BaseHTTPRequestHandler):
-    """A right and whole answer after 200 ms; the label stands in the post's text."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # header and body in one packet, as real servers send them (no 40 ms of Nagle)
-
-    def do_POST(self):
-        text = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        label = re.search(r"label is (\w+)", text)[1]
-        names = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion")
-        chain = "\n".join(f'"{n}": "{"word " * 40}"' for n in names) + f'\n"Prediction": "{label}"'
-        reply = dict(choices=[dict(message=dict(content=chain), finish_reason="stop")],
-                     usage=dict(prompt_tokens=500, completion_tokens=250))
-        data = json.dumps(reply).encode()
-        time.sleep(0.2)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 def server(connection):
+    """Answers rightly and wholly after 200 ms; the label stands in the post's text."""
+    from conftest import Handler, chain, chat
+
+    def answer(asked):
+        label = re.search(r"label is (\w+)", asked.prompt)[1]
+        time.sleep(0.2)
+        return chat(chain(label, "word " * 40), tokens=(500, 250))
+
     ThreadingHTTPServer.request_queue_size = 128
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.plan, httpd.asked, httpd.lock = answer, deque(maxlen=1), threading.Lock()
     connection.send(httpd.server_port)
     httpd.serve_forever()
 
@@ -661,8 +642,7 @@ def main(argv=None):
     parser.add_argument("--model", default="models/smol", help="of trl: what to train")
     parser.add_argument("--data", default="dev_chains.json", help="of trl: a .json list with cot")
     parser.add_argument("--posts", type=int, default=16, help="of trl: how many")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of trl",
-                        default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="trl")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of shapes")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
