@@ -21,6 +21,7 @@ from toy import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "internvl_qwen3",
             "qwen2_5_omni_thinker", "qwen3_5")
+TOYS = ("qwen2_5_vl", "qwen2_5_omni_thinker")  # as toy.py makes them
 SIZES = {"student": dict(heads=4, extra_rows=0), "assistant": dict(heads=6, extra_rows=64)}
 
 # ---- real shapes
@@ -90,7 +91,7 @@ def family_tokenizer(family, texts, vocab_size=600):
     texts = [*texts, *(" " + text for text in texts), *["a line\n\n"] * 99]
     if family == "smolvlm":
         return _smol_tokenizer(texts, vocab_size)
-    if family in ("qwen2_5_vl", "qwen2_5_omni_thinker"):
+    if family in TOYS:
         return tiny_tokenizer(texts, vocab_size, omni=family == "qwen2_5_omni_thinker")
     base, special, added, template = TOKENIZERS[family]
     tokenizer = base().train_new_from_iterator(
@@ -150,12 +151,6 @@ def _qwen2_vl(text):
                                    num_heads=2, mlp_ratio=2, initializer_range=0.1))
 
 
-def _qwen2_5_vl(text):
-    vision = _qwen_vision(text["hidden_size"], patch_size=14, window_size=56,
-                          fullatt_block_indexes=[1])
-    return dict(text_config=text | dict(rope_parameters=_rope(4, 2, 2)), vision_config=vision)
-
-
 def _qwen3_vl(text):
     rope = _rope(4, 2, 2, mrope_interleaved=True)
     return dict(text_config=text | dict(head_dim=16, rope_parameters=rope),
@@ -170,26 +165,24 @@ def _qwen3_5(text):
     return dict(text_config=text, vision_config=_qwen_vision(text["hidden_size"]))
 
 
+TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             initializer_range=0.1)
+
+
 def _smolvlm(text):
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                  image_size=32, patch_size=8, initializer_range=0.1)
+    vision = TOWER | dict(image_size=32, patch_size=8)
     return dict(text_config=text | dict(model_type="llama"), vision_config=vision, scale_factor=2)
 
 
 def _internvl(text, language="qwen2"):
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                  image_size=[28, 28], patch_size=[7, 7], initializer_range=0.1)
+    vision = TOWER | dict(image_size=[28, 28], patch_size=[7, 7])
     return dict(text_config=text | dict(model_type=language), vision_config=vision,
                 image_seq_length=4)
 
 
-def _internvl_qwen3(text):
-    return _internvl(text | dict(head_dim=16), "qwen3")
-
-
-CONFIGS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl,
-           "qwen3_5": _qwen3_5, "smolvlm": _smolvlm, "internvl": _internvl,
-           "internvl_qwen3": _internvl_qwen3}
+CONFIGS = {"qwen2_vl": _qwen2_vl, "qwen3_vl": _qwen3_vl, "qwen3_5": _qwen3_5,
+           "smolvlm": _smolvlm, "internvl": _internvl,
+           "internvl_qwen3": lambda text: _internvl(text | dict(head_dim=16), "qwen3")}
 PIXELS = dict(shortest_edge=56 * 56, longest_edge=96 * 96)
 IMAGE_PROCESSORS = {
     "qwen2_vl": Qwen2VLImageProcessorPil(size=PIXELS),
@@ -198,8 +191,7 @@ IMAGE_PROCESSORS = {
                                         max_image_size=dict(longest_edge=32)),
     "internvl": GotOcr2ImageProcessorPil(size=dict(height=28, width=28), max_patches=4,
                                          crop_to_patches=True)}
-IMAGE_PROCESSORS |= dict(qwen2_5_vl=IMAGE_PROCESSORS["qwen2_vl"],
-                         qwen3_5=IMAGE_PROCESSORS["qwen3_vl"],
+IMAGE_PROCESSORS |= dict(qwen3_5=IMAGE_PROCESSORS["qwen3_vl"],
                          internvl_qwen3=IMAGE_PROCESSORS["internvl"])
 
 
@@ -219,8 +211,9 @@ def family_config(family, size, tokenizer, **more):
 def write_family(folder, family, size, tokenizer, seed=1, weights=True):
     """The family's tiny random model as an ordinary folder; without `weights` config, tokenizer
     and image processor alone."""
-    if family == "qwen2_5_omni_thinker":
-        return tiny_model(folder, "omni", tokenizer, seed, max_pixels=96 * 96)
+    if family in TOYS:
+        size = "omni" if family == "qwen2_5_omni_thinker" else size
+        return tiny_model(folder, size, tokenizer, seed, max_pixels=96 * 96, window=56)
     config = family_config(family, size, tokenizer)
     if weights:
         with torch.random.fork_rng():
@@ -234,13 +227,15 @@ def write_family(folder, family, size, tokenizer, seed=1, weights=True):
 # ---- the oracle: what the family's own classes make of a post
 
 
+PROCESSORS = dict(smolvlm=SmolVLMProcessor, internvl=InternVLProcessor)
+
+
 class Oracle:
     """Tokens, pictures and passes as the family's own tokenizer, image processor, processor class
     and model have them: one post, one branch, no padding."""
 
     def __init__(self, family, folder, model):
         self.family, self.model = family, model
-        self.config = AutoConfig.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.placeholder = PLACEHOLDER.get(family, "<|image_pad|>")
@@ -275,20 +270,13 @@ class Oracle:
     def _wide(self, out, number):
         """Picture `number` as text, by the family's own processor class (which itself would need
         torchvision)."""
-        config, token = self.config, self.placeholder
-        if self.family == "smolvlm":
-            vision = config.vision_config
-            side = vision.image_size // vision.patch_size // config.scale_factor
-            me = SimpleNamespace(image_seq_len=side**2, image_token=token,
-                                 fake_image_token="<fake_token_around_image>",
-                                 global_image_token="<global-img>")
-            return SmolVLMProcessor.replace_image_token(me, out, number)
-        if self.family.startswith("internvl"):
-            me = SimpleNamespace(image_seq_length=config.image_seq_length, image_token=token,
-                                 start_image_token="<img>", end_image_token="</img>")
-            return InternVLProcessor.replace_image_token(me, out, number)
-        me = SimpleNamespace(image_processor=self.images, image_token=token)
-        return Qwen2VLProcessor.replace_image_token(me, out, number)
+        own = PROCESSORS.get(self.family.removesuffix("_qwen3"), Qwen2VLProcessor)
+        me = SimpleNamespace(
+            image_processor=self.images, image_token=self.placeholder, image_seq_len=4,
+            image_seq_length=4, fake_image_token="<fake_token_around_image>",
+            global_image_token="<global-img>", start_image_token="<img>",
+            end_image_token="</img>")  # a tile of 2 x 2 tokens, as _smolvlm and _internvl have it
+        return own.replace_image_token(me, out, number)
 
     def inputs(self, post, question, answer=None, prompt=None):
         """Keyword arguments of the model's forward for a post, a question and perhaps an answer."""

@@ -333,7 +333,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
+def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112, window=112):
     """Writes a random Qwen2.5-VL of TINY[size], or the Omni Thinker, as an ordinary model folder
     that from_pretrained reads."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -351,7 +351,7 @@ def tiny_model(folder, size, tokenizer, seed=0, max_pixels=112 * 112):
                 eos_token_id=ids(IM_END), pad_token_id=ids(PAD_TOKEN), tie_word_embeddings=True,
                 rms_norm_eps=1e-6, initializer_range=0.1, rope_parameters=rope)
     vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
-                  out_hidden_size=shape["hidden"], fullatt_block_indexes=[1], window_size=112,
+                  out_hidden_size=shape["hidden"], fullatt_block_indexes=[1], window_size=window,
                   patch_size=14, spatial_merge_size=2, initializer_range=0.1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
