@@ -49,26 +49,14 @@ def test_a_label_is_the_likeliest(tiny, posts):
 # ---- sampling
 
 
-class FixedLogits(nn.Module):
-    """An output layer that says the same whatever the hidden state: logits by token, else -inf."""
-
-    def __init__(self, size, logits):
-        super().__init__()
-        self.logits = torch.full((size,), -torch.inf)
-        for token, logit in logits.items():
-            self.logits[token] = logit
-
-    def forward(self, hidden):
-        return self.logits.expand(*hidden.shape[:-1], -1)
-
-
 def letters(tiny, temperature, rows=16, tokens=60):
     """{letter: share} of texts written at this temperature by a model whose logits are 2, 1 and 0
     for "a", "b" and "c", and 9 for an image's placeholder."""
     model, processor = tiny
-    size = model.get_input_embeddings().num_embeddings
-    a, b, c = processor.tokenizer.convert_tokens_to_ids(["a", "b", "c"])
-    model.lm_head = FixedLogits(size, {a: 2.0, b: 1.0, c: 0.0, processor.placeholder_id: 9.0})
+    ids = [*processor.tokenizer.convert_tokens_to_ids(["a", "b", "c"]), processor.placeholder_id]
+    said = torch.full((model.lm_head.out_features,), -torch.inf)
+    said[ids] = torch.tensor([2.0, 1.0, 0.0, 9.0])
+    model.lm_head.register_forward_hook(lambda layer, args, logits: said.expand_as(logits))
     posts = [mulcot.Post("1", "so it goes")] * rows
     batch = encode_batch(posts, [(LABEL_FORMAT, None)], model, processor)
     answers = generate_text(model, processor, batch, tokens, temperature)

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import time
+from functools import partial
 
 import pytest
 from conftest import KEY, chain, chat, torn
@@ -17,12 +18,7 @@ from mulcot import (Answer, InputError, Post, Refused, Request, build_messages, 
                     read_rows, two_stage_cot)
 
 POST = Post("1", "so lovely", None, "Rex", "positive")
-
-
-def cut(text):
-    return Answer(text, "length")
-
-
+cut = partial(Answer, finish="length")
 RIGHT, WRONG, PART = chain("positive"), chain("negative"), '"Text_analysis": "x"'
 
 
