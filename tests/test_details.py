@@ -52,7 +52,7 @@ def test_ch_sims_is_not_mosi(tmp_path):
 
 def test_the_blank_text_control_takes_the_words_alone(posts):
     args = SimpleNamespace(shuffle_images=False, blank_text=True)
-    blank = generate.controlled([replace(post) for post in posts], args)
+    blank = generate.break_modality([replace(post) for post in posts], args)
     assert {post.text for post in blank} == {""}
     assert [(p.image, p.aspect) for p in blank] == [(p.image, p.aspect) for p in posts]
 
