@@ -13,7 +13,7 @@
 Last line: `wrote 300 rows to predictions.jsonl (0 set aside)`, of soft and export what is in the
 folder. Reads posts (.jsonl, the authors' .json, TomBERT .tsv, MMSA's .csv). Appends rows to --out
 (cascade writes it anew), bad ones to NAME.rejects.jsonl. Killed and run again with the same command
-it skips what is done and ends with the same rows.
+it skips what is done and ends with the same rows, but for their `seconds`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 STAGES = {
     "teacher": "two-stage chains: predict; keep if right, else explain the label",
     "augment": "one more chain per training post by the assistant, kept if right",
-    "soft": "what the student imitates: the assistant's distributions, as its hidden states",
+    "soft": "what the student imitates: the assistant's last hidden states at every answer token",
     "predict": "label by the label prompt, chain by the reason prompt",
     "cascade": "a small model first, the MLLM only where that one is unsure",
     "export": "base and adapter as one ordinary model folder, to serve or to load anywhere"}
@@ -176,7 +176,7 @@ def select_posts(args, labelled=False):
             raise InputError(f"--out {args.out} is one of the --data files: choose another")
         everyone += read_posts(path, args.images, rejects)
     report_rejects(rejects, "unreadable rows")
-    if args.split is None:  # what is judged later
+    if args.split is None:  # predict and cascade answer what eval.py will judge
         args.split = "test" if any(post.split == "test" for post in everyone) else "all"
     posts = select_split(everyone, args.split)
     commonest, n = Counter(post.id for post in everyone).most_common(1)[0]
@@ -250,7 +250,7 @@ class Output:
             if model is not None:
                 settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
-            begun = self.path in files and any(map(os.path.getsize, files))  # not mktemp's file
+            begun = self.path in files and any(map(os.path.getsize, files))  # not an empty file
             check_settings(sibling(args.out, "settings.json"), settings, begun, run=args.run)
             if not begun:  # --out was deleted: what an earlier run set aside is not done
                 Path(self.rejected).unlink(missing_ok=True)
@@ -273,11 +273,11 @@ class Output:
 
 
 def in_batches(args, posts, done, respond):
-    """(post, what respond(batch, its number) has for it and its seconds) of all posts not done,
-    like lengths together; under torchrun each process answers some of the batches. The batches'
-    make-up depends on all posts, not on what is left, so that a resumed or divided run pads,
-    samples and rounds as an unbroken one."""
-    # a chain, where there is one, is most of a row's length
+    """Yields (post, result) for each post not done: the dict that respond(batch, number of the
+    batch) has for it, with `seconds`, the batch's mean. Under torchrun each process answers some of
+    the batches. Their make-up depends on all posts, not on what is left, so that a resumed or
+    divided run pads, samples and rounds as an unbroken one."""
+    # like lengths together; a post's own chain, if it has one, tells how long the new one will be
     order = sorted(posts, key=lambda post: len(post.cot or post.text))
     batches = chunks(order, args.batch)
     bar = progress(len(posts), args.stage, "post")
@@ -298,8 +298,10 @@ def in_batches(args, posts, done, respond):
 
 
 def new_row(post, args, source, predicted):
-    """The post's row with what a model said about it, and nothing that another model said."""
+    """The post's row with what a model said about it. The post's own chain and gold score go: the
+    model's have the same names."""
     row = post.row()
+    row.pop("cot", None)
     row.pop("score", None)
     row |= dict(source=source, model=str(args.model)) | predicted
     if not row.get("cot"):
@@ -494,7 +496,7 @@ class Endpoint:
     def pause(self, seconds):
         """Sleeps; raises InputError if asked to stop meanwhile."""
         if self.stop.wait(seconds):
-            raise InputError("stopped")
+            raise InputError("stopped")  # nobody reads it: the stage is ending
 
     def _plain(self, text):
         """A text from the server without the key. choice: keys of fewer than 8 characters are no
@@ -540,13 +542,13 @@ class PaidCalls:
         self.endpoint = Endpoint(args.endpoint, args.model, args.timeout,
                                  allow_http=args.allow_http, extra_body=args.extra_body,
                                  proxy=args.proxy)
-        self.file = RowWriter(sibling(args.out, "calls.jsonl"), "call")
+        self.journal = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.budget = args.budget_tokens
         self.first_call = threading.Lock()
-        self.lock = threading.Condition()  # of all below
+        self.lock = threading.Condition()  # guards the journal and the next line
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        self.known = {}  # name of a call -> its answers, each to be used once
-        for row in read_rows(self.file.path):
+        self.known = {}  # name of a call, which is one post's -> answers, each to be used once
+        for row in read_rows(self.journal.path):
             answer = Answer(**row["answer"])
             self.count(answer)
             self.known.setdefault(row["call"], []).append(answer)
@@ -591,7 +593,7 @@ class PaidCalls:
             answer = self.endpoint(request)
             answer.seconds = round(time.time() - began, 4)
             with self.lock:
-                self.file.write(dict(call=name, id=request.post.id, answer=vars(answer)))
+                self.journal.write(dict(call=name, id=request.post.id, answer=vars(answer)))
                 self.count(answer)
         finally:
             with self.lock:
@@ -648,7 +650,7 @@ def from_endpoint(args, posts, done, dialogue):
                         refused = []
                         yield post, result
             # trap: a wrong --model may be a 400 for every post, and then no answer is on file
-            if refused and not calls.file.done:
+            if refused and not calls.journal.done:  # nothing was ever answered
                 raise InputError(f"no post was answered: {refused[0][1]}")
             yield from set_aside(refused)
         finally:
@@ -665,7 +667,8 @@ def set_aside(refused):
     """(post, result) of posts that the server refused."""
     for post, error in refused:
         say(f"set aside  post {post.id}: {error}")
-        yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0, tokens_out=0)
+        yield post, dict(cot=None, stage=0,  # whatever an earlier stage paid is in the journal
+                         tries=0, problem=str(error), tokens_in=0, tokens_out=0)
 
 
 # ---- augment and soft --------------------------------------------------------------------------
@@ -696,8 +699,8 @@ def augment(args):
 
 @torch.no_grad()
 def soft(args):
-    """The assistant's distributions for both tasks of every row, taken in eval mode: its last
-    hidden states, and its output matrix once."""
+    """What the assistant says to both tasks of every row, in eval mode: its last hidden state at
+    every answer token, and its output matrix once. Their product are the logits."""
     model, processor = load(args)
     branches_of = partial(training_branches, processor=processor, max_answer=args.max_answer)
     items, _ = training_items(args.data, args.images, branches_of)
@@ -748,9 +751,8 @@ def predict_posts(args):
     model, respond = responder(args)
     output = Output(args, rejects, model)
     source = "ubm" if isinstance(model, UBM) else "model"
-    for post, result in in_batches(args, controlled(posts, args), output.done, respond):
-        # the post's own chain is not the model's
-        output.write(new_row(post, args, source, result | dict(cot=None)))
+    for post, result in in_batches(args, break_modality(posts, args), output.done, respond):
+        output.write(new_row(post, args, source, result))
     output.print_summary()
 
 
@@ -775,8 +777,9 @@ def responder(args):
     return model, respond
 
 
-def controlled(posts, args):
-    """Two controls that each break one modality: images dealt out anew, words taken away."""
+def break_modality(posts, args):
+    """Two controls, each without one modality: images dealt out anew (a row still names the post's
+    own), words taken away."""
     if args.shuffle_images:
         pictures = [(post.image, post.frames) for post in posts]
         random.Random(args.seed).shuffle(pictures)

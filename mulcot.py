@@ -3,8 +3,8 @@ model that reads a social-media post (text + image), writes a reasoning chain an
 sentiment (arXiv 2508.05234, teacher -> assistant -> student). Nothing here is a program; the three
 scripts beside this file are.
 
-One paper after the other. Read §1 to §8 in order and you follow one post from file to loss; there
-MulCoT-RD ends. Its two neighbours come after it:
+One paper after the other. §1 to §8 are MulCoT-RD, from a post's file to its loss (a training step
+runs the model of §8 first, then §7 and §6). Its two neighbours come after it:
 
   §1 Posts      files -> Post                      §5 LoRA         adapters in PEFT's format
   §2 Prompts    Post -> messages, text -> fields   §6 Losses       the equations, dev metrics
@@ -751,12 +751,13 @@ def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
         failed = [post for post in posts if attempts[post.id][-1]["problem"]]
         ask_until_valid(failed, "explained", ask, attempts, max_tries, max_tokens)
     rows = []
-    for tries in attempts.values():
-        unaided = [each["prediction"] for each in tries if each["stage"] == 1]
-        rows.append(tries[-1] | dict(tries=len(tries), attempts=tries,
-                                     unaided_prediction=unaided[-1]))
+    for of_post in attempts.values():
+        unaided = [each["prediction"] for each in of_post if each["stage"] == 1]
+        row = of_post[-1] | dict(tries=len(of_post), attempts=of_post,
+                                 unaided_prediction=unaided[-1])
         for name in ("tokens_in", "tokens_out", "seconds"):
-            rows[-1][name] = sum(each[name] for each in tries)
+            row[name] = sum(each[name] for each in of_post)
+        rows.append(row)
     return rows
 
 
@@ -767,7 +768,8 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
     paper: the adaptive retry controller (ARC) asks again while the structure is incomplete.
     choice: each retry is at a higher temperature (0, 0.4, 0.8, 1.2), and after an answer that was
     cut off with twice as many tokens. Stage 1: an answer that is whole but wrong goes on to stage
-    2. Stage 2: an answer against the label is asked for again."""
+    2. Stage 2: an answer against the label is asked for again. A server's refusal of a stage's
+    first question is raised: it sets the post aside whole."""
     allowed = dict.fromkeys(attempts, max_tokens)
     pending = posts
     for retry in range(max_tries):
@@ -784,7 +786,7 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
         except Refused:
             if retry == 0:
                 raise
-            break  # a server may refuse the doubled max_tokens: the earlier answers stand
+            break  # a server may refuse the doubled max_tokens: this stage's earlier answers stand
         pending = []
         for request, answer in zip(requests, answers, strict=True):
             post = request.post
@@ -803,7 +805,7 @@ def _attempt(task, request, answer, parsed, problem):
     cot = render_reasoning(parsed.fields) if problem is None else None
     return dict(cot=cot, raw=answer.text, prediction=parsed.prediction, problem=problem,
                 stage=1 if task == "unaided" else 2, label_conditioned=task == "explained",
-                prompt=hashlib.sha256(prompt.encode()).hexdigest()[:16],
+                prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest()[:16],
                 temperature=request.temperature, max_tokens=request.max_tokens,
                 tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, seconds=answer.seconds)
 
@@ -851,9 +853,9 @@ class QwenVL:
         merged = processor.image_processor.merge_size**2
         return self.placeholder * (int(out["image_grid_thw"].prod()) // merged)
 
-    def limit(self, images, max_pixels):
-        floor = min(images.size["shortest_edge"], max_pixels)
-        images.size = dict(shortest_edge=floor, longest_edge=max_pixels)
+    def limit(self, image_processor, max_pixels):
+        floor = min(image_processor.size["shortest_edge"], max_pixels)
+        image_processor.size = dict(shortest_edge=floor, longest_edge=max_pixels)
 
 
 class QwenOmni(QwenVL):
@@ -880,10 +882,11 @@ class SmolVLM:
         return get_image_prompt_string(rows, cols, side**2, "<fake_token_around_image>",
                                        self.placeholder, "<global-img>")
 
-    def limit(self, images, max_pixels):
-        edge = images.max_image_size["longest_edge"]
+    def limit(self, image_processor, max_pixels):
+        edge = image_processor.max_image_size["longest_edge"]
         side = max(1, math.isqrt(max_pixels) // edge)  # in tiles
-        images.do_image_splitting, images.size = side > 1, dict(longest_edge=side * edge)
+        image_processor.do_image_splitting = side > 1
+        image_processor.size = dict(longest_edge=side * edge)
 
 
 class InternVL:
@@ -898,8 +901,9 @@ class InternVL:
         n = int(out["num_patches"][0]) * processor.config.image_seq_length
         return f"<img>{self.placeholder * n}</img>"
 
-    def limit(self, images, max_pixels):
-        images.max_patches = max(1, max_pixels // (images.size["height"] * images.size["width"]))
+    def limit(self, image_processor, max_pixels):
+        tile = image_processor.size["height"] * image_processor.size["width"]
+        image_processor.max_patches = max(1, max_pixels // tile)
 
 
 FAMILIES = {"qwen2_vl": QwenVL(), "qwen2_5_vl": QwenVL(), "qwen3_vl": QwenVL(),
@@ -1041,7 +1045,7 @@ def encode(post, branches, processor, shared=None):
     if shared is None:
         shared = post_prompt(post)
     text = turn.opening + shared
-    if branches[0][0]:
+    if branches[0][0]:  # empty where `shared` is the whole prompt (a local teacher's)
         # trap: some tokenizers (SmolVLM2's) split line breaks otherwise at the end of a text; a
         # question begins with a letter, so one is put there and its token taken away again
         text_ids = processor.text_ids(text + "A")[:-1]
@@ -1509,7 +1513,7 @@ class SoftLabels:
         write_tensors(self.folder / f"part-{digest(*sorted(entries))}.safetensors", tensors)
 
     def write_head(self, weight):
-        """The assistant's output matrix, cut to the tokenizer's ids (V, D')."""
+        """The assistant's output matrix, cut to the tokenizer's ids (V', D')."""
         write_tensors(self.folder / "head.safetensors", dict(weight=weight))
 
     def load_head(self, device):
@@ -1592,15 +1596,16 @@ def load_processor(name, max_pixels=None):
             tokenizer.chat_template = read_json(file)["chat_template"]
         # the image size of training is kept beside an adapter
         trained = Path(name, "preprocessor_config.json").exists()
-        images = AutoImageProcessor.from_pretrained(name if trained else base, backend="pil")
+        folder = name if trained else base
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         extractor = None
         if isinstance(family, QwenOmni):
             extractor = WhisperFeatureExtractor.from_pretrained(base)
     if isinstance(family, InternVL):
-        images.crop_to_patches = True  # as its own processor has it, whatever the file says
+        image_processor.crop_to_patches = True  # as its own processor, whatever the file says
     if max_pixels:
-        family.limit(images, max_pixels)
-    return Processor(config, tokenizer, images, extractor)
+        family.limit(image_processor, max_pixels)
+    return Processor(config, tokenizer, image_processor, extractor)
 
 
 def base_of(name):
@@ -1813,7 +1818,7 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     is whole) and `tokens`.
 
     paper: the label comes from the label prompt, the chain from the reason prompt. choice: the
-    three answers are scored; decode="greedy" generates one (`raw_label`; departure 23)."""
+    three answers are scored; decode="greedy" generates one (`raw_label`; departure 22)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
     answers = []

@@ -168,9 +168,9 @@ def chain_flags(flag, stage):
 
 
 class Stage:
-    """What the loop needs of a stage: `branches_of` (what to train on), `loss`, `metrics`, and the
-    names of two dev metrics, of which more is better: `selected_by` chooses the best epoch, `ties`
-    decides between equals."""
+    """What the loop needs of a stage: `branches_of` (a post -> [(question, answer), ...] to train
+    on, counted from branch 1), `loss`, `metrics`, and the names of two dev metrics, of which more
+    is better: `selected_by` chooses the best epoch, `ties` decides between equals."""
 
     selected_by, ties = "accuracy", "macro_f1"
 
@@ -288,12 +288,13 @@ def label_scores(rows, posts):
 # ---- set-up ------------------------------------------------------------------------------------
 
 
-# flags that a rerun may change: they touch no weight (the rows themselves are compared)
+# flags that a rerun may change: they change no weight but by rounding and, of another device, its
+# dropout (the rows themselves are compared)
 MAY_CHANGE = ("run", "out", "show", "device", "data", "dev", "images", "workers", "log_every",
-        "save_every", "gradient_checkpointing")
+              "save_every", "gradient_checkpointing")
 
 
-def begin(args, items, rejects, dev, begun):
+def record_settings(args, items, rejects, dev, resumable):
     """Writes settings.json and set_aside.json, before anything else; refuses to go on with a run of
     other settings or rows."""
     settings = settings_of(args, MAY_CHANGE)
@@ -301,9 +302,9 @@ def begin(args, items, rejects, dev, begun):
     settings["dev_rows"] = digest([post.row() for post in dev])
     if get_rank() == 0:
         file = settings_file(args.out)
-        if file.exists() and not begun:
+        if file.exists() and not resumable:
             print("note       nothing had been saved when this run was stopped: it begins anew")
-        check_settings(file, settings, begun, run=args.run)
+        check_settings(file, settings, resumable, run=args.run)
         write_json(Path(args.out, "set_aside.json"), rejects)
     barrier()  # none begins where the first refuses
     print(f"settings   {row_text(settings)}")
@@ -315,10 +316,10 @@ def begin(args, items, rejects, dev, begun):
 
 
 def build_model(args, stage, items):
-    """The model with what is to be trained on it, in train mode. The base is frozen, in 16 bits on
-    a GPU or in 4 with --nf4; what is trained is in fp32."""
+    """The model with what is to be trained on it, in train mode. The base is frozen, in --dtype
+    (bfloat16 on a GPU that has it) or in 4 bits with --nf4; what is trained is in fp32."""
     torch.manual_seed(args.seed)
-    # the stage has its processor already
+    # the loader of §10 adds to a model a readout's head; the stage has its processor already
     model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
     if lora_layers(model):
         raise InputError(f"--model {args.model} is an adapter: generate.py export makes a model of "
@@ -413,8 +414,8 @@ class TrainingState:
     schedule, the step, the log and the best so far, every process's random numbers and running
     sums. The order of the data is a function of seed and step (steps_of_epoch).
 
-    After a kill the steps since the last `save` (an epoch's end, ten minutes, a signal) are made
-    again, with the same posts and draws."""
+    After a kill the steps since the last `save` (an epoch's end, --save-every, ten minutes, a
+    signal) are made again, with the same posts and draws."""
 
     def __init__(self, args, model):
         self.args, self.file = args, Path(args.out, "state.pt")
@@ -513,12 +514,14 @@ def step_counts(micro):
         for branch in range(1, int(batch.branch_ids.max()) + 1):
             counts[branch] += int(batch.supervised(branch).sum())
     total = sum_over_processes(counts)
-    return StepCounts(total.pop("posts"), total)
+    posts = total.pop("posts")  # what is left is {branch: tokens}
+    return StepCounts(posts, total)
 
 
 def set_learning_rate(args, state, total):
-    """Warm-up and cosine. Under the plateau schedule the first step, or the warm-up, sets the peak
-    rates: ReduceLROnPlateau halves the rate in evaluate_and_save when dev stops getting better."""
+    """Warm-up and cosine. Under the plateau schedule the rate is set here at the first step and
+    during warm-up only; afterwards it belongs to ReduceLROnPlateau, which halves it in
+    evaluate_and_save when dev stops getting better."""
     factor = min(1.0, (state.step + 1) / max(1.0, args.warmup * total))
     if args.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * state.step / total))
@@ -543,7 +546,7 @@ def train(args):
     if args.show:
         return
     dev = read_dev_posts(args.dev, args.images, getattr(args, "target", "label"))
-    begin(args, items, rejects, dev, begun=Path(args.out, "state.pt").exists())
+    record_settings(args, items, rejects, dev, resumable=Path(args.out, "state.pt").exists())
     per_epoch = math.ceil(len(items) / (args.batch * args.accumulate))
     total = per_epoch * args.epochs
     images = sum(bool(post.images) for post, _ in items)
@@ -563,7 +566,7 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
     """Rate -> micro-batches -> clip -> step -> log; at each epoch's end evaluate and save.
 
     Losses are sums divided by the whole step's counts, so the micro-batches' gradients only add up:
-    1 x 8 posts, 8 x 1 and two processes are the same step."""
+    1 x 8 posts, 8 x 1 and two processes are the same step, but for their draws of dropout."""
     parameters = list(state.trained.values())
     bar = progress(total, args.stage, "step", done=state.step)
     signals = note_signals()
@@ -583,7 +586,7 @@ def train_loop(args, stage, model, state, items, dev, per_epoch, total):
             evaluate_and_save(args, stage, model, state, dev)
         # all processes do as one: by the first one's clock, and by anybody's signal (0: none)
         overdue = gather(time.time() - saved > SAVE_SECONDS)[0]
-        stopped = max(gather(sum(signals)))
+        stopped = max(gather(signals[0] if signals else 0))
         every = args.save_every and state.step % args.save_every == 0
         if epoch_ends or every or stopped or overdue:
             state.save()
@@ -775,7 +778,7 @@ def ubm(args):
     items, rejects = training_items(args.data, args.images, branches_of)
     posts = [post for post, _ in items]
     dev = read_dev_posts(args.dev, args.images, target)
-    begin(args, items, rejects, dev, begun=settings_file(out).exists())
+    record_settings(args, items, rejects, dev, resumable=settings_file(out).exists())
     torch.manual_seed(args.seed)
     model = new_ubm(args.text_encoder, classes, args.image_encoder, args.members).to(args.device)
     for member in model.members:

@@ -230,11 +230,11 @@ def test_controls_of_clips(clips):
     voices stay."""
     predict = ["predict", "--data", "x", "--model", "y", "--out", "z"]
     posts = [replace(post, aspect="Rex") for post in clips]
-    generate.controlled(posts, generate.parse_args([*predict, "--blank-text"]))
+    generate.break_modality(posts, generate.parse_args([*predict, "--blank-text"]))
     assert posts == [replace(post, text="", aspect="Rex") for post in clips]
     posts = [replace(post) for post in clips]
     args = generate.parse_args([*predict, "--shuffle-images"])
-    dealt = [post.images for post in generate.controlled(posts, args)]
+    dealt = [post.images for post in generate.break_modality(posts, args)]
     assert sorted(dealt) == sorted(post.images for post in clips)
     assert dealt != [post.images for post in clips]
     assert [(p.text, p.audio) for p in posts] == [(p.text, p.audio) for p in clips]

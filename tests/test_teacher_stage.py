@@ -94,7 +94,7 @@ def test_every_fault_at_once_loses_no_post_and_shows_no_key(serve, world, tmp_pa
     assert KEY not in printed.out + printed.err and KEY.encode() not in files
     assert "HTTP 429" in printed.out and "tokens out" in printed.out
     for row in read_rows(out):
-        assert {"stage", "tries", "model", "tokens_in", "seconds", "prompt"} <= row.keys()
+        assert {"stage", "tries", "model", "tokens_in", "seconds", "prompt_sha256"} <= row.keys()
         assert row["label_conditioned"] == (row["stage"] == 2) and "attempts" not in row
 
 
