@@ -342,7 +342,7 @@ def test_references_and_teacher_rows(gold, tmp_path, capsys):
     assert metrics["s"]["referenced"] == 4
     counts = dict(kept=2, unaided=1, label_conditioned=1, set_aside=2, contradictions=1 / 3)
     assert metrics["teacher"] == counts
-    assert "teacher: contradictions 0.333" in capsys.readouterr().out
+    assert "contradictions 0.333" in capsys.readouterr().out
     said = [("positive", "positive"), ("negative", "neutral"), ("negative", None)]
     judged = [row | dict(label=label, unaided_prediction=told)
               for row, (label, told) in zip([*rows, rejects[0]], said)]

@@ -274,7 +274,7 @@ def test_numbers_of_the_page(small):
                                     [[0.1, 0.01], [1, 0.033]], [[0, 1.0], [1, 0.3]]])
 def test_charts_stay_within_their_frame(points):
     """Counts are areas of dots, a curve is a line."""
-    art = scores.chart("t", points, 9)
+    art = scores.chart("t", "across", "up", points, 9)
     places = [pair.split(",") for pair in re.search('points="(.*?) "', art)[1].split()]
     assert len(places) == len(points)
     assert all(40 <= float(x) <= 300 and 14 <= float(y) <= 174 for x, y in places)
