@@ -2445,9 +2445,12 @@ def init_distributed(device):
         return device
     on_gpu = str(device).startswith("cuda")
     if on_gpu:
+        count, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if found < count:  # all processes refuse, so that none waits for the others
+            raise InputError(f"{count} processes need {count} GPUs here, {found} found: lower "
+                             "--nproc-per-node")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        with explaining(f"{device}: a process needs a GPU of its own, lower --nproc-per-node"):
-            torch.cuda.set_device(device)
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
                                          timeout=timedelta(days=7))  # work may be uneven
     if get_rank() > 0:
