@@ -97,6 +97,7 @@ def test_members_answer_together(encoder, three):
     model = mulcot.new_ubm(encoder, members=3).eval()
     with torch.no_grad():
         each = torch.stack([m(m.inputs(three)).softmax(-1) for m in model.members])
+        assert torch.allclose(model(model.inputs(three)).exp(), each.mean(0), atol=1e-6)
     assert (each[0] - each[1]).abs().max() > 1e-3
     assert torch.allclose(model.probs(three), each.mean(0), atol=1e-6)
     model.temperature = 2.0
