@@ -136,7 +136,7 @@ def own_flags(flag, stage):
         flag("--max-posts", type=int, default=0, help="--endpoint: posts of this run, 0: all")
         flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
         flag("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
-        flag("--max-tries", type=int, default=3, help="answers asked for in each stage (ARC)")
+        flag("--max-tries", type=int, default=3, help="answers asked for, unaided and explained (ARC)")
         flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
@@ -298,8 +298,8 @@ def in_batches(args, posts, done, respond):
 
 
 def new_row(post, args, source, predicted):
-    """The post's row with what a model said about it. The post's own chain and gold score go: the
-    model's have the same names."""
+    """The post's row with what a model said about it. The post's own chain and gold score go: a
+    teacher's `cot` and a readout's `score` have the same names (a predicted chain is `raw`)."""
     row = post.row()
     row.pop("cot", None)
     row.pop("score", None)
@@ -547,7 +547,7 @@ class PaidCalls:
         self.first_call = threading.Lock()
         self.lock = threading.Condition()  # guards the journal and the next line
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        self.known = {}  # name of a call, which is one post's -> answers, each to be used once
+        self.known = {}  # name of a call (of one post) -> answers, each to be used once
         for row in read_rows(self.journal.path):
             answer = Answer(**row["answer"])
             self.count(answer)
@@ -667,7 +667,7 @@ def set_aside(refused):
     """(post, result) of posts that the server refused."""
     for post, error in refused:
         say(f"set aside  post {post.id}: {error}")
-        yield post, dict(cot=None, stage=0,  # whatever an earlier stage paid is in the journal
+        yield post, dict(cot=None, stage=0,  # what its stage 1 had paid is in the journal
                          tries=0, problem=str(error), tokens_in=0, tokens_out=0)
 
 
@@ -771,7 +771,7 @@ def responder(args):
             return read_out(model, processor, posts)
         rows = predict(model, processor, posts, args.chain, args.decode, args.max_new_tokens)
         for row in rows:
-            row.pop("fields", None)  # eval.py reads them from the chain
+            row.pop("fields", None)  # eval.py reads them from `raw`
         return rows
 
     return model, respond

@@ -36,7 +36,7 @@ way back to theirs where there is one
     teacher for two to four sentences an analysis and nothing behind the Prediction; theirs say when
     to call an aspect neutral. In ours white space is joined, and control tokens in a post are text.
  6. MVSA is read in CLMLF's split, the one in print. Their files of it are not released. Of rows
-    with one id the first is read: give D_t and D_a as two files, theirs is one.
+    with one id the first is read: give the teacher's chains and the assistant's as two files.
   Tokens
  7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
  8. The label's answer is quoted, `"Prediction": "positive"`. Theirs is not, though their prompt
@@ -1663,8 +1663,9 @@ def new_cache(model):
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
-    our positions (3, B, T) and mask: additive (B, 1, T, T), or (B, T) of 1 and 0 for recurrent
-    layers. The logits are left to the caller, who needs them at few positions."""
+    our positions (3, B, T) and mask: additive (B, 1, T, all T so far), or (B, T) of 1 and 0 for
+    recurrent layers, which need none for one further token. The logits are left to the caller, who
+    needs them at few positions."""
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
     # transformers 5.24 calls past_key_values `cache`, and takes the old name until 5.40

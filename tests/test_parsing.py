@@ -25,6 +25,7 @@ def form(pattern, between="\n\n"):
 QUOTED, LINES = form('"{k}": "{v}"'), form('"{k}": "{v}"', "\n")
 FORMS = {
     "quoted paragraphs": QUOTED, "quoted lines": LINES, "plain": form("{k}: {v}", "\n"),
+    "closing quotes forgotten": form('"{k}": "{v}', "\n"),
     "quoted with commas": form('"{k}": "{v}",', "\n"),
     "plain label unquoted": form('"{k}": {v}', "\n"), "wide colon": form("{k}\uff1a {v}", "\n"),
     "###": form("### {k}\n{v}"), "###:": form("### {k}:\n{v}"), "##": form("## {k}\n{v}"),
