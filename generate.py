@@ -134,9 +134,10 @@ def own_flags(flag, stage):
         flag("--budget-tokens", type=int, default=0,
              help="--endpoint: cap on the tokens of all runs onto this --out, 0: none")
         flag("--max-posts", type=int, default=0, help="--endpoint: posts of this run, 0: all")
-        flag("--allow-test", action="store_true", help="also send posts of split test, with labels")
+        flag("--allow-test", action="store_true",
+             help="let --split send posts of split test, with labels")
         flag("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
-        flag("--max-tries", type=int, default=3, help="answers asked for, unaided and explained (ARC)")
+        flag("--max-tries", type=int, default=3, help="answers to each of its two prompts (ARC)")
         flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
@@ -228,8 +229,8 @@ def fingerprint(model):
     return digest(*parts)
 
 
-# flags that a rerun onto the same --out may change: more posts, the way to a server, when to stop;
-# a cascade's rows are written anew
+# flags that a rerun onto the same --out may change: more posts, the way to a server, when to stop,
+# what computes (which rounds and draws otherwise); a cascade's rows are written anew
 MAY_CHANGE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endpoint",
               "allow_http", "workers", "timeout", "proxy", "budget", "budget_tokens", "max_posts",
               "allow_test", "dry_run", "text", "image", "aspect")

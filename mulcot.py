@@ -25,8 +25,8 @@ way back to theirs where there is one
  1. Chains are brought into one written form, a teacher's references too. Theirs are trained on and
     compared as they came.
  2. Chains that are incomplete or contradict their label are set aside, after all retries and again
-    before training; so are answers that were cut off, as they come. Theirs filter stage 1 and the
-    assistant's chains by the label alone, stage 2 by nothing.
+    before training; so are answers that were cut off. Theirs filter stage 1 and the assistant's
+    chains by the label alone, stage 2 by nothing.
  3. A teacher is asked three times a stage at most (`--max-tries` sets how often), each time at a
     higher temperature, after a cut answer with twice the tokens; the paper asks until the structure
     is whole.
@@ -593,9 +593,9 @@ def post_prompt(post, task="reason", gold=None):
 
 
 def build_messages(post, task, gold=None):
-    """OpenAI-style messages. task: "reason" | "label" for the trained models, "unaided" |
-    "explained" for the teacher's two stages; only "explained" takes (and needs) the gold label.
-    paper: stage 1 / stage 2."""
+    """Messages as OpenAI's, but with the files' paths. task: "reason" | "label" for the trained
+    models, "unaided" | "explained" for the teacher's two stages; only "explained" takes (and needs)
+    the gold label. paper: stage 1 / stage 2."""
     assert task in FORMATS and (gold in LABELS) == (task == "explained"), (task, gold)
     content = [{"type": "image", "image": path} for path in post.images]
     if post.audio:
@@ -1819,7 +1819,8 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
     is whole) and `tokens`.
 
     paper: the label comes from the label prompt, the chain from the reason prompt. choice: the
-    three answers are scored; decode="greedy" generates one (`raw_label`; departure 22)."""
+    three answers are scored; decode="greedy" generates one (`raw_label` without `probs`; departure
+    22)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
     answers = []

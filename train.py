@@ -54,7 +54,7 @@ from mulcot import (
 # beside LoRA it has its own `add_weights` and `save`.
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
-SAVE_SECONDS = 600  # choice: a killed run loses ten minutes at most
+SAVE_SECONDS = 600  # choice: a killed run loses ten minutes and a step
 DEV_BATCH = 4  # a dev batch has so many times --batch posts: no gradients are held
 
 
@@ -151,7 +151,8 @@ def chain_flags(flag, stage):
     """Of the two tasks, and of the student's soft labels and ablations."""
     flag("--reasoning-weight", type=float, default=0.8, help="λ_rea (paper: 0.8)")
     flag("--label-weight", type=float, default=0.2, help="λ_cls (paper: 0.2)")
-    flag("--reasoning", action=YES_NO, default=True, help="--no-reasoning: label task alone")
+    flag("--reasoning", action=YES_NO, default=True,
+         help="--no-reasoning: label task alone, weight 1")
     flag("--max-answer", type=int, default=512,
          help="longest chain in tokens; longer rows are set aside (release: none is)")
     if stage == "student":

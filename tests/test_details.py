@@ -10,6 +10,7 @@ import torch
 from conftest import noise_image
 from torch import nn
 
+import generate
 import mulcot
 import train
 
@@ -36,6 +37,12 @@ def test_a_list_without_labels_and_images_says_so_once(tmp_path, capsys):
     (tmp_path / "posts.json").write_text(json.dumps(rows))
     assert len(mulcot.read_posts(tmp_path / "posts.json")) == 2
     assert capsys.readouterr().out.count("no row has a label or an image") == 1
+
+
+def test_predict_answers_the_test_posts(toy):
+    """Of a file that holds other splits too, unless --split says otherwise."""
+    args = generate.parse_args(["predict", "--model", "m", "--data", f"{toy}/posts.jsonl"])
+    assert {post.split for post in generate.select_posts(args)[0]} == {"test"}
 
 
 # ---- asserts that hold the loss together
