@@ -41,7 +41,8 @@ def test_a_list_without_labels_and_images_says_so_once(tmp_path, capsys):
 
 def test_predict_answers_the_test_posts(toy):
     """Of a file that holds other splits too, unless --split says otherwise."""
-    args = generate.parse_args(["predict", "--model", "m", "--data", f"{toy}/posts.jsonl"])
+    args = generate.parse_args(["predict", "--model", "m", "--data", f"{toy}/posts.jsonl",
+                                "--out", "rows.jsonl"])
     assert {post.split for post in generate.select_posts(args)[0]} == {"test"}
 
 
