@@ -169,8 +169,8 @@ def load(args):
 
 
 def select_posts(args, labelled=False):
-    """(posts of --data and --split, unreadable rows); says how many of other splits are left
-    out."""
+    """(posts of --data and --split, unreadable rows); says how many are left out, for another split
+    or, if they must be `labelled`, for want of a label."""
     rejects, everyone = [], []
     for path in args.data:
         if os.path.realpath(path) == os.path.realpath(args.out):
@@ -185,7 +185,9 @@ def select_posts(args, labelled=False):
         raise InputError(f"id {commonest!r} occurs in two --data files: ids name posts later on")
     if len(posts) < len(everyone):
         print(f"left out   {len(everyone) - len(posts)} posts of other splits than {args.split}")
-    if labelled:
+    unlabelled = [post for post in posts if labelled and not post.label]
+    if unlabelled:
+        print(f"left out   {len(unlabelled)} posts without a label")
         posts = [post for post in posts if post.label]
     if not posts:
         raise InputError(f"{', '.join(args.data)}: no post of split {args.split!r} that the "

@@ -447,8 +447,10 @@ def _json_rows(path):
     """A list of rows: the authors' release, or a file of CLMLF's split of MVSA."""
     with explaining(f"{path} is not JSON (one object per line belongs into a .jsonl)"):
         rows = json.loads(path.read_bytes())
+    if not isinstance(rows, list):
+        raise InputError(f"{path} must be a list of rows")
     known = {"label", "emotion_label", "score", *FILES}
-    if not any(known & set(row) for row in rows):
+    if not any(known & row.keys() for row in rows if isinstance(row, dict)):
         print(f"note       {path}: no row has a label or an image ({', '.join(sorted(known))})")
     return [(f"{path}[{n}]", row) for n, row in enumerate(rows)]
 

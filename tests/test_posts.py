@@ -204,9 +204,9 @@ def test_bad_row(wrong_files, tmp_path, change, reason):
     ("none.jsonl", None, "does not exist"), ("p.txt", b"a,b", "use .jsonl, .json, .tsv or .csv"),
     ("p.csv", b"a,b", "must have the columns"),
     ("p.jsonl", b"", "holds no usable post"), ("p.tsv", b"head\n", "holds no usable post"),
-    ("p.json", b"", "is not JSON"), ("p.json", b"{}", "holds no usable post"),
-    ("p.json", b'{"id": 1}\n{"id": 2}', "belongs into a .jsonl"),
-    ("p.jsonl", b"oops\n", "p.jsonl:1")])
+    ("p.json", b"", "is not JSON"), ("p.json", b"{}", "must be a list"),
+    ("p.json", b'{"id": 1}\n{"id": 2}', "belongs into a .jsonl"), ("p.json", b"5", "must be a list"),
+    ("p.json", b"[null, 1]", "2 bad rows"), ("p.jsonl", b"oops\n", "p.jsonl:1")])
 def test_bad_file(tmp_path, name, content, reason):
     """A file of which nothing can be used is one error that names it."""
     if content is not None:
