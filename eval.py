@@ -249,7 +249,7 @@ def ngrams(tokens, n):
 def bleu4(prediction, reference):
     """Sentence BLEU-4 in [0, 1] (Papineni et al. 2002): 13a tokens, no smoothing, no effective
     order (the authors' way: a pair without a common 4-gram scores 0). Equal to sacrebleu's sentence
-    BLEU with smooth_method="none"."""
+    BLEU with smooth_method="none", use_effective_order=False."""
     prediction = tokenize(prediction.rstrip(), _13A)
     reference = tokenize(reference.rstrip(), _13A)
     precisions = []

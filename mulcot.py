@@ -1258,7 +1258,7 @@ class LoRALinear(nn.Module):
         low = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # (N, R)
         # product, scale and sum in one kernel
         y = torch.addmm(self.base(flat), low, self.lora_B.to(x.dtype).T, alpha=self.scale)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def lora_layers(model):
@@ -1283,8 +1283,8 @@ def linear_names(model, targets=TARGETS, scope="language"):
 def add_lora(model, rank=16, alpha=32, dropout=0.05, targets=TARGETS, scope="language"):
     """Wraps the linears whose name ends in one of `targets` and freezes everything else; returns
     their full names. A new layer is in the mode (train or eval) of the one it wraps."""
-    model.requires_grad_(False)
     names = linear_names(model, targets, scope)
+    model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
@@ -1311,6 +1311,8 @@ def save_adapter(model, folder):
     `mulcot.json`, which tells whether the base was in NF4 (PEFT warns of keys it does not know)."""
     layers = lora_layers(model)
     assert layers, "save_adapter on a model without adapters"
+    settings = {(layer.rank, layer.alpha, layer.dropout.p) for layer in layers.values()}
+    assert len(settings) == 1, f"the file holds one rank, alpha and dropout for all: {settings}"
     tensors = {}
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
@@ -1416,6 +1418,7 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
     (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); soft labels come cut to the tokenizer's
     ids (departure 17)."""
+    assert reduction in ("mean", "sum", "none"), reduction
     assert student_logits.shape[:-1] == teacher_logits.shape[:-1], (
         student_logits.shape, teacher_logits.shape)
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
@@ -1871,7 +1874,7 @@ def rounded(tensor):
 # paper: QLoRA, arXiv 2305.14314, appendix E: the 16 levels of NF4, as float32
 NF4 = torch.tensor([-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036,
                     0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617,
-                    0.72295684, 1])
+                    0.72295684, 1], dtype=torch.float32)
 # both levels of each byte, two float32 in one int64: one look-up per byte
 NF4_PAIRS = torch.cartesian_prod(NF4, NF4).view(torch.int64).flatten()
 
