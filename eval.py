@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from mulcot import (
-    LABELS, Help, InputError, confusion_scores, confusion_table, data_url, explaining,
-    parse_reasoning, read_posts, read_rows, regression_metrics, report_rejects, run_info,
-    run_stage, select_split, sibling, write_json, write_text)
+    LABEL_WORD, LABELS, POLARITY, Help, InputError, confusion_scores, confusion_table, data_url,
+    explaining, parse_reasoning, read_posts, read_rows, regression_metrics, report_rejects,
+    run_info, run_stage, select_split, sibling, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -63,8 +63,8 @@ def is_number(value):
 
 def is_distribution(value):
     """Whether a JSON value holds a probability of each label."""
-    return (isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
-            and min(value) >= 0 and abs(sum(value) - 1) < 1e-3)
+    return (isinstance(value, list) and len(value) == len(LABELS)
+            and all(map(is_number, value)) and min(value) >= 0 and abs(sum(value) - 1) < 1e-3)
 
 
 def checked_rows(path, stage):
@@ -486,7 +486,7 @@ SIGNATURES = {  # how a metric is computed: its name is not enough to compare pa
 def names_only(parsed, label):
     """Whether Final_conclusion names that label and no other."""
     conclusion = parsed.fields.get("Final_conclusion", "").lower()
-    return set(re.findall(rf"\b({'|'.join(LABELS)})\b", conclusion)) == {label}
+    return set(LABEL_WORD.findall(conclusion)) == {label}
 
 
 def means(values):
@@ -617,8 +617,11 @@ RESERVED = {"", *"majority teacher command versions signatures diagnosis date sp
 
 
 def sign_label(score):
-    """The label that a sentiment score stands for: its sign, in the order of LABELS."""
-    return None if score is None else LABELS[1 + int(np.sign(score))]
+    """The label that a sentiment score stands for: its sign."""
+    if score is None:
+        return None
+    require(LABELS == POLARITY, f"a score's sign is none of the labels {', '.join(LABELS)}")
+    return LABELS[1 + int(np.sign(score))]
 
 
 def prediction_rows(path):
@@ -827,16 +830,17 @@ overflow-wrap:anywhere}h2,p{margin:.5rem 0}a,mark{color:inherit}.lead b{white-sp
 .lead b{font-size:1.7rem;
 margin-right:1rem}img{width:9rem;float:left;margin:0 1rem 1rem 0}small,dt,th{color:var(--dim);
 font-size:.87rem;font-weight:400}mark{background:light-dark(#fd8,#654)}
-.negative{--c:light-dark(#ad3d0c,#ff9e73)}.positive{--c:light-dark(#1b5cc8,#8cb6ff)}
 span,small[class]{color:var(--c,var(--dim));font-weight:600}.note,article{border-left-width:.4rem}
 .wide,.note,figure,form,article{border:1px solid var(--c,var(--dim));margin:.5rem 0;padding:.6rem}
 .pair,dl{display:flex;flex-wrap:wrap;gap:0 1rem}figure,dd{flex:1 1 17rem}figure{max-width:27rem}
 .wide{overflow-x:auto;width:fit-content;max-width:100%}table{border-collapse:collapse}
 td,th{padding:.2rem .5rem;text-align:right;white-space:nowrap}th:first-child{text-align:left}
 path{stroke:var(--dim);opacity:.4}text{fill:var(--dim);font-size:11px}polyline{fill:none;
-stroke:CanvasText;stroke-width:2}circle{fill:CanvasText}dt{width:100%}.neutral{--c:var(--dim)}
+stroke:CanvasText;stroke-width:2}circle{fill:CanvasText}dt{width:100%}
 circle~polyline,[hidden]{display:none}dd{white-space:pre-wrap}article{content-visibility:auto;
 contain-intrinsic-size:auto 20rem}label{white-space:nowrap}"""
+COLORS = ("light-dark(#ad3d0c,#ff9e73)", "var(--dim)", "light-dark(#1b5cc8,#8cb6ff)",
+          "light-dark(#1a7f37,#7ee08f)", "light-dark(#7a35b8,#d2a6ff)")  # of LABELS, in their order
 
 SCRIPT = """const all = query => [...document.querySelectorAll(query)], form = document.forms[0];
 form.onreset = () => setTimeout(form.oninput);
@@ -854,10 +858,15 @@ form.onreset = () => setTimeout(form.oninput);
 FLAGS = ("wrong", "chain ≠ label", "unparsed", "chain ≠ teacher's", "only one of them right")
 
 
+def css_class(label):
+    """The name that a label's colour goes by."""
+    return re.sub(r"\W", "-", label or "none")
+
+
 def in_color(label, gold=None):
     """A label in its class's colour; where gold is given, ✓ or ✗ beside it."""
     mark = {None: "", label: " ✓"}.get(gold, " ✗")
-    return f"<span class={label or 'none'}>{label or 'none'}</span>{mark}"
+    return f"<span class={css_class(label)}>{escape(label or 'none')}</span>{mark}"
 
 
 def html_table(rows, title):
@@ -926,7 +935,7 @@ def card(post, shown):
         lines += f"<p><b>{escape(name)}</b> label {in_color(row.get('prediction'), post.label)}"
         right.add(row.get("prediction") == post.label)
         for label, p in zip(LABELS, row.get("probs") or ()):
-            lines += f" <small class={label}>{p:.1%}</small>"
+            lines += f" <small class={css_class(label)}>{p:.1%}</small>"
         if "raw" in row:
             texts[name] = row["raw"]
             lines += f" · chain {in_color(parse_reasoning(row['raw']).prediction, post.label)}"
@@ -949,8 +958,9 @@ def card(post, shown):
     pieces = post.text.split(post.aspect) if post.aspect else [post.text]
     text = f"<mark>{escape(str(post.aspect))}</mark>".join(map(escape, pieces))
     name = escape(post.id)
-    return (f'<article class={post.label} id="{name}" data-marks="{marks}"><div>{image}</div><div>'
-            f'<a href="#{name}">{name}</a> <b>{" · ".join(flags)}</b><p class=text>{text}{lines}'
+    return (f'<article class={css_class(post.label)} id="{name}" data-marks="{marks}">'
+            f'<div>{image}</div><div><a href="#{name}">{name}</a> '
+            f'<b>{" · ".join(flags)}</b><p class=text>{text}{lines}'
             f"{chain_fields(texts)}</div></article>\n")
 
 
@@ -986,12 +996,16 @@ def report(about, runs, columns, notes, lines, posts, rows_of, most):
     for key in ("accuracy", "macro_f1", "weighted_f1", "mae", "corr"):
         if key in metrics:
             lead += f"{COLUMNS[key]}&nbsp;<b>{cell(metrics, key)}</b> "
+    colors = ""
+    for label, color in zip(LABELS, COLORS):
+        colors += f".{css_class(label)}{{--c:{color}}}"
     made = [about["date"], *map(" ".join, about["versions"].items())]
     nonce = secrets.token_urlsafe()
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=\
 device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; \
 style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'">
-<title>MulCoT-RD: {escape(name)}</title><style>{STYLE}</style><h1>MulCoT-RD: {escape(name)}</h1>
+<title>MulCoT-RD: {escape(name)}</title><style>{STYLE}{colors}</style>
+<h1>MulCoT-RD: {escape(name)}</h1>
 <p>{escape(about["title"])}<p class=lead>{lead} n&nbsp;<b>{about["n"]}</b> split&nbsp;<b>\
 {escape(about["split"])}</b>
 <p><small>{escape(" · ".join(made))}<br><code>{escape(about["command"])}</code></small>{lines}

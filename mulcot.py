@@ -130,7 +130,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-LABELS = ("negative", "neutral", "positive")
+LABELS = ("negative", "neutral", "positive")  # for others, in lower case, change this line alone
+DEFINITIONS = dict(positive="the author shows joy, praise, support or hope.",
+                   neutral="the author states facts or shows no clear feeling.",
+                   negative="the author shows anger, sadness, criticism or mockery.")
+POLARITY = ("negative", "neutral", "positive")  # the LABELS that scores go with
 REMEDY = "is this the right folder? Else delete the file and run its stage again"
 
 
@@ -211,7 +215,7 @@ def read_tensors(path):
 
 # ================================================================================================
 # §1 Posts [needs: base64, csv, io, json, os, re, wave, dataclass, field, replace, Path, torch,
-#    Image, ImageOps, LABELS, InputError, explaining]
+#    Image, ImageOps, LABELS, POLARITY, InputError, explaining]
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -404,6 +408,8 @@ def to_post(columns, folder):
     if label not in (*LABELS, None):
         raise InputError(f"unknown label {label!r}: use one of {', '.join(LABELS)}")
     score = row.get("score")
+    if score is not None and LABELS != POLARITY:
+        raise InputError(f"a score, whose sign is none of the labels {', '.join(LABELS)}")
     if score is not None and not (isinstance(score, (int, float)) and abs(score) <= SCORE_RANGE):
         raise InputError(f"score must be a number in [-3, 3], got {score!r}: rescale it")
     split = (row.get("split") or "").strip().lower() or None
@@ -467,11 +473,11 @@ def _json_row(stem, row):
 
 
 def _tsv_row(stem, line):
-    """TomBERT: header, then index, label (0 negative, 1 neutral, 2 positive), image, text with
-    $T$, aspect."""
+    """TomBERT: header, then index, label (0 negative, 1 neutral, 2 positive: their places in
+    LABELS), image, text with $T$, aspect."""
     cells = line.decode().strip("\r\n").split("\t")  # trap: csv would join lines at a stray quote
-    if len(cells) != 5 or cells[1] not in ("0", "1", "2"):
-        raise InputError("expected index, label 0-2, image, text, aspect; got "
+    if len(cells) != 5 or cells[1] not in map(str, range(len(LABELS))):
+        raise InputError(f"expected index, label 0-{len(LABELS) - 1}, image, text, aspect; got "
                          f"{len(cells)} cells, label {cells[1:2]}")
     index, label, image, text, aspect = cells
     return dict(id=f"{stem}-{index}", label=LABELS[int(label)], image=image, text=text,
@@ -542,7 +548,7 @@ def _csv_rows(path, folder):
 
 
 # ================================================================================================
-# §2 Prompts and parser [needs: json, re, dataclass, LABELS]
+# §2 Prompts and parser [needs: json, re, dataclass, LABELS, DEFINITIONS]
 # ================================================================================================
 
 FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion",
@@ -558,18 +564,17 @@ TASK_ASPECT = ("Judge the sentiment that the author of a social-media post shows
 TASK_EXPLAIN = ("Explain why the sentiment of a social-media post is the given one, from text and "
                 "image together.")
 TOWARD_ASPECT = " The sentiment meant is the one toward the target aspect."
-DEFINITIONS = """Sentiment definitions:
-positive: the author shows joy, praise, support or hope.
-neutral: the author states facts or shows no clear feeling.
-negative: the author shows anger, sadness, criticism or mockery."""
-REASON_FORMAT = """Answer with these five fields, each on its own line:
+DEFINED = [f"{label}: {text}" for label, text in DEFINITIONS.items() if label in LABELS]
+CHOICE = f"{', '.join(LABELS[:-1])} or {LABELS[-1]}"
+NO_IMAGE = "No image is given."
+REASON_FORMAT = f"""Answer with these five fields, each on its own line:
 "Text_analysis": what the words express
 "Image_analysis": what the image shows and expresses
 "Conflict_resolution": whether they agree, and which one counts if not
 "Final_conclusion": the sentiment that follows
-"Prediction": negative, neutral or positive"""
-LABEL_FORMAT = """Answer with this field only:
-"Prediction": negative, neutral or positive"""
+"Prediction": {CHOICE}"""
+LABEL_FORMAT = f"""Answer with this field only:
+"Prediction": {CHOICE}"""
 TEACHER_RULES = """
 Write two to four full sentences in each analysis. Quote the words and name the parts of the image \
 you rely on. \
@@ -584,11 +589,13 @@ def post_prompt(post, task="reason", gold=None):
     lines = [TASK_ASPECT if post.aspect else TASK]
     if task == "explained":
         lines = [TASK_EXPLAIN + (TOWARD_ASPECT if post.aspect else "")]
-    if task in ("unaided", "explained"):
-        lines.append(DEFINITIONS)
+    if task in ("unaided", "explained") and DEFINED:
+        lines += ["Sentiment definitions:", *DEFINED]
     lines.append("Text: " + " ".join(post.text.split()))  # trap: line breaks could fake our layout
     if post.aspect:
         lines.append("Target aspect: " + " ".join(post.aspect.split()))
+    if not post.images:
+        lines.append(f'{NO_IMAGE} The Image_analysis is "{NO_IMAGE}"')
     if task == "explained":
         lines.append(f"Given sentiment: {gold}")
     return "\n".join(lines) + "\n\n"
@@ -627,7 +634,8 @@ _HEADING = re.compile(
     rf"""^[ \t>#*\-{{"'`\d.]{{0,16}}({_NAME})"""
     r"""(?:["'`*\]]{0,4}[ \t]{0,4}[:\uff1a][*]{0,2}|["'`*#:]{0,4}[ \t]{0,4}$)"""
     rf"""|[{{,]\s{{0,8}}"({_NAME})"\s{{0,4}}:""", re.M)
-_LABEL_WORD = re.compile(rf"\b({'|'.join(LABELS)})\b")
+_LABELS = "|".join(map(re.escape, sorted(LABELS, key=len, reverse=True)))  # the longest first
+LABEL_WORD = re.compile(rf"\b({_LABELS})\b")
 
 
 def parse_reasoning(text):
@@ -648,7 +656,7 @@ def parse_reasoning(text):
     if not fields and re.fullmatch(r"\W*\w+\W*", text.strip().split("\n", 1)[0][:40]):
         answer = text.strip()  # a bare label word; one within prose would not count
     line = re.split(r'\n|",\s*"\w+"\s*:', answer, maxsplit=1)[0]  # or to the next key of JSON
-    labels = set(_LABEL_WORD.findall(line.lower()))
+    labels = set(LABEL_WORD.findall(line.lower()))
     prediction = labels.pop() if len(labels) == 1 else None
     if prediction and "Prediction" in fields:
         fields["Prediction"] = prediction  # what a model adds behind it is not to be learned
@@ -2099,7 +2107,7 @@ def regression_metrics(gold, predicted):
 
 # ================================================================================================
 # §11 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
-#    LABELS, explaining, read_json, read_tensors, §1]
+#    LABELS, InputError, explaining, read_json, read_tensors, §1]
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2243,6 +2251,8 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
     config = read_json(Path(folder, "ubm.json"))
+    if tuple(config["classes"]) not in (LABELS, SCORE_BINS):
+        raise InputError(f"{folder} was trained on other labels: {config['classes']}")
     image = str(Path(folder, "image")) if config["image"] else None
     model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
                     weights=False)

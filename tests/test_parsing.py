@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from mulcot import (DEFINITIONS, FIELDS, FORMATS, LABELS, Post, build_messages, parse_reasoning,
-                    post_prompt, render_label, render_reasoning)
+from mulcot import (DEFINITIONS, FIELDS, FORMATS, LABELS, NO_IMAGE, Post, build_messages,
+                    parse_reasoning, post_prompt, render_label, render_reasoning)
 
 CHAIN = {"Text_analysis": "The words call Rex 'great', it's praise.",
          "Image_analysis": "A smiling face, a #sunny sky; and {braces}.",
@@ -200,6 +200,14 @@ def test_the_label_is_in_stage_twos_prompt_alone():
         assert lines.count(f"Given sentiment: {label}") == 1
 
 
+def test_no_prompt_asks_about_a_picture_that_is_not_there():
+    """Each task says so, and says what Image_analysis is then; with a picture nothing changes."""
+    for task, gold in GOLD.items():
+        line = f'{NO_IMAGE} The Image_analysis is "{NO_IMAGE}"\n'
+        without = prompt(replace(POST, image=None), task, gold)
+        assert without.count(line) == 1 and without.replace(line, "") == prompt(POST, task, gold)
+
+
 @pytest.mark.parametrize("post", [POST, replace(POST, aspect=None), replace(POST, text="a\n\nb")])
 def test_tasks_share_their_prefix(post):
     """Up to the format the prompts of a post are equal; the seam is a blank line, then a letter."""
@@ -230,4 +238,4 @@ def test_wording(task):
     about = prompt(POST, task, GOLD[task])
     assert "\nTarget aspect: Rex\n" in about and "toward the target aspect" in about
     assert "aspect" not in prompt(replace(POST, aspect=None), task, GOLD[task]).lower()
-    assert (DEFINITIONS in about) == (task in ("unaided", "explained"))
+    assert (DEFINITIONS["neutral"] in about) == (task in ("unaided", "explained"))

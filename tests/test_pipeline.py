@@ -452,6 +452,32 @@ def test_without_reasoning_rows_as_soft_has_them(road, tmp_path, capsys):
 # ---- predictions and chains
 
 
+def test_labels_of_ones_own(road, tmp_path):
+    """One changed line: prompts, parser, toy teacher, training, probabilities and report follow, and
+    a score is refused in one line."""
+    (tmp_path / "tests").mkdir()
+    for name in ("train.py", "generate.py", "eval.py", "tests/toy.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    source, line = (ROOT / "mulcot.py").read_text(), 'LABELS = ("negative", "neutral", "positive")'
+    labels = ("angry", "sad", "calm", "very glad")
+    (tmp_path / "mulcot.py").write_text(source.replace(line, f"LABELS = {labels}", 1))
+    out = tmp_path / "out"
+    shutil.copytree(road / "base", out / "base")
+    commands = road_commands(out)
+    commands["student"][1].append("--no-soft")
+    todo = [(script.__name__, argv) for stage, (script, argv) in commands.items()
+            if stage in ("posts", "teacher", "student", "predict", "eval")]
+    code = f"for script, argv in {todo}: assert __import__(script).main(argv) == 0, argv"
+    env = os.environ | dict(PYTHONPATH=f"{tmp_path}:{tmp_path}/tests")
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+    shown = rows(out / "predictions.jsonl")
+    assert all(len(row["probs"]) == 4 and row["prediction"] in labels for row in shown)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["student"]["per_class"].keys() == set(labels) and metrics["teacher"]["kept"] > 15
+    report = (out / "report.html").read_text()
+    assert ".very-glad{--c:" in report and "class=very-glad" in report
+
+
 def test_greedy_labels_and_one_post(road, tmp_path, capsys):
     """The authors' way of labelling, and a single post from the shell."""
     assert run(road, "predict", "--decode", "greedy", "--no-chain", "--out",

@@ -64,8 +64,8 @@ TOY_CELLS = {("praise", "plain"): 17, ("no side", "plain"): 20, ("blame", "plain
 def toy_label(words, mood):
     """The toy world's only law: a cheerful or gloomy picture decides (irony, banter), else the
     words."""
-    by_mood = {"cheerful": "positive", "gloomy": "negative"}
-    by_words = {"praise": "positive", "blame": "negative", "no side": "neutral"}
+    by_mood = {"cheerful": LABELS[-1], "gloomy": LABELS[0]}
+    by_words = {"praise": LABELS[-1], "blame": LABELS[0], "no side": LABELS[len(LABELS) // 2]}
     return by_mood.get(mood) or by_words[words]
 
 
@@ -267,7 +267,7 @@ class ToyTeacher:
             raise InputError(f"post {post.id}: the toy teacher only knows toy posts; use "
                              "generate.py teacher with --endpoint or --model for yours")
         prompt = request.messages[-1]["content"][-1]["text"]
-        given = re.search(r"^Given sentiment: (\w+)$", prompt, re.M)
+        given = re.search(r"^Given sentiment: (.+)$", prompt, re.M)
         draw = lambda *key: random.Random(f"{self.seed}|{post.id}|{'|'.join(map(str, key))}")
         rng = draw(bool(given), request.temperature)
         if given:
