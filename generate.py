@@ -7,6 +7,8 @@
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out predictions.jsonl
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
+    python generate.py predict --data test.tsv --images img --model qwen2.5-vl-72b-instruct \
+        --endpoint http://localhost:8000/v1 --out zero_shot.jsonl
     python generate.py cascade --ubm runs/ubm --mllm runs/student/best --data test.tsv \\
         --dev dev.tsv --images img --out cascade.jsonl
 
@@ -39,7 +41,7 @@ import torch
 
 from mulcot import (
     FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
-    SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, check_answer,
+    SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, chain_row, check_answer,
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
     digest, encode, encode_batch, explaining, forward_branches, gather, generate_text, get_rank,
     get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
@@ -71,7 +73,7 @@ def parse_args(argv=None):
     for stage, about in STAGES.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
         shared_flags(p.add_argument, stage)
-        if stage in ("teacher", "cascade"):
+        if stage in ("teacher", "predict", "cascade"):
             endpoint_flags(p.add_argument)
         own_flags(p.add_argument, stage)
     args = top.parse_args(argv)
@@ -79,11 +81,14 @@ def parse_args(argv=None):
     check_at_least(p, args, 1, "batch", "workers", "max_tries")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
     if args.stage == "cascade":
-        args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
+        args.model = args.mllm or args.model
         if bool(args.mllm) == bool(args.endpoint) or not args.model:
             p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
-    if args.stage == "predict" and not args.text and not (args.data and args.out):
-        p.error("needs --data and --out, or one post: --text, --image, --aspect")
+    if args.stage == "predict" and not (args.data and args.out):
+        if not args.text or args.endpoint:
+            p.error("needs --data and --out, or one post of no --endpoint: --text, --image, …")
+    if args.stage != "teacher":
+        args.budget_tokens, args.max_posts = 0, 0
     if args.stage != "export":  # a setting: no run goes on in another dtype
         args.dtype = args.dtype or default_dtype(args.device)
     args.run = run_info("generate.py", argv)
@@ -152,6 +157,8 @@ def own_flags(flag, stage):
         flag("--text", help="one post instead of --data: its text")
         flag("--image", help="one post: its image")
         flag("--aspect", help="one post: its target aspect")
+        flag("--frames", help="one clip: the folder of its frames")
+        flag("--audio", help="one clip: its voice (.wav)")
     elif stage == "cascade":
         flag("--ubm", required=True, help="folder of train.py ubm")
         flag("--mllm", help="the MLLM: model or adapter folder; or --endpoint and --model")
@@ -235,7 +242,7 @@ def fingerprint(model):
 # what computes (which rounds and draws otherwise); a cascade's rows are written anew
 MAY_CHANGE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endpoint",
               "allow_http", "workers", "timeout", "proxy", "budget", "budget_tokens", "max_posts",
-              "allow_test", "dry_run", "text", "image", "aspect")
+              "allow_test", "dry_run", "text", "image", "aspect", "frames", "audio")
 
 
 class Output:
@@ -751,12 +758,30 @@ def predict_posts(args):
     if args.text:
         return predict_one(args)
     posts, rejects = select_posts(args)
-    model, respond = responder(args)
-    output = Output(args, rejects, model)
-    source = "ubm" if isinstance(model, UBM) else "model"
-    for post, result in in_batches(args, break_modality(posts, args), output.done, respond):
-        output.write(new_row(post, args, source, result))
+    posts = break_modality(posts, args)
+    if args.endpoint:
+        output, source = Output(args, rejects), "endpoint"
+        results = from_endpoint(args, posts, output.done, partial(zero_shot, args))
+    else:
+        model, respond = responder(args)
+        output, source = Output(args, rejects, model), "ubm" if isinstance(model, UBM) else "model"
+        results = in_batches(args, posts, output.done, respond)
+    for post, result in results:
+        output.write(new_row(post, args, source, result), keep=result.get("stage") != 0)  # refused
     output.print_summary()
+
+
+def zero_shot(args, post, ask):
+    """What a model behind an endpoint says of a post by the students' two prompts: the label
+    generated (no `probs`), and its chain."""
+    (answer,) = ask([Request(post, build_messages(post, "label"), 0.0, 32)])
+    row = dict(prediction=parse_reasoning(answer.text).prediction, raw_label=answer.text)
+    if args.chain:
+        request = Request(post, build_messages(post, "reason"), 0.0, args.max_new_tokens)
+        (answer,) = ask([request])
+        row |= chain_row(answer.text, answer.finish) | dict(tokens=answer.tokens_out)
+        del row["fields"]  # eval.py reads them from `raw`
+    return row
 
 
 def responder(args):
@@ -796,10 +821,11 @@ def break_modality(posts, args):
 
 def predict_one(args):
     """One post from the shell: its chain, then the rest of its row, as a file would hold it."""
-    file = Path(os.path.realpath(args.image or "none"))  # with no image any folder will do
-    row = dict(id="1", text=args.text, aspect=args.aspect, image=args.image and file.name)
-    with explaining("--text, --image or --aspect"):
-        post = to_post(row, file.parent)
+    row = dict(id="1", text=args.text, aspect=args.aspect)
+    for name in ("image", "frames", "audio"):
+        row[name] = vars(args)[name] and os.path.abspath(vars(args)[name])
+    with explaining("the post from the command line"):
+        post = to_post(row, "/")
     _, respond = responder(args)
     row = respond([post])[0]
     if "raw" in row:

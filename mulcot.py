@@ -1687,11 +1687,6 @@ def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     return out.last_hidden_state
 
 
-def is_recurrent(model):
-    """Whether layers carry a state along the row, so that no mask keeps branches apart."""
-    return "linear_attention" in layer_types(model.config)
-
-
 def forward_branches(model, batch, cache=None):
     """Hidden states (B, T, D) of the last layer: one pass over image, sound and prefix for all
     branches (of recurrent layers a pass for each). `cache` then holds what `decode_branch` goes on
@@ -1700,7 +1695,7 @@ def forward_branches(model, batch, cache=None):
         raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
                          "or eager")
     assert not (batch.branch_ids[:, 0] == -1).any(), "padding must stand at the end of each row"
-    if is_recurrent(model):
+    if "linear_attention" in layer_types(model.config):  # a state runs on, whatever the mask
         return _branch_by_branch(model, batch, cache)
     mask = branch_mask(batch.branch_ids, model.get_input_embeddings().weight.dtype)
     return run_model(model, batch.input_ids, batch.position_ids, mask, cache, **batch.media)
@@ -1788,7 +1783,9 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
     if not h.isfinite().all():  # else the text of whatever token is the largest of NaNs
         raise InputError(f"{model.config._name_or_path} or its adapter yields NaN: is it damaged?")
     position = batch.position_ids[:, rows, last]  # (3, B)
-    visible = batch.alone(branch)[1] if is_recurrent(model) else batch.attended(branch)  # (B, T)
+    visible = batch.attended(branch)  # (B, T)
+    if "linear_attention" in layer_types(model.config):  # each branch was a row of its own
+        visible = batch.alone(branch)[1]
     dtype = model.get_input_embeddings().weight.dtype
     never = torch.tensor(processor.never_generated, device=device)
     stop_ids = (processor.end_id, processor.pad_id)
@@ -1855,11 +1852,15 @@ def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=
             batch = encode_batch(posts, [(REASON_FORMAT, None)], model, processor)
             answers = generate_text(model, processor, batch, max_new_tokens)
     for row, (text, finish) in zip(rows, answers):
-        parsed = parse_reasoning(text)
-        row.update(raw=text, fields=parsed.fields, chain_prediction=parsed.prediction,
-                   problem="truncated" if finish == "length" else parsed.problem,
-                   tokens=len(processor.text_ids(text)))
+        row |= chain_row(text, finish) | dict(tokens=len(processor.text_ids(text)))
     return rows
+
+
+def chain_row(text, finish):
+    """A generated chain as fields of a row; finish "length": it was cut off."""
+    parsed = parse_reasoning(text)
+    return dict(raw=text, fields=parsed.fields, chain_prediction=parsed.prediction,
+                problem="truncated" if finish == "length" else parsed.problem)
 
 
 def label_rows(probs):

@@ -13,7 +13,7 @@ import pytest
 from conftest import KEY, ROOT, chat, torn
 
 import generate
-from mulcot import Request, read_rows, sibling, write_rows
+from mulcot import LABEL_FORMAT, LABELS, REASON_FORMAT, Request, read_rows, sibling, write_rows
 from toy import ToyTeacher, toy_posts
 
 
@@ -227,6 +227,23 @@ def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsy
     assert "--allow-test" in errors and "left out   40 posts of other splits than test" in printed
     assert server.asked == []
     assert generate.main([*argv, "--allow-test"]) == 0 and len(server.asked) >= 2
+
+
+def test_a_zero_shot_baseline(serve, world, tmp_path):
+    """predict asks a served model by the students' two prompts, which eval.py judges as theirs; a
+    refused post is set aside, and a rerun asks nothing."""
+    bad = next(post for post in world[1].values() if post.split == "test")
+    server = serve(teacher(world, lambda request: 400 if about(world[1], request) is bad else ""))
+    out = tmp_path / "z.jsonl"
+    argv = ["predict", *command(world, server, out)[1:]]
+    assert generate.main(argv) == 0 and aside(out) == [bad.id]
+    (row,) = read_rows(out)
+    formats = [r.prompt for r in server.asked if about(world[1], r) is not bad]
+    assert [p.endswith(f) for p, f in zip(formats, (LABEL_FORMAT, REASON_FORMAT))] == [True, True]
+    assert row["prediction"] in LABELS and row["raw"] and row["problem"] is None
+    assert row["source"] == "endpoint" and not {"probs", "cot", "fields"} & row.keys()
+    before = len(server.asked)
+    assert generate.main(argv) == 0 and len(server.asked) == before
 
 
 def test_retry_after_holds_back_every_worker(serve, world, tmp_path, monkeypatch):

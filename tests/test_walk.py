@@ -52,7 +52,7 @@ def test_a_training_step(toy, tmp_path):
     items, _ = mulcot.training_items(args.data, args.images, stage.branches_of)
     model = train.build_model(args, stage, items)
     steps = iter(train.step_loader(args, items, processor, 0))
-    with walk("a student's training step", 38):
+    with walk("a student's training step", 37):
         step = next(steps)
         counts = train.step_counts(step)
         for batch, examples in step:
