@@ -4,13 +4,16 @@
         --endpoint https://api.openai.com/v1 --out chains.jsonl
     python generate.py augment --data train.tsv --images img --model runs/assistant/best \\
         --out augmented.jsonl
+    python generate.py soft --data chains.jsonl augmented.jsonl --images img \\
+        --model runs/assistant/best --out soft
     python generate.py predict --data test.tsv --images img --model runs/student/best \\
         --out predictions.jsonl
     python generate.py predict --model runs/student/best --image x.jpg --text "what a day"
-    python generate.py predict --data test.tsv --images img --model qwen2.5-vl-72b-instruct \
+    python generate.py predict --data test.tsv --images img --model qwen2.5-vl-72b-instruct \\
         --endpoint http://localhost:8000/v1 --out zero_shot.jsonl
     python generate.py cascade --ubm runs/ubm --mllm runs/student/best --data test.tsv \\
         --dev dev.tsv --images img --out cascade.jsonl
+    python generate.py export --model runs/student/best --out models/student
 
 Last line: `wrote 300 rows to predictions.jsonl (0 set aside)`, of soft and export what is in the
 folder. Reads posts (.jsonl, the authors' .json, TomBERT .tsv, MMSA's .csv). Appends rows to --out
@@ -43,13 +46,13 @@ from mulcot import (
     FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
     SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, chain_row, check_answer,
     check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
-    digest, encode, encode_batch, explaining, forward_branches, gather, generate_text, get_rank,
-    get_world_size, init_distributed, label_branches, load_trained, load_ubm, mark_aspect,
-    merge_lora, parse_reasoning, parse_score, post_prompt, predict, progress, read_dev_posts,
-    read_json, read_out, read_posts, read_rows, render_reasoning, report_rejects, row_line,
-    row_text, run_info, run_stage, say, score_labels, score_verdict, select_split, settings_file,
-    settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches, training_items,
-    two_stage_cot, verdict, write_json, write_rows)
+    digest, encode, encode_batch, explaining, flag_groups, forward_branches, gather, generate_text,
+    get_rank, get_world_size, init_distributed, label_branches, load_trained, load_ubm,
+    mark_aspect, merge_lora, parse_reasoning, parse_score, post_prompt, predict, progress,
+    read_dev_posts, read_json, read_out, read_posts, read_rows, render_reasoning, report_rejects,
+    row_line, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
+    settings_file, settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches,
+    training_items, two_stage_cot, verdict, write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -72,10 +75,11 @@ def parse_args(argv=None):
     stages = top.add_subparsers(dest="stage", required=True)
     for stage, about in STAGES.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
-        shared_flags(p.add_argument, stage)
+        groups = flag_groups(p, __doc__)
+        shared_flags(groups, stage)
+        own_flags(groups, stage)
         if stage in ("teacher", "predict", "cascade"):
-            endpoint_flags(p.add_argument)
-        own_flags(p.add_argument, stage)
+            endpoint_flags(p.add_argument_group("endpoint").add_argument)
     args = top.parse_args(argv)
     p = stages.choices[args.stage]
     check_at_least(p, args, 1, "batch", "workers", "max_tries")
@@ -95,22 +99,25 @@ def parse_args(argv=None):
     return args
 
 
-def shared_flags(flag, stage):
+def shared_flags(groups, stage):
     """Of every stage."""
-    flag("--out", required=stage != "predict", help="rows (.jsonl); of soft and export a folder")
+    flag = groups["model"]
     flag("--model", required=stage != "cascade",
          help="hub name, model or adapter folder; with --endpoint the model's name there")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
     flag("--dtype", choices=("float32", "bfloat16"), help="of the model (default: bfloat16 on GPU, "
          "float32 on CPU; of export the base's own)")
+    flag = groups["run"]
+    flag("--out", required=stage != "predict", help="rows (.jsonl); of soft and export a folder")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
     if stage == "export":
         return
-    flag("--nf4", action=YES_NO, help="4-bit base (default: as its adapter was trained)")
+    flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
+    flag("--batch", type=int, default=64, help="posts at once (release: 16 to 24)")
+    groups["model"]("--nf4", action=YES_NO, help="4-bit base (default: as its adapter was trained)")
+    flag = groups["data"]
     flag("--data", nargs="+", required=stage != "predict", metavar="POSTS",
          help=".jsonl, .json, .tsv or .csv")
     flag("--images", help="images folder (default: images/ beside the posts, else theirs)")
-    flag("--seed", type=int, default=42, help="of all that is drawn or sampled")
-    flag("--batch", type=int, default=64, help="posts at once (release: 16 to 24)")
     flag("--max-pixels", type=int, default=0,
          help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
     if stage != "soft":
@@ -119,51 +126,57 @@ def shared_flags(flag, stage):
                   "one, else all)")
 
 
+def json_object(text):
+    """The object that a flag gives as JSON."""
+    return {} | json.loads(text)
+
+
 def endpoint_flags(flag):
     """How to reach an endpoint."""
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
-    flag("--extra-body", type=json.loads, default={}, metavar="JSON", help="--endpoint: merged "
+    flag("--extra-body", type=json_object, default={}, metavar="JSON", help="merged "
          'into each request, null removes a key; reasoning models: {"max_tokens": null, '
          '"max_completion_tokens": 4096, "temperature": null}')
-    flag("--workers", type=int, default=8, help="--endpoint: calls at once")
-    flag("--timeout", type=float, default=120.0, help="--endpoint: seconds without a byte")
-    flag("--proxy", help="--endpoint: URL of a proxy (those of the environment are not used)")
+    flag("--workers", type=int, default=8, help="calls at once")
+    flag("--timeout", type=float, default=120.0, help="seconds without a byte")
+    flag("--proxy", help="URL of a proxy (those of the environment are not used)")
 
 
-def own_flags(flag, stage):
+def own_flags(groups, stage):
     """Of one stage."""
+    data, model, flag, run = groups.values()
     if stage in ("teacher", "augment", "predict"):
         flag("--max-new-tokens", type=int, default=512, help="of a chain (paper: 512)")
     if stage == "teacher":
-        flag("--budget-tokens", type=int, default=0,
-             help="--endpoint: cap on the tokens of all runs onto this --out, 0: none")
-        flag("--max-posts", type=int, default=0, help="--endpoint: posts of this run, 0: all")
-        flag("--allow-test", action="store_true",
-             help="let --split send posts of split test, with labels")
-        flag("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
         flag("--max-tries", type=int, default=3, help="answers to each of its two prompts (ARC)")
         flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
+        data("--allow-test", action="store_true",
+             help="let --split send posts of split test, with labels")
+        run("--budget-tokens", type=int, default=0,
+            help="--endpoint: cap on the tokens of all runs onto this --out, 0: none")
+        run("--max-posts", type=int, default=0, help="--endpoint: posts of this run, 0: all")
+        run("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")
     elif stage == "soft":
         flag("--max-answer", type=int, default=512, help="longest chain in tokens, as in training")
     elif stage == "predict":
         flag("--decode", choices=("score", "greedy"), default="score",
-             help="label by scoring the three answers, or generated (theirs)")
+             help="label by scoring the answers, or generated (theirs, and of --endpoint)")
         flag("--chain", action=YES_NO, default=True, help="--no-chain writes labels only")
-        flag("--shuffle-images", action="store_true", help="control: deal the images out anew")
-        flag("--blank-text", action="store_true", help="control: take the words away")
-        flag("--text", help="one post instead of --data: its text")
-        flag("--image", help="one post: its image")
-        flag("--aspect", help="one post: its target aspect")
-        flag("--frames", help="one clip: the folder of its frames")
-        flag("--audio", help="one clip: its voice (.wav)")
+        data("--shuffle-images", action="store_true", help="control: deal the images out anew")
+        data("--blank-text", action="store_true", help="control: take the words away")
+        data("--text", help="one post instead of --data: its text")
+        data("--image", help="one post: its image")
+        data("--aspect", help="one post: its target aspect")
+        data("--frames", help="one clip: the folder of its frames")
+        data("--audio", help="one clip: its voice (.wav)")
     elif stage == "cascade":
-        flag("--ubm", required=True, help="folder of train.py ubm")
-        flag("--mllm", help="the MLLM: model or adapter folder; or --endpoint and --model")
+        model("--ubm", required=True, help="folder of train.py ubm")
+        model("--mllm", help="the MLLM: model or adapter folder; or --endpoint and --model")
+        data("--dev", required=True, help="posts to fit the thresholds on (split dev, if given)")
         flag("--logprobs", action=YES_NO, default=True, help="--endpoint: ask for them")
-        flag("--dev", required=True, help="posts to fit the thresholds on (split dev, if given)")
         flag("--budget", type=float, default=0.4, help="MLLM passes per post, at most, on dev")
 
 
@@ -414,7 +427,9 @@ class Endpoint:
 
     def __init__(self, url, model, timeout=120.0, max_retries=6, allow_http=False, extra_body=None,
                  proxy=None):
-        address = urlsplit(url)
+        with explaining(f"--endpoint {url!r} is no address"):
+            requests.Request("POST", url).prepare()
+            address = urlsplit(url)
         local = address.hostname in ("localhost", "127.0.0.1", "::1")
         http = address.scheme == "http" and (local or allow_http)
         if address.scheme != "https" and not http:
@@ -522,14 +537,16 @@ def _read_reply(reply):
     """A chat-completions reply -> Answer; a missing text (refusal, null content) is an empty
     answer. Raises what there is to raise."""
     choice = reply["choices"][0]
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):  # some servers answer in parts
+        content = "".join(part.get("text") or "" for part in content)
     logprobs = []
     for token in (choice.get("logprobs") or {}).get("content") or []:
         likely = {x["token"]: float(x["logprob"]) for x in token.get("top_logprobs") or []}
         logprobs.append((token["token"], likely))
     usage = reply.get("usage") or {}
     tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-    return Answer(choice["message"].get("content") or "", choice.get("finish_reason") or "stop",
-                  *tokens, logprobs)
+    return Answer(content, choice.get("finish_reason") or "stop", *tokens, logprobs)
 
 
 def _wire_part(part):
@@ -567,10 +584,6 @@ class PaidCalls:
         """Adds what an answer cost."""
         self.spent += answer.tokens_in + answer.tokens_out
         self.longest_prompt = max(self.longest_prompt, answer.tokens_in)
-
-    def ask(self, requests):
-        """list of Requests -> list of Answers."""
-        return [self.call(request) for request in requests]
 
     def call(self, request):
         """The Answer, from the journal if it is there."""
@@ -627,6 +640,7 @@ def from_endpoint(args, posts, done, dialogue):
     answered, since a wrong --model would refuse all. The stage stops where many are refused in a
     row, where asking again never helped, and before a call that --budget-tokens does not cover."""
     calls = PaidCalls(args)
+    ask = lambda requests: [calls.call(request) for request in requests]
     todo = islice((post for post in posts if post.id not in done), args.max_posts or None)
     bar = progress(len(posts), args.stage, "post", done=sum(post.id in done for post in posts))
     running, refused = {}, []
@@ -636,7 +650,7 @@ def from_endpoint(args, posts, done, dialogue):
             while True:
                 if not over_budget:
                     for post in islice(todo, 2 * args.workers - len(running)):
-                        running[pool.submit(dialogue, post, calls.ask)] = post
+                        running[pool.submit(dialogue, post, ask)] = post
                 if not running:
                     break
                 finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done

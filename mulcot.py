@@ -214,8 +214,10 @@ def read_tensors(path):
 
 
 # ================================================================================================
-# §1 Posts [needs: base64, csv, io, json, os, re, wave, dataclass, field, replace, Path, torch,
-#    Image, ImageOps, LABELS, POLARITY, InputError, explaining]
+# §1 Posts [needs: LABELS, POLARITY, InputError, explaining]
+# import base64, csv, io, json, os, re, wave, torch
+# from dataclasses import dataclass, field, replace; from pathlib import Path
+# from PIL import Image, ImageOps
 # ================================================================================================
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -468,7 +470,7 @@ def _json_row(stem, row):
         return row
     if row["emotion_label"] not in (0, 1, 2):
         raise InputError(f"emotion_label must be 0, 1 or 2, got {row['emotion_label']!r}")
-    label = ("positive", "neutral", "negative")[row["emotion_label"]]
+    label = ("positive", "neutral", "negative")[int(row["emotion_label"])]
     return row | dict(label=label, image=f"{row.get('id')}.jpg", split=stem)
 
 
@@ -522,7 +524,8 @@ def _csv_rows(path, folder):
     valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
     they exist."""
     lines = _lines(path) or [("", b"")]
-    header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
+    with explaining(f"{path} has no header"):
+        header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
     if {"video_id", "clip_id", "text", "label", "mode"} - set(header):
         raise InputError(f"{path} must have the columns video_id, clip_id, text, label, mode, as "
                          "MMSA's label.csv")
@@ -548,7 +551,8 @@ def _csv_rows(path, folder):
 
 
 # ================================================================================================
-# §2 Prompts and parser [needs: json, re, dataclass, LABELS, DEFINITIONS]
+# §2 Prompts and parser [needs: LABELS, DEFINITIONS]
+# import json, re; from dataclasses import dataclass
 # ================================================================================================
 
 FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion",
@@ -710,7 +714,8 @@ def render_label(label):
 
 
 # ================================================================================================
-# §3 Teacher [needs: hashlib, dataclass, field, InputError, §1, §2]
+# §3 Teacher [needs: InputError, §1, §2]
+# import hashlib; from dataclasses import dataclass, field
 # ================================================================================================
 
 
@@ -825,7 +830,8 @@ class Refused(InputError):
 
 
 # ================================================================================================
-# §4 Tokens [needs: math, dataclass, torch, InputError, explaining, §1, §2]
+# §4 Tokens [needs: InputError, explaining, §1, §2]
+# import math, torch; from dataclasses import dataclass
 # ================================================================================================
 
 
@@ -1217,8 +1223,9 @@ def training_items(paths, images, branches_of):
 
 
 # ================================================================================================
-# §5 LoRA [needs: math, os, re, Path, torch, F, nn, InputError, explaining, write_json,
-#    read_json, write_tensors, read_tensors]
+# §5 LoRA [needs: InputError, explaining, write_json, read_json, write_tensors, read_tensors]
+# import math, os, re, torch; from pathlib import Path; import torch.nn.functional as F
+# from torch import nn
 # ================================================================================================
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -1402,7 +1409,8 @@ def _current_key(key, modules):
 
 
 # ================================================================================================
-# §6 Losses [needs: np, torch, F, LABELS]
+# §6 Losses [needs: LABELS]
+# import torch; import numpy as np; import torch.nn.functional as F
 # ================================================================================================
 
 
@@ -1492,8 +1500,8 @@ def confusion_scores(table):
 
 
 # ================================================================================================
-# §7 Soft labels [needs: Path, torch, safe_open, InputError, read_json, digest, write_tensors,
-#    read_tensors]
+# §7 Soft labels [needs: InputError, read_json, digest, write_tensors, read_tensors]
+# import torch; from pathlib import Path; from safetensors import safe_open
 # ================================================================================================
 
 
@@ -1548,8 +1556,8 @@ class SoftLabels:
 
 
 # ================================================================================================
-# §8 Model [needs: os, Path, torch, F, LABELS, InputError, explaining,
-#    read_json, §1, §2, §4, §5, §9]
+# §8 Model [needs: LABELS, InputError, explaining, read_json, §1, §2, §4, §5, §9]
+# import os, torch; from pathlib import Path; import torch.nn.functional as F
 # ================================================================================================
 
 
@@ -1877,7 +1885,8 @@ def rounded(tensor):
 
 
 # ================================================================================================
-# §9 NF4 (arXiv 2305.14314) [needs: functools, torch, F, nn]
+# §9 NF4 (arXiv 2305.14314)
+# import functools, torch; import torch.nn.functional as F; from torch import nn
 # ================================================================================================
 
 # paper: QLoRA, arXiv 2305.14314, appendix E: the 16 levels of NF4, as float32
@@ -1971,8 +1980,10 @@ def count_parameters(model):
 
 
 # ================================================================================================
-# §10 Readout (arXiv 2606.05713) [needs: math, re, Path, np, torch, F, nn, LABELS, explaining,
-#    read_json, read_tensors, §1, §2, §6, §8]
+# §10 Readout (arXiv 2606.05713) [needs: LABELS, explaining, read_json, read_tensors, §1, §2, §6,
+#    §8]
+# import math, re, torch; from pathlib import Path; import numpy as np
+# import torch.nn.functional as F; from torch import nn
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2107,8 +2118,10 @@ def regression_metrics(gold, predicted):
 
 
 # ================================================================================================
-# §11 UBM and cascade (arXiv 2509.04459) [needs: math, re, dataclass, Path, np, torch, Image, nn,
-#    LABELS, InputError, explaining, read_json, read_tensors, §1]
+# §11 UBM and cascade (arXiv 2509.04459) [needs: LABELS, InputError, explaining, read_json,
+#    read_tensors, §1]
+# import math, re, torch; from dataclasses import dataclass; from pathlib import Path
+# import numpy as np; from PIL import Image; from torch import nn
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2251,14 +2264,15 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
 
 def load_ubm(folder, device="cpu"):
     """The UBM that `save_ubm` wrote, in eval mode."""
-    config = read_json(Path(folder, "ubm.json"))
-    if tuple(config["classes"]) not in (LABELS, SCORE_BINS):
-        raise InputError(f"{folder} was trained on other labels: {config['classes']}")
-    image = str(Path(folder, "image")) if config["image"] else None
-    model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
-                    weights=False)
-    model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
-    model.temperature = config["temperature"]
+    with explaining(f"{folder} is a damaged folder of train.py ubm, or an older one"):
+        config = read_json(Path(folder, "ubm.json"))
+        if tuple(config["classes"]) not in (LABELS, SCORE_BINS):
+            raise InputError(f"{folder} was trained on other labels: {config['classes']}")
+        image = str(Path(folder, "image")) if config["image"] else None
+        model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
+                        weights=False)
+        model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
+        model.temperature = config["temperature"]
     return model.to(device).eval()
 
 
@@ -2358,9 +2372,11 @@ def _mean_verdict(ubm, mllm):
 
 
 # ================================================================================================
-# §12 Files, settings and processes [needs: argparse, contextlib, json, os, shlex, signal, sys,
-#    timedelta, version, Path, np, torch, tqdm, InputError, explaining, write_text,
-#    to_json, write_json, read_json, digest]
+# §12 Files, settings and processes [needs: InputError, explaining, write_text, to_json, write_json,
+#    read_json, digest]
+# import argparse, contextlib, json, os, re, shlex, signal, sys, torch
+# from datetime import timedelta; from importlib.metadata import version; from pathlib import Path
+# import numpy as np; from tqdm import tqdm
 # ================================================================================================
 
 
@@ -2504,13 +2520,26 @@ def row_text(row):
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a flag's default to its help text where there is one worth telling."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds a flag's default to its help text where there is one worth telling that is not the
+    paper's value, which stands there."""
 
     def _get_help_string(self, action):
-        if not action.default:
+        papers = re.search(r"(?:MulCoT-RD|paper): ([\d.e-]+)", action.help)
+        default = action.default
+        if not default or default is True or papers and float(papers[1]) == default:
             return action.help
         return super()._get_help_string(action)
+
+
+def flag_groups(parser, script):
+    """{title: add_argument} of the four groups of a stage's flags. Under them the help shows the
+    stage's commands, as the script's docstring has them."""
+    stage = parser.prog.split()[-1]
+    commands = re.findall(rf"^    (python \S+ {stage} (?:.*\\\n)*.*)$", script, re.M)
+    parser.epilog = "\n".join(["example:", *commands])
+    titles = ("data", "model", "method", "run")
+    return {title: parser.add_argument_group(title).add_argument for title in titles}
 
 
 def check_at_least(parser, args, minimum, *names):

@@ -40,7 +40,7 @@ from mulcot import (
     CHUNK_LOGITS, LABELS, PLACEHOLDERS, SCORE_BINS, SCORE_FORMAT, Help, InputError, Readout,
     SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
     confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
-    encode, explaining, forward_branches, gather, get_rank, get_world_size, in_chunks,
+    encode, explaining, flag_groups, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, label_rows, load_processor, load_trained, lora_layers, multitask_loss,
     new_ubm, predict, progress, read_dev_posts, read_out, read_tensors, readout_branches,
     readout_loss, regression_metrics, render_score, row_text, run_info, run_stage, save_adapter,
@@ -70,23 +70,26 @@ def parse_args(argv=None):
     stages = top.add_subparsers(dest="stage", required=True)
     for stage, about in STAGES.items():
         p = stages.add_parser(stage, help=about, description=about, formatter_class=Help)
-        shared_flags(p.add_argument)
+        groups = flag_groups(p, __doc__)
+        shared_flags(groups)
         if stage == "ubm":
-            ubm_flags(p.add_argument)
+            ubm_flags(groups)
             p.set_defaults(epochs=3, batch=32, lr=1e-4)
             continue
-        loop_flags(p.add_argument)
+        loop_flags(groups)
         if stage == "readout":
-            readout_flags(p.add_argument)
+            readout_flags(groups["method"])
             p.set_defaults(rank=32, dropout=0.1, lr=2e-4, epochs=10, batch=4, accumulate=8,
                            schedule="cosine", warmup=0.1)
         else:
-            chain_flags(p.add_argument, stage)
+            chain_flags(groups["method"], stage)
     stages.choices["assistant"].set_defaults(dropout=0.2)
     args = top.parse_args(argv)
     p = stages.choices[args.stage]
     check_at_least(p, args, 1, "epochs", "batch", "accumulate", "log_every", "rank", "members")
     check_at_least(p, args, 0, "max_pixels", "workers", "save_every")
+    if not (args.dev and args.out) and not getattr(args, "show", 0):
+        p.error("needs --dev and --out")
     if args.stage == "student" and not args.no_soft and not args.soft:
         p.error("student needs --soft FOLDER (from generate.py soft) or --no-soft")
     if args.stage == "readout" and (args.target, args.readout) == ("label", "generative"):
@@ -105,46 +108,53 @@ STAGES = {
     "ubm": "small classifier for the cascade: short runs that answer together, calibrated"}
 
 
-def shared_flags(flag):
+def shared_flags(groups):
     """Of every stage."""
+    flag = groups["data"]
     flag("--data", nargs="+", required=True, metavar="ROWS",
          help="training rows: with cot and label; of readout and ubm posts with label or score")
-    flag("--dev", required=True, help="posts to select on (split dev, where splits are given)")
+    flag("--dev", help="posts to select on (split dev, where splits are given)")
     flag("--images", help="images folder (default: images/ beside the rows, else their folder)")
-    flag("--out", required=True, help="folder for what is trained, its log and resume state")
-    flag("--seed", type=int, default=42, help="of data order, dropout, new weights (MulCoT-RD: 42)")
+    flag = groups["method"]
     flag("--epochs", type=int, default=20, help="passes over the data (MulCoT-RD: 20)")
     flag("--batch", type=int, default=2, help="posts per micro-batch (MulCoT-RD: 2)")
     flag("--lr", type=float, default=3e-4, help="peak rate of AdamW (MulCoT-RD: 3e-4)")
+    flag = groups["run"]
+    flag("--out", help="folder for what is trained, its log and resume state")
+    flag("--seed", type=int, default=42, help="of data order, dropout, new weights (MulCoT-RD: 42)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 …")
 
 
-def loop_flags(flag):
+def loop_flags(groups):
     """Of the stages that train an adapter in the one loop."""
+    flag = groups["data"]
+    flag("--max-pixels", type=int, default=0,
+         help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
+    flag("--show", type=int, default=0, metavar="N",
+         help="print N examples with the supervised tokens in green, and stop")
+    flag = groups["model"]
     flag("--model", required=True, help="hub name or folder (MulCoT-RD: Qwen2.5-VL-7B, 3B)")
     flag("--rank", type=int, default=16, help="of LoRA (MulCoT-RD: 16)")
     flag("--alpha", type=float, default=32, help="of LoRA (MulCoT-RD: 32)")
+    flag("--dropout", type=float, default=0.05,
+         help="of LoRA (MulCoT-RD: 0.2 assistant, 0.05 student)")
     flag("--scope", choices=("language", "all"), default="language",
          help="what LoRA adapts; all: the vision tower's MLPs too, as the authors do")
+    flag("--nf4", action=YES_NO, default=False, help="quantise the language model to 4 bits")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: bfloat16 "
+         "on GPU, float32 on CPU); LoRA, optimiser and losses are float32")
+    flag = groups["method"]
     flag("--accumulate", type=int, default=20, help="micro-batches per step (MulCoT-RD: 20)")
     flag("--schedule", choices=("plateau", "cosine"), default="plateau", help="plateau: halve at "
          "the 3rd epoch without better dev accuracy (MulCoT-RD: patience 2); cosine: to 0")
     flag("--warmup", type=float, default=0.0, help="share of steps with rising rate (MulCoT-RD: 0)")
     flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (MulCoT-RD: none)")
-    flag("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: bfloat16 "
-         "on GPU, float32 on CPU); LoRA, optimiser and losses are float32")
-    flag("--nf4", action=YES_NO, default=False, help="quantise the language model to 4 bits")
-    flag("--dropout", type=float, default=0.05,
-         help="of LoRA (MulCoT-RD: 0.2 assistant, 0.05 student)")
-    flag("--max-pixels", type=int, default=0,
-         help="image size cap, 0: the model's own (78400: at most the release's 100 tokens)")
+    flag = groups["run"]
     flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
          help="processes that decode images, 0: this one")
     flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
     flag("--log-every", type=int, default=10, help="steps per log line")
     flag("--gradient-checkpointing", action=YES_NO, default=False, help="less memory, slower")
-    flag("--show", type=int, default=0, metavar="N",
-         help="print N examples with the supervised tokens in green, and stop")
 
 
 def chain_flags(flag, stage):
@@ -756,10 +766,12 @@ def target_branches(post, target):
 # ---- the UBM (arXiv 2509.04459) ----------------------------------------------------------------
 
 
-def ubm_flags(flag):
+def ubm_flags(groups):
     """choice: the whole recipe, found on dev."""
+    flag = groups["model"]
     flag("--text-encoder", required=True, help="hub name or folder")
     flag("--image-encoder", help="hub name or folder (default: none)")
+    flag = groups["method"]
     flag("--bins", type=int, choices=(7,), help="learn `score` in [-3, 3] as so many classes")
     flag("--members", type=int, default=2, help="runs whose probabilities are averaged")
     flag("--head-lr", type=float, default=1e-3, help="of the linear layer, falling to 0")

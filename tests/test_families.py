@@ -22,7 +22,7 @@ import train
 from families import FAMILIES, Oracle, family_config, family_tokenizer, write_family
 from mulcot import (
     FIELDS, FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, TARGETS, InputError, Post, collate,
-    encode, encode_batch, forward_branches, label_branches, multitask_loss, post_prompt,
+    encode, encode_batch, forward_branches, multitask_loss, post_prompt,
     render_label, render_reasoning)
 
 COT = render_reasoning(dict(zip(FIELDS, ("Words.", "A face.", "Fine.", "So.", "neutral"))))
@@ -168,6 +168,10 @@ def farthest(tasks, others):
                for (a, _), (b, _) in zip(tasks, others))
 
 
+# transformers' delta rule computes in float32 whatever the model's dtype; in float64 all are 4e-16
+ROUNDING = {"qwen3_5": 1e-4}
+
+
 @torch.no_grad()
 def test_one_pass_equals_separate_passes(world):
     """Answer logits of padded batches with pictures of several sizes, two, and none, in any order;
@@ -178,7 +182,7 @@ def test_one_pass_equals_separate_passes(world):
         want = oracle_tasks(world.oracle, posts)
         got = shared_tasks(world.model, world.processor, posts)
         assert all(torch.equal(ids, want_ids) for (_, ids), (_, want_ids) in zip(got, want))
-        assert farthest(want, got) < 1e-5
+        assert farthest(want, got) < ROUNDING.get(world.family, 1e-5)
     assert farthest(*(oracle_tasks(world.oracle, [post]) for post in (tall, swapped))) > 1e-3
 
 
@@ -215,8 +219,8 @@ def oracle_scores(world, posts):
     """Log-probabilities (B, 3) of the three answers by separate ordinary passes."""
     scores = []
     for post in posts:
-        for question, answer in label_branches():
-            logits, ids = world.oracle.answer_logits(post, question, answer)
+        for label in LABELS:
+            logits, ids = world.oracle.answer_logits(post, LABEL_FORMAT, render_label(label))
             scores.append(-F.cross_entropy(logits, ids, reduction="sum"))
     return torch.stack(scores).reshape(-1, len(LABELS)).log_softmax(-1)
 
@@ -347,8 +351,9 @@ def test_peft_reads_the_saved_adapter(world, fresh, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     ours, processor = mulcot.load_model(tmp_path)
     reader = Oracle(world.family, world.folder / "student", theirs.base_model.model)
-    assert farthest(want, oracle_tasks(reader, world.posts[2:])) < 1e-5
-    assert farthest(want, shared_tasks(ours, processor, world.posts[2:])) < 1e-5
+    rounding = ROUNDING.get(world.family, 1e-5)
+    assert farthest(want, oracle_tasks(reader, world.posts[2:])) < rounding
+    assert farthest(want, shared_tasks(ours, processor, world.posts[2:])) < rounding
     assert farthest(want, oracle_tasks(world.oracle, world.posts[2:])) > 1e-3
 
 

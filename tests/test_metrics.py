@@ -378,6 +378,8 @@ def test_calibration_by_hand():
     assert got["aurc"] == pytest.approx((1 + 0.5 + 0.5 + 0.5) / 4)
     edge = calibration_metrics(["negative"] * 3, [[0.5, 0.5, 0], [0.6, 0.4, 0], [1, 0, 0]], bins=4)
     assert [count for *_, count in edge["reliability"]] == [1, 1, 1]  # 0.5 ends a bin, as does 1
+    spread = [[c, 1 - c, 0] for c in np.arange(7.5, 15) / 15]  # a post in each of 8 of 15 bins
+    assert len(calibration_metrics(["neutral"] * 8, spread)["reliability"]) == 8
     many = calibration_metrics(["neutral"] * 3000, [[0.2, 0.6, 0.2]] * 3000)["risk_coverage"]
     assert len(many) == 101 and many[0] == [1 / 3000, 0] and many[-1] == [1, 0]
 
@@ -396,7 +398,8 @@ def test_intervals_equal_a_plain_bootstrap():
     gold, predicted = guesses(150, 1, 0.6)
     rng = np.random.default_rng(1)
     extra = np.array([np.nan if i % 3 else i / 150 for i in range(150)])
-    got, plain = intervals(bootstrap(gold, predicted, {"extra": extra})), []
+    samples, plain = bootstrap(gold, predicted, {"extra": extra}), []
+    got = intervals(samples)
     for _ in range(1000):
         pick = rng.integers(150, size=150)
         m = classification_metrics([gold[i] for i in pick], [predicted[i] for i in pick])
@@ -404,6 +407,7 @@ def test_intervals_equal_a_plain_bootstrap():
                       np.nanmean(extra[pick])))
     for name, values in zip(("accuracy", "macro_f1", "weighted_f1", "extra"), zip(*plain)):
         assert got[name] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.02), name
+        assert got[name] == pytest.approx(np.percentile(samples[name], [2.5, 97.5])), name
     one = np.array([0.7] + [np.nan] * 149)
     alone = intervals(bootstrap(gold, predicted, {"one": one}))["one"]
     assert alone == pytest.approx([0.7, 0.7])  # draws without that post say nothing

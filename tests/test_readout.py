@@ -19,7 +19,7 @@ import toy as toy_world
 import train
 from families import SHAPES
 from mulcot import InputError, Readout
-from toy import TOY_PITCHES, TOY_SIDES, toy_clip_warmup, toy_clips
+from toy import TOY_PITCHES, TOY_SIDES, toy_clip_warmup, toy_clips, write_wav
 
 SMALL = "--batch 4 --accumulate 2 --epochs 2 --log-every 2 --save-every 1 --lr 0.003".split()
 
@@ -150,6 +150,23 @@ def test_predict_rows(toy, scored, runs, tmp_path):
         assert one["raw"] == rows["generative", "24"][i]["raw"]
         assert one["score"] == mulcot.parse_score(one["raw"])
         assert (one["problem"] is None) == (one["score"] is not None)
+
+
+def test_one_clip_from_the_shell(toy, runs, tmp_path, capsys):
+    """The score of a row in a file with the same frames; a voice reaches the model too, and this
+    one says that it hears nothing."""
+    frames = shutil.copytree(toy / "images", tmp_path / "frames")
+    for file in sorted(frames.iterdir())[2:]:
+        file.unlink()
+    wav = write_wav(tmp_path / "a.wav", np.zeros(8000))
+    argv = ["predict", "--model", f"{runs}/score/best", "--text", "so dismal", "--frames"]
+    assert generate.main([*argv, str(frames)]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model, processor = mulcot.load_trained(runs / "score/best")
+    post = mulcot.Post("1", "so dismal", frames=[str(p) for p in sorted(frames.iterdir())])
+    assert row == mulcot.read_out(model, processor, [post])[0]
+    assert generate.main([*argv, str(frames), "--audio", wav]) == 2
+    assert "hears nothing" in capsys.readouterr().err
 
 
 # ---- bad input

@@ -20,38 +20,41 @@ SOURCE = (ROOT / "mulcot.py").read_text(encoding="utf-8")
 
 # ---- sections
 
-RULER = re.compile(r"^# §(\d+) ([^\[\n]+?)\s*(?:\n# *)?\[needs:([^\]]*)\]", re.M)
+RULER = re.compile(r"^# §(\d+) [^\[\n]+(?:\[needs:([^\]]*)\])?\n((?:# (?:import|from) .*\n)*)# =",
+                   re.M)
 
 
 def split(source):
-    """{"§n": (needs, text)} and the text above the first section."""
+    """{"§n": (needs, text)}, {"§n": import lines} and the text above the first section."""
     rulers = list(RULER.finditer(source))
     ends = [m.start() for m in rulers[1:]] + [len(source)]
-    return {f"§{m[1]}": ([n for n in re.split(r"[,\s#]+", m[3]) if n], source[m.start():end])
-            for m, end in zip(rulers, ends)}, source[: rulers[0].start()]
+    sections = {f"§{m[1]}": (re.findall(r"[^,\s#]+", m[2] or ""), source[m.start():end])
+                for m, end in zip(rulers, ends)}
+    lines = {f"§{m[1]}": m[3].replace("# ", "") for m in rulers}
+    return sections, lines, source[: rulers[0].start()]
 
 
-SECTIONS, HEAD = split(SOURCE)
+SECTIONS, IMPORTS, HEAD = split(SOURCE)
 
 
 def head_parts():
-    """What a ruler may name from the top of the file: {name: its import or definition}."""
-    parts = {}
+    """The top of the file: {name: its import}, {name: its definition}."""
+    imports, parts = {}, {}
     for node in ast.parse(HEAD).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 spelt = alias.name + (f" as {alias.asname}" if alias.asname else "")
                 where = f"from {node.module} " if isinstance(node, ast.ImportFrom) else ""
-                parts[alias.asname or alias.name.partition(".")[0]] = f"{where}import {spelt}"
+                imports[alias.asname or alias.name.partition(".")[0]] = f"{where}import {spelt}"
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             parts[node.name] = ast.unparse(node)
         elif isinstance(node, ast.Assign):
             parts[node.targets[0].id] = ast.unparse(node)
-    parts.pop("annotations", None)
-    return parts
+    del imports["annotations"]
+    return imports, parts
 
 
-PARTS = head_parts()
+IMPORTED, PARTS = head_parts()
 
 
 def defined(text):
@@ -84,6 +87,30 @@ def least_needs(number):
     return [name for name in PARTS if name in foreign] + sections
 
 
+def least_imports(number):
+    """The shortest true import lines, statements side by side."""
+    plain, others = [], {}
+    for name, line in IMPORTED.items():
+        if name in used(SECTIONS[number][1]):
+            begin, _, what = line.rpartition("import ")
+            if begin or " as " in what:
+                others.setdefault(begin + "import ", []).append(what)
+            else:
+                plain.append(what)
+    statements = [f"import {', '.join(plain)}"] if plain else []
+    for begin, names in others.items():
+        if begin == "import ":
+            statements += [begin + name for name in names]
+        else:
+            statements.append(begin + ", ".join(names))
+    lines = [""]
+    for statement in statements:
+        if len(lines[-1]) + len(statement) > 96:
+            lines.append("")
+        lines[-1] += "; " * bool(lines[-1]) + statement
+    return "\n".join(lines) + "\n"
+
+
 def alone(number):
     """Source of a module with the section, what its ruler names, and what those name in turn."""
     wanted, todo = set(), [number]
@@ -93,7 +120,10 @@ def alone(number):
             assert name in PARTS or name in SECTIONS, name
             wanted.add(name)
             todo += SECTIONS[name][0] if name in SECTIONS else used(PARTS[name]) & PARTS.keys()
-    texts = [text for name, text in PARTS.items() if name in wanted]
+    texts = [lines for name, lines in IMPORTS.items() if name in wanted]
+    for name in wanted & PARTS.keys():
+        texts += [IMPORTED[x] for x in used(PARTS[name]) & IMPORTED.keys()]
+    texts += [text for name, text in PARTS.items() if name in wanted]
     texts += [text for name, (_, text) in SECTIONS.items() if name in wanted]
     return "from __future__ import annotations\n" + "\n".join(texts)
 
@@ -119,10 +149,10 @@ def test_section_runs_alone(number):
 
 @pytest.mark.parametrize("number", SECTIONS, ids=lambda number: number[1:])
 def test_ruler_names_just_what_is_used(number):
-    """No need is missing and none is superfluous; the message holds the right list."""
+    """Nothing is missing and nothing superfluous; the message holds the right ruler."""
     needs, right = SECTIONS[number][0], least_needs(number)
     assert set(needs) == set(right), f"[needs: {', '.join(right)}]"
-    assert len(needs) == len(set(needs))
+    assert len(needs) == len(set(needs)) and IMPORTS[number] == least_imports(number)
 
 
 def test_all_sections_are_found():
@@ -164,7 +194,7 @@ def test_the_lora_layer_to_copy():
     """Two classes of §5, with torch alone; the section's files want safetensors."""
     classes = [ast.unparse(node) for node in ast.parse(SECTIONS[section("LoRA")][1]).body
                if getattr(node, "name", None) in ("Dropout", "LoRALinear")]
-    page = run_page("\n".join([*(PARTS[name] for name in ("math", "torch", "F", "nn")), *classes]))
+    page = run_page("\n".join([*map(IMPORTED.get, ("math", "torch", "F", "nn")), *classes]))
     layer = page.LoRALinear(page.nn.Linear(6, 5), 2, 4, dropout=0.5)
     assert layer(page.torch.randn(2, 3, 6)).shape == (2, 3, 5)
 

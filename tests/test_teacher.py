@@ -205,9 +205,10 @@ def test_retry_after(connect):
 @pytest.mark.parametrize("sent, text, finish", [
     (chat(None), "", "stop"), (chat("cut", "length"), "cut", "length"),
     (chat("ab", None), "ab", "stop"),
+    (chat([dict(type="text", text="a"), dict(type="x"), dict(text="b")]), "ab", "stop"),
     (dict(choices=[dict(message={})]), "", "stop")])
 def test_odd_replies(connect, sent, text, finish):
-    """Null content is an empty answer, and truncation is reported."""
+    """Null content is an empty answer, parts are joined, and truncation is reported."""
     answer = connect([sent])[0](question())
     assert (answer.text, answer.finish, answer.tokens_in) == (text, finish, 0)
 
@@ -296,7 +297,7 @@ def test_addresses():
         whole = f"{url.rstrip('/')}/chat/completions"
         assert Endpoint(url, "m").url == Endpoint(whole, "m").url == whole
     for url in ("http://10.0.0.1/v1", "http://localhost.example/v1", "host/v1", "ftp://host/v1",
-                ""):
+                "", "https://", "https://[half", "http://localhost:port/v1"):
         with pytest.raises(InputError, match="--endpoint"):
             Endpoint(url, "m")
     assert Endpoint("http://10.0.0.1/v1", "m", allow_http=True).url.startswith("http://10.")

@@ -96,6 +96,7 @@ def test_the_running_average(command, encoders, steps, monkeypatch, tmp_path):
         average = [keep * old + (1 - keep) * new for old, new in zip(average, step["after"])]
     kept = load_file(tmp_path / "ubm" / "member-0.safetensors")
     member = mulcot.new_ubm(encoders / "text").members[0]
+    assert member.head[0].p == 0.1
     for name, want in zip(dict(member.named_parameters()), average, strict=True):
         assert torch.allclose(kept[name], want, atol=1e-6), name
 
