@@ -82,6 +82,7 @@ def test_a_score_is_its_expectation():
     assert got.predicted_score == pytest.approx(1.3) and got.prediction == "positive"
     h = -sum(p * torch.log(torch.tensor(p)).item() for p in (0.2, 0.3, 0.5))
     assert got.uncertainty == pytest.approx(h / torch.log(torch.tensor(7.0)).item(), abs=1e-5)
+    assert got.uncertainty == round(got.uncertainty, 6)
     assert mulcot.score_verdict(-0.51, 0).prediction == "negative"
     assert mulcot.score_verdict(-0.5, 0).prediction == "neutral"
 
@@ -266,6 +267,7 @@ def test_endpoint_cascade(toy, ubm, tmp_path, posts, serve, monkeypatch):
     code, rows = run(toy, ubm, out, *more)
     assert code == 0 and len(rows) == 6
     calls = len(server.asked)
+    assert {request.body["max_tokens"] for request in server.asked} == {32}
     assert len(mulcot.read_rows(tmp_path / "rows.calls.jsonl")) >= 11
     assert not (tmp_path / "rows.asked.jsonl").exists()
     for row in rows:

@@ -55,6 +55,8 @@ DIALOGUES = {
         [WRONG, WRONG, chain("neutral"), PART], {}, [1, 2, 2, 2], [0, 0, 0.4, 0.8], [512] * 4,
         "negative"),
     "each stage has its tries": ([PART, WRONG], dict(max_tries=1), [1, 2], [0, 0], [512] * 2, None),
+    "never hotter than 1.2": ([PART] * 4 + ["no"], dict(max_tries=5, stage2=False), [1] * 5,
+                              [0, 0.4, 0.8, 1.2, 1.2], [512] * 5, None),
     "no stage 2": ([WRONG], dict(stage2=False), [1], [0], [512], "negative"),
     "no stage 2, asked again": (
         [PART, RIGHT], dict(stage2=False), [1, 1], [0, 0.4], [512] * 2, "positive")}

@@ -167,6 +167,7 @@ def test_a_servers_own_words(serve, world, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("asked again: post ") == 1 and "HTTP 503: no, says 503" in printed
     assert f"unanswered, run again: post {bad.id}: " in printed
+    assert "unanswered 1 posts, run again" in printed
     assert bad.id not in kept(out) + aside(out) and len(kept(out) + aside(out)) == 39
 
 
