@@ -12,8 +12,8 @@ writes train.jsonl (1,000 of the 1,122 dev posts with a real teacher's chains), 
 122, of other tweets), test.jsonl (1,037 posts) and test_chains.jsonl (506 of them, with the same
 teacher's chains as references), all without their images. Beside them stand two files of answers
 that need no model: others.jsonl answers each post of test_chains.jsonl with the chain of another
-tweet there, lookup.jsonl with the chain of the most similar training post. With --no-image
-Image_analysis says "No image is given.": else the model is taught to make pictures up.
+tweet there, lookup.jsonl with the chain of the most similar training post, its aspect exchanged.
+Image_analysis says "No image is given." in all: a model is not taught to make pictures up.
 
     python tests/real.py --chains predictions.jsonl --out runs/real
 
@@ -153,7 +153,7 @@ def posts(args):
     assert not any(chains.values()), "a chain is of no test post"
     parts = dict(train=train, dev=dev, test=test, test_chains=references)
     for name, members in parts.items():
-        rows = [row_of(post, args.no_image) for post in members]
+        rows = [row_of(post) for post in members]
         write_rows(Path(args.out, f"{name}.jsonl"), rows)
         parts[name] = rows
     write_rows(Path(args.out, "others.jsonl"), others(parts["test_chains"]))
@@ -175,11 +175,11 @@ def cut_by_tweet(posts, count):
     return kept, others
 
 
-def row_of(post, no_image):
-    """The post without its image; with `no_image` its chain says that there is none."""
+def row_of(post):
+    """The post without its image, as its chain says too."""
     row = dict(id=post.id, text=post.text, aspect=post.aspect, label=post.label, cot=post.cot)
     parsed = parse_reasoning(post.cot or "")
-    if no_image and parsed.complete:
+    if parsed.complete:
         row["cot"] = render_reasoning(parsed.fields | dict(Image_analysis=NO_IMAGE))
     return {key: value for key, value in row.items() if value is not None}
 
@@ -243,7 +243,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--out", required=True, help="the folder of the model or of the posts")
     parser.add_argument("--posts", help="write posts: the folder of real posts")
-    parser.add_argument("--no-image", action="store_true", help="chains say that there is no image")
     parser.add_argument("--chains", help="look at the chains of a prediction file of test.jsonl")
     args = parser.parse_args()
     sys.exit(run_stage(posts if args.posts else chains if args.chains else build, args))

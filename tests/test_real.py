@@ -151,26 +151,23 @@ def test_chains_are_counted_and_shown_by_the_rule(tmp_path, capsys):
 
 
 def test_rows_of_the_real_road(tmp_path, capsys, twitter):
-    """No tweet, text or image, is on two sides; no image on demand, but in the one chain without
-    its five fields, which training sets aside."""
+    """No tweet, text or image, is on two sides; all chains say that there is no image, but the one
+    without its five fields, which training sets aside."""
     images = {post.text: post.image for file in ("dev_chains.json", "test.tsv")
               for post in mulcot.read_posts(twitter / file)}
-    for no_image in (False, True):
-        out = tmp_path / str(no_image)
-        real.posts(argparse.Namespace(posts=str(twitter), out=str(out), no_image=no_image))
-        assert ("wrote 1,000 train, 122 dev, 1,037 test, 506 test_chains posts"
-                in capsys.readouterr().out)
-        parts = {part: mulcot.read_rows(out / f"{part}.jsonl")
-                 for part in ("train", "dev", "test", "test_chains")}
-        for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
-            texts = [{row["text"] for row in parts[part]} for part in (one, other)]
-            assert not texts[0] & texts[1]
-            assert not {images[text] for text in texts[0]} & {images[text] for text in texts[1]}
-        bare = [{key: value for key, value in row.items() if key != "cot"}
-                for row in parts["test_chains"]]
-        assert all(row in parts["test"] for row in bare)
-        told = [f'"{real.NO_IMAGE}"' in row["cot"] for row in parts["train"]]
-        assert sum(told) == (999 if no_image else 0)
+    real.posts(argparse.Namespace(posts=str(twitter), out=str(tmp_path)))
+    assert "wrote 1,000 train, 122 dev, 1,037 test, 506 test_chains posts" in capsys.readouterr().out
+    parts = {part: mulcot.read_rows(tmp_path / f"{part}.jsonl")
+             for part in ("train", "dev", "test", "test_chains")}
+    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        texts = [{row["text"] for row in parts[part]} for part in (one, other)]
+        assert not texts[0] & texts[1]
+        assert not {images[text] for text in texts[0]} & {images[text] for text in texts[1]}
+    bare = [{key: value for key, value in row.items() if key != "cot"}
+            for row in parts["test_chains"]]
+    assert all(row in parts["test"] for row in bare)
+    told = [f'"{real.NO_IMAGE}"' in row["cot"] for row in parts["train"]]
+    assert sum(told) == 999
 
 
 def test_answers_without_a_model():
