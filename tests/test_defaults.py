@@ -17,7 +17,7 @@ CHAINS = dict(
     accumulate=(20, MULCOT), epochs=(20, MULCOT), seed=(42, MULCOT), schedule=("plateau", MULCOT),
     warmup=(0.0, MULCOT), reasoning_weight=(0.8, MULCOT), label_weight=(0.2, MULCOT),
     max_answer=(512, OURS), reasoning=(True, MULCOT), clip=(1.0, OURS), scope=("language", OURS),
-    nf4=(False, MULCOT), max_pixels=(0, OURS))
+    nf4=(False, MULCOT), max_pixels=(0, OURS), log_every=(10, OURS), save_every=(0, OURS))
 
 TRAIN = {
     "assistant": CHAINS | dict(dropout=(0.2, MULCOT)),
