@@ -15,6 +15,7 @@ run, its posts beside the second's.
 """
 
 import argparse
+import math
 import re
 import secrets
 import time
@@ -28,8 +29,8 @@ import torch
 
 from mulcot import (
     LABEL_WORD, LABELS, POLARITY, Help, InputError, confusion_scores, confusion_table, data_url,
-    explaining, parse_reasoning, read_posts, read_rows, regression_metrics, report_rejects,
-    run_info, run_stage, select_split, sibling, write_json, write_text)
+    explaining, parse_reasoning, read_posts, read_rows, report_rejects, run_info, run_stage,
+    select_split, sibling, write_json, write_text)
 
 
 def parse_args(argv=None):
@@ -92,6 +93,39 @@ def classification_metrics(gold, predicted):
                                 f1=2 * right / (predictions + support), support=support)
     return dict(n=len(gold), unparsed=predicted.count(None), confusion=table.tolist(),
                 per_class=per_class, **confusion_scores(table))
+
+
+def regression_metrics(gold, predicted):
+    """MMSA's metrics of scores in [-3, 3]: MAE and Pearson's r of unclipped numbers; Acc-7 and
+    Acc-5, clipped to ±3 and ±2 and rounded half to even; Acc-2 and weighted F1 of the signs, `has0`
+    (>= 0 or not) and `non0` (> 0 or not, gold zeros dropped). choice: None, or a number that is not
+    finite, is wrong in all but MAE and r, which are of the other posts, and counts in `unparsed`;
+    an answer beyond ±3 counts as any other, and in `out_of_range`. None where undefined."""
+    assert len(gold) == len(predicted) and len(gold), (len(gold), len(predicted))
+    gold = np.array(gold, float)
+    predicted = np.array([math.nan if p is None else p for p in predicted], float)
+    parsed = np.isfinite(predicted)
+    g, p = gold[parsed], predicted[parsed]
+    metrics = dict(mae=None, corr=None, unparsed=int((~parsed).sum()),
+                   out_of_range=int((np.abs(p) > 3).sum()))
+    if parsed.any():
+        metrics["mae"] = float(np.abs(g - p).mean())
+        if np.ptp(g) > 0 and np.ptp(p) > 0:
+            metrics["corr"] = float(np.corrcoef(g, p)[0, 1])
+    for name, limit in (("acc7", 3), ("acc5", 2)):
+        same = np.round(np.clip(g, -limit, limit)) == np.round(np.clip(p, -limit, limit))
+        metrics[name] = float(same.sum() / len(gold))
+    everywhere = np.ones(len(gold), bool)
+    for name, judged, sign in (("has0", everywhere, np.greater_equal),
+                               ("non0", gold != 0, np.greater)):
+        metrics[f"acc2_{name}"] = metrics[f"f1_{name}"] = None
+        if judged.any():
+            signs = np.where(parsed, sign(predicted, 0), -1)[judged].tolist()  # -1: neither class
+            table = confusion_table(sign(gold, 0)[judged].tolist(), signs, classes=(False, True))
+            scores = confusion_scores(table)
+            metrics[f"acc2_{name}"] = float(scores["accuracy"])
+            metrics[f"f1_{name}"] = float(scores["weighted_f1"])
+    return metrics
 
 
 def calibration_metrics(gold, probs, bins=15):

@@ -43,16 +43,17 @@ import requests
 import torch
 
 from mulcot import (
-    FORMATS, LABEL_FORMAT, LABELS, REASON_FORMAT, UBM, Answer, Help, InputError, Refused, Request,
-    SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route, chain_row, check_answer,
-    check_at_least, check_settings, chunks, collate, count_parameters, data_url, default_dtype,
-    digest, encode, encode_batch, explaining, flag_groups, forward_branches, gather, generate_text,
-    get_rank, get_world_size, init_distributed, label_branches, load_trained, load_ubm,
-    mark_aspect, merge_lora, parse_reasoning, parse_score, post_prompt, predict, progress,
-    read_dev_posts, read_json, read_out, read_posts, read_rows, render_reasoning, report_rejects,
-    row_line, row_text, run_info, run_stage, say, score_labels, score_verdict, select_split,
-    settings_file, settings_of, sibling, to_json, to_post, tokenizer_hash, training_branches,
-    training_items, two_stage_cot, verdict, write_json, write_rows)
+    FORMATS, LABELS, LABEL_FORMAT, REASON_FORMAT, SCORE_BINS, UBM, Answer, Help, InputError,
+    Refused, Request, SoftLabels, Verdict, barrier, base_of, build_messages, cascade_route,
+    chain_row, check_answer, check_at_least, check_settings, chunks, collate, count_parameters,
+    data_url, default_dtype, digest, encode, encode_batch, explaining, flag_groups,
+    forward_branches, gather, generate_text, get_rank, get_world_size, init_distributed,
+    label_branches, load_trained, mark_aspect, merge_lora, new_ubm, parse_reasoning, parse_score,
+    post_prompt, predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows,
+    read_tensors, render_reasoning, report_rejects, row_line, row_text, run_info, run_stage, say,
+    score_labels, score_verdict, select_split, settings_file, settings_of, sibling, to_json,
+    to_post, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
+    write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -929,6 +930,20 @@ def cascade(args):
     write_rows(args.out, rows)
     print(f"routes     {row_text(routes)}\na post     {row_text(costs)}")
     output.print_summary()
+
+
+def load_ubm(folder, device="cpu"):
+    """The UBM that `save_ubm` wrote, in eval mode."""
+    with explaining(f"{folder} is a damaged folder of train.py ubm, or an older one"):
+        config = read_json(Path(folder, "ubm.json"))
+        if tuple(config["classes"]) not in (LABELS, SCORE_BINS):
+            raise InputError(f"{folder} was trained on other labels: {config['classes']}")
+        image = str(Path(folder, "image")) if config["image"] else None
+        model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
+                        weights=False)
+        model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
+        model.temperature = config["temperature"]
+    return model.to(device).eval()
 
 
 class CascadePasses:

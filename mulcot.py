@@ -41,9 +41,10 @@ way back to theirs where there is one
  7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
  8. The label's answer is quoted, `"Prediction": "positive"`. Theirs is not, though their prompt
     shows it so.
- 9. Images keep their shape under a pixel cap, are turned upright, and lie on white where they are
-    transparent. `--max-pixels 78400` gives 80 to 100 visual tokens, fewer of small images. Theirs
-    resize to 280 x 280, always 100: `mogrify -resize '280x280!' images/*` beforehand does that.
+ 9. Images keep their shape under a pixel cap (the model's own, unless `--max-pixels` says another),
+    are turned upright, and lie on white where they are transparent. `--max-pixels 78400` gives
+    mostly 80 to 100 visual tokens. Theirs resize to 280 x 280, always 100:
+    `mogrify -resize '280x280!' images/*` beforehand does that.
   Training
 10. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
     it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
@@ -86,8 +87,8 @@ R1. A clip's frames are separate pictures. Theirs go through Omni's video path: 
 R2. NF4 is of the linears that LoRA adapts in the language model, its block scales in float32 and
     not quantised again. bitsandbytes within the library takes every linear but the output head, the
     towers' too.
-R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch and schedule
-    are ours, as is `--target label`.
+R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch, schedule,
+    clipping and selection are ours, as is `--target label`.
 
 Departures of U-ACS (§11) from arXiv 2509.04459, of which little more than the abstract is known
 U1. A score is learned as weights of its two neighbouring whole numbers, so that u measures how
@@ -95,8 +96,9 @@ U1. A score is learned as weights of its two neighbouring whole numbers, so that
 U2. u is entropy over its maximum; the MLLM's distribution is that of its scored answers, thresholds
     are those of least error on dev within `--budget` MLLM passes a post.
 U3. The UBM (several short runs of a text encoder, adversarial steps, averaged weights, a fitted
-    temperature), the prompt of the second pass, what happens when a pass fails, and that of two
-    answers with one label the MLLM's distribution stands, are ours.
+    temperature), the prompt of the second pass and what happens when a pass fails are ours. So is
+    that of two answers with one label the MLLM's distribution stands, that scores within 0.5 of 0
+    take no side, and that agreeing scores are averaged by 1 - u (0.5 where u is unknown).
 """
 
 from __future__ import annotations
@@ -1980,10 +1982,8 @@ def count_parameters(model):
 
 
 # ================================================================================================
-# §10 Readout (arXiv 2606.05713) [needs: LABELS, explaining, read_json, read_tensors, §1, §2, §6,
-#    §8]
-# import math, re, torch; from pathlib import Path; import numpy as np
-# import torch.nn.functional as F; from torch import nn
+# §10 Readout (arXiv 2606.05713) [needs: LABELS, explaining, read_json, read_tensors, §1, §2, §8]
+# import re, torch; from pathlib import Path; import torch.nn.functional as F; from torch import nn
 # ================================================================================================
 
 SCORE_FORMAT = "Answer with one number from -3 (very negative) to 3 (very positive)."
@@ -2084,44 +2084,10 @@ def load_trained(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     return model, processor
 
 
-def regression_metrics(gold, predicted):
-    """MMSA's metrics of scores in [-3, 3]: MAE and Pearson's r of unclipped numbers; Acc-7 and
-    Acc-5, clipped to ±3 and ±2 and rounded half to even; Acc-2 and weighted F1 of the signs, `has0`
-    (>= 0 or not) and `non0` (> 0 or not, gold zeros dropped). choice: None, or a number that is not
-    finite, is wrong in all but MAE and r, which are of the other posts, and counts in `unparsed`;
-    an answer beyond ±3 counts as any other, and in `out_of_range`. None where undefined."""
-    assert len(gold) == len(predicted) and len(gold), (len(gold), len(predicted))
-    gold = np.array(gold, float)
-    predicted = np.array([math.nan if p is None else p for p in predicted], float)
-    parsed = np.isfinite(predicted)
-    g, p = gold[parsed], predicted[parsed]
-    metrics = dict(mae=None, corr=None, unparsed=int((~parsed).sum()),
-                   out_of_range=int((np.abs(p) > 3).sum()))
-    if parsed.any():
-        metrics["mae"] = float(np.abs(g - p).mean())
-        if np.ptp(g) > 0 and np.ptp(p) > 0:
-            metrics["corr"] = float(np.corrcoef(g, p)[0, 1])
-    for name, limit in (("acc7", 3), ("acc5", 2)):
-        same = np.round(np.clip(g, -limit, limit)) == np.round(np.clip(p, -limit, limit))
-        metrics[name] = float(same.sum() / len(gold))
-    everywhere = np.ones(len(gold), bool)
-    for name, judged, sign in (("has0", everywhere, np.greater_equal),
-                               ("non0", gold != 0, np.greater)):
-        metrics[f"acc2_{name}"] = metrics[f"f1_{name}"] = None
-        if judged.any():
-            signs = np.where(parsed, sign(predicted, 0), -1)[judged].tolist()  # -1: neither class
-            table = confusion_table(sign(gold, 0)[judged].tolist(), signs, classes=(False, True))
-            scores = confusion_scores(table)
-            metrics[f"acc2_{name}"] = float(scores["accuracy"])
-            metrics[f"f1_{name}"] = float(scores["weighted_f1"])
-    return metrics
-
-
 # ================================================================================================
-# §11 UBM and cascade (arXiv 2509.04459) [needs: LABELS, InputError, explaining, read_json,
-#    read_tensors, §1]
-# import math, re, torch; from dataclasses import dataclass; from pathlib import Path
-# import numpy as np; from PIL import Image; from torch import nn
+# §11 UBM and cascade (arXiv 2509.04459) [needs: LABELS, explaining, §1]
+# import math, re, torch; from dataclasses import dataclass; import numpy as np
+# from PIL import Image; from torch import nn
 # ================================================================================================
 
 SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it has entropy
@@ -2160,7 +2126,7 @@ class UBM(nn.Module):
     """Small classifiers of posts into `classes` (LABELS or SCORE_BINS), alike but for their seeds,
     that answer together: the mean of their probabilities. Lakshminarayanan et al. 2017,
     arXiv 1612.01474. `temperature` divides the logits where probabilities are wanted. Build it with
-    `new_ubm` or `load_ubm`."""
+    `new_ubm`."""
 
     def __init__(self, members, classes):
         super().__init__()
@@ -2260,20 +2226,6 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
             image_encoder = encoder(image) if image else None
             ensemble.append(UBMMember(encoder(text), tokenizer, classes, image_encoder, processor))
     return UBM(ensemble, classes)
-
-
-def load_ubm(folder, device="cpu"):
-    """The UBM that `save_ubm` wrote, in eval mode."""
-    with explaining(f"{folder} is a damaged folder of train.py ubm, or an older one"):
-        config = read_json(Path(folder, "ubm.json"))
-        if tuple(config["classes"]) not in (LABELS, SCORE_BINS):
-            raise InputError(f"{folder} was trained on other labels: {config['classes']}")
-        image = str(Path(folder, "image")) if config["image"] else None
-        model = new_ubm(str(Path(folder, "text")), config["classes"], image, config["members"],
-                        weights=False)
-        model.load_state_dict(read_tensors(Path(folder, "ubm.safetensors")))
-        model.temperature = config["temperature"]
-    return model.to(device).eval()
 
 
 # ---- verdicts: what a pass of the cascade says, and how sure it is

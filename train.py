@@ -43,7 +43,7 @@ from mulcot import (
     encode, explaining, flag_groups, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, label_rows, load_processor, load_trained, lora_layers, multitask_loss,
     new_ubm, predict, progress, read_dev_posts, read_out, read_tensors, readout_branches,
-    readout_loss, regression_metrics, render_score, row_text, run_info, run_stage, save_adapter,
+    readout_loss, render_score, row_text, run_info, run_stage, save_adapter,
     say, settings_file, settings_of, student_loss, tokenizer_hash, training_branches,
     training_items, without_inputs, write_atomic, write_json, write_rows, write_tensors)
 
@@ -744,13 +744,15 @@ class ReadoutStage(Stage):
             rows += read_out(model, self.processor, part)
         if self.args.target == "label":
             return label_scores(rows, posts)
-        gold = [post.score for post in posts]
-        scores = [row["score"] for row in rows]
-        metrics = regression_metrics(gold, scores)
-        parsed = len(gold) - metrics["unparsed"]
-        # choice: no number is as far as can be
-        errors = parsed * (metrics["mae"] or 0.0) + 6.0 * metrics["unparsed"]
-        return dict(neg_mae=-errors / len(gold), corr=metrics["corr"] or 0.0)
+        scores = [math.nan if row["score"] is None else row["score"] for row in rows]
+        pairs = torch.tensor([scores, [post.score for post in posts]], dtype=torch.double)  # (2, n)
+        # choice: an answer without a number is as far off as can be
+        errors = (pairs[0] - pairs[1]).abs().nan_to_num(6.0)
+        pairs = pairs[:, ~pairs[0].isnan()]
+        corr = 0.0  # of less than two different numbers
+        if pairs.shape[1] and (pairs.amax(1) > pairs.amin(1)).all():
+            corr = torch.corrcoef(pairs)[0, 1].item()
+        return dict(neg_mae=-errors.mean().item(), corr=corr)
 
 
 def target_branches(post, target):

@@ -329,7 +329,7 @@ def server(connection):
 
 
 def teacher(_):
-    """Kept posts per second for 1, 8 and 32 workers, and peak memory for 1,000 and 10,000 posts."""
+    """Kept posts per second for 1, 8 and 32 workers, and peak memory for up to 5,120 posts."""
     os.environ["NO_PROXY"] = "127.0.0.1"
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.Process(target=server, args=(theirs,), daemon=True)

@@ -22,14 +22,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from eval import regression_metrics  # noqa: E402
 from generate import refuse_ranks  # noqa: E402
-from mulcot import (  # noqa: E402
-    Help, read_posts, read_rows, regression_metrics, run_stage, write_json)
+from mulcot import Help, read_posts, read_rows, run_stage, write_json  # noqa: E402
 
 SHORT = "--batch 16 --accumulate 1"  # for models of half a million parameters
 
 
-TOY = "Toy posts, tiny models of half a million weights: this says nothing about real posts."
+TOY = "Toy posts, tiny models of under a million weights: this says nothing about real posts."
 
 
 def run_commands(commands):

@@ -226,7 +226,7 @@ def test_thresholds_never_see_the_evaluated_split(toy, ubm, tmp_path, capsys):
 def ubm_of_scores(ubm, tmp_path_factory):
     """A UBM of seven bins over the same text encoder."""
     torch.manual_seed(1)
-    folder, model = tmp_path_factory.mktemp("scores"), mulcot.load_ubm(ubm)
+    folder, model = tmp_path_factory.mktemp("scores"), generate.load_ubm(ubm)
     member = mulcot.UBMMember(model.members[0].text, model.tokenizer, mulcot.SCORE_BINS)
     train.save_ubm(mulcot.UBM([member], mulcot.SCORE_BINS), folder)
     return folder

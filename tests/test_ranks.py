@@ -113,7 +113,7 @@ def test_two_processes_share_the_members(toy, encoders, tmp_path):
     assert train.main([*ubm, str(tmp_path / "one")]) == 0
     torch.set_num_threads(threads)
     assert "3 members together" in finished(torchrun("train.py", [*ubm, str(tmp_path / "two")]))
-    one, two = (mulcot.load_ubm(tmp_path / name) for name in ("one", "two"))
+    one, two = (generate.load_ubm(tmp_path / name) for name in ("one", "two"))
     assert one.temperature == two.temperature
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 

@@ -115,7 +115,7 @@ def test_saved_and_loaded(encoder, encoders, vit, three, image, tmp_path):
     model = mulcot.new_ubm(encoder, mulcot.SCORE_BINS, image, members=2)
     model.temperature = 1.7
     train.save_ubm(model, tmp_path / "ubm")
-    again = mulcot.load_ubm(tmp_path / "ubm")
+    again = generate.load_ubm(tmp_path / "ubm")
     assert again.classes == mulcot.SCORE_BINS and again.target == "score" and not again.training
     assert torch.equal(again.probs(three), model.probs(three))
 
@@ -145,7 +145,7 @@ def test_the_top_layer_is_drawn_anew(encoder):
 def test_bad_folders(tmp_path):
     """Each tells what to do."""
     with pytest.raises(mulcot.InputError, match="ubm.json is missing or damaged"):
-        mulcot.load_ubm(tmp_path)
+        generate.load_ubm(tmp_path)
     with pytest.raises(mulcot.InputError, match="cannot be loaded"):
         mulcot.new_ubm(str(tmp_path / "nothing"))
 
@@ -200,7 +200,7 @@ def test_adversarial_steps(toy, encoders, tmp_path, monkeypatch):
             uphill = plain["gradient"][b] / plain["gradient"][b].norm()
             step = moved["words"][b] - plain["words"][b]
             assert torch.allclose(step, 0.5 * uphill, atol=1e-5) and step.norm() > 0.49
-    kept = mulcot.load_ubm(tmp_path / "ubm").members[0].image.embedder.embedder.normalization
+    kept = generate.load_ubm(tmp_path / "ubm").members[0].image.embedder.embedder.normalization
     assert kept.num_batches_tracked > 0 and kept.running_mean.any()
 
 

@@ -143,7 +143,7 @@ def test_the_logged_loss_is_of_the_plain_pass(command, monkeypatch, tmp_path):
     adversarial pass, whose loss is higher, is not in it."""
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     assert train.main([*command, "--lr", "0", "--head-lr", "0", "--adv-epsilon", "0.5"]) == 0
-    model = mulcot.load_ubm(tmp_path / "ubm")
+    model = generate.load_ubm(tmp_path / "ubm")
     posts = [post for post in mulcot.read_posts(command[2]) if post.split == "train"]
     targets = train.class_targets(posts, mulcot.LABELS)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_members_differ(command, tmp_path, monkeypatch):
     monkeypatch.setattr(mulcot.UBMMember, "inputs", watched)
     assert train.main([*command, "--members", "2", "--epochs", "1"]) == 0
     assert len(orders) == 6 and orders[:3] != orders[3:]
-    one, other = mulcot.load_ubm(tmp_path / "ubm").members
+    one, other = generate.load_ubm(tmp_path / "ubm").members
     assert not torch.equal(one.head[1].weight, other.head[1].weight)
 
 
@@ -182,7 +182,7 @@ def test_score_bins_are_selected_by_the_smaller_error(command, toy, tmp_path, ca
     mulcot.write_rows(data, rows)
     argv = [data if arg.endswith("posts.jsonl") else arg for arg in command]
     assert train.main([*argv, "--bins", "7", "--images", f"{toy}/images"]) == 0
-    model = mulcot.load_ubm(tmp_path / "ubm")
+    model = generate.load_ubm(tmp_path / "ubm")
     dev = [post for post in mulcot.read_posts(data, toy / "images") if post.split == "dev"]
     bins = torch.tensor(mulcot.SCORE_BINS, dtype=torch.float)
     with torch.no_grad():
