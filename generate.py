@@ -52,8 +52,8 @@ from mulcot import (
     post_prompt, predict, progress, read_dev_posts, read_json, read_out, read_posts, read_rows,
     read_tensors, render_reasoning, report_rejects, row_line, row_text, run_info, run_stage, say,
     score_labels, score_verdict, select_split, settings_file, settings_of, sibling, to_json,
-    to_post, tokenizer_hash, training_branches, training_items, two_stage_cot, verdict, write_json,
-    write_rows)
+    to_post, tokenizer_hash, training_branches, training_items, two_stage_cot, uncertainty,
+    write_json, write_rows)
 
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -252,8 +252,9 @@ def fingerprint(model):
     return digest(*parts)
 
 
-# flags that a rerun onto the same --out may change: more posts, the way to a server, when to stop,
-# what computes (which rounds and draws otherwise); a cascade's rows are written anew
+# flags that a rerun onto the same --out may change: more posts, the way to a server, when to stop;
+# device and batch, which change rounding and draws alone; --dev and --budget of a cascade, whose
+# rows are written anew
 MAY_CHANGE = ("run", "out", "device", "data", "dev", "images", "split", "batch", "endpoint",
               "allow_http", "workers", "timeout", "proxy", "budget", "budget_tokens", "max_posts",
               "allow_test", "dry_run", "text", "image", "aspect", "frames", "audio")
@@ -274,7 +275,8 @@ class Output:
             if model is not None:
                 settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
-            begun = self.path in files and any(map(os.path.getsize, files))  # not an empty file
+            # --out is there and holds rows, or its rejects do: both are empty when opened
+            begun = self.path in files and any(map(os.path.getsize, files))
             check_settings(sibling(args.out, "settings.json"), settings, begun, run=args.run)
             if not begun:  # --out was deleted: what an earlier run set aside is not done
                 Path(self.rejected).unlink(missing_ok=True)
@@ -322,8 +324,9 @@ def in_batches(args, posts, done, respond):
 
 
 def new_row(post, args, source, predicted):
-    """The post's row with what a model said about it. The post's own chain and gold score go: a
-    teacher's `cot` and a readout's `score` have the same names (a predicted chain is `raw`)."""
+    """The post's row with what a model said about it. The post's own chain and gold score are
+    dropped, since a teacher's `cot` and a readout's `score` have these names (a predicted chain is
+    `raw`)."""
     row = post.row()
     row.pop("cot", None)
     row.pop("score", None)
@@ -575,7 +578,9 @@ class PaidCalls:
         self.first_call = threading.Lock()
         self.lock = threading.Condition()  # guards the journal and the next line
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        self.known = {}  # name of a call (of one post) -> answers, each to be used once
+        # name of a call -> its answers in order, each used once, by its post's thread (several:
+        # from the fourth try on the temperature stays at 1.2)
+        self.known = {}
         for row in read_rows(self.journal.path):
             answer = Answer(**row["answer"])
             self.count(answer)
@@ -782,7 +787,8 @@ def predict_posts(args):
         output, source = Output(args, rejects, model), "ubm" if isinstance(model, UBM) else "model"
         results = in_batches(args, posts, output.done, respond)
     for post, result in results:
-        output.write(new_row(post, args, source, result), keep=result.get("stage") != 0)  # refused
+        refused = result.get("stage") == 0  # by set_aside
+        output.write(new_row(post, args, source, result), keep=not refused)
     output.print_summary()
 
 
@@ -1032,6 +1038,16 @@ class CascadePasses:
             if not isinstance(answer, Verdict):  # the server refused
                 answer = Verdict(failed=answer["problem"])
             yield by_id[post.id][0], answer
+
+
+def verdict(probs, classes):
+    """The Verdict of a distribution (C,) over `classes` (LABELS or SCORE_BINS)."""
+    u = round(uncertainty(probs).item(), 6)
+    probs = [round(p, 6) for p in probs.tolist()]
+    if tuple(classes) == LABELS:
+        return Verdict(LABELS[probs.index(max(probs))], u, probs)
+    expectation = sum(p * c for p, c in zip(probs, classes))
+    return score_verdict(expectation, u, probs)
 
 
 def second_pass_prompt(post, ubm, mllm):

@@ -1,7 +1,6 @@
 """MulCoT-RD in one file: a large teacher's reasoning chains, distilled into a small vision-language
 model that reads a social-media post (text + image), writes a reasoning chain and labels its
-sentiment (arXiv 2508.05234, teacher -> assistant -> student). Nothing here is a program; the three
-scripts beside this file are.
+sentiment (arXiv 2508.05234, teacher -> assistant -> student). The programs are the three scripts.
 
 One paper after the other. §1 to §8 are MulCoT-RD, from a post's file to its loss (a training step
 runs the model of §8 first, then §7 and §6). Its two neighbours come after it:
@@ -13,23 +12,21 @@ runs the model of §8 first, then §7 and §6). Its two neighbours come after it
   §9 NF4        a frozen base in 4 bits            §11 UBM and cascade   arXiv 2509.04459
   §10 Readout   arXiv 2606.05713                   §12 Files             rows, processes
 
-Every section runs alone with what its ruler names, and what that needs in turn (a test does that).
+Every section runs alone with the `[needs: …]` and imports of its heading (a test does that).
 Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
-silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them: B rows of a batch,
-P prefix tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a
-loss, n a chunk of them, C classes.
+silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them: B rows, P prefix
+tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a loss, n a
+chunk of them, C classes.
 
 Departures of MulCoT-RD from the paper and from the authors' released scripts ("theirs"), with the
 way back to theirs where there is one
   Chains
- 1. Chains are brought into one written form, a teacher's references too. Theirs are trained on and
-    compared as they came.
+ 1. Chains are brought into one written form, references too. Theirs stay as they came.
  2. Chains that are incomplete or contradict their label are set aside, after all retries and again
     before training; so are answers that were cut off. Theirs filter stage 1 and the assistant's
     chains by the label alone, stage 2 by nothing.
- 3. A teacher is asked three times a stage at most (`--max-tries` sets how often), each time at a
-    higher temperature, after a cut answer with twice the tokens; the paper asks until the structure
-    is whole.
+ 3. A teacher is asked three times a stage at most (`--max-tries`), each time at a higher
+    temperature, after a cut answer with twice the tokens; the paper asks until the chain is whole.
  4. A training row with a chain of over 512 tokens is set aside. Theirs cap generation alone:
     `--max-answer 8192` in train.py and in generate.py soft.
  5. The prompts are our own wording; field names and their order are the paper's. Ours ask the
@@ -39,8 +36,7 @@ way back to theirs where there is one
     with one id the first is read: give the teacher's chains and the assistant's as two files.
   Tokens
  7. An answer ends in the chat template's end of turn, <|im_end|>. Theirs ends in <|endoftext|>.
- 8. The label's answer is quoted, `"Prediction": "positive"`. Theirs is not, though their prompt
-    shows it so.
+ 8. The label's answer is quoted, `"Prediction": "positive"`. Theirs is not, only in their prompt.
  9. Images keep their shape under a pixel cap (the model's own, unless `--max-pixels` says another),
     are turned upright, and lie on white where they are transparent. `--max-pixels 78400` gives
     mostly 80 to 100 visual tokens. Theirs resize to 280 x 280, always 100:
@@ -55,17 +51,13 @@ way back to theirs where there is one
     (the token "!"): prompt, image, and padding to the longest row of all, which are most of them.
 13. Each task's loss is a mean over its answer tokens in the whole optimiser step. Theirs add up,
     undivided, the means of its 20 micro-batches, so that a token of a short chain weighs more.
-14. An epoch's last, incomplete step is taken. Theirs drop its gradient and count on, so that the
-    next epoch's first step is short by as many micro-batches.
+14. An epoch's last, incomplete step is taken. Theirs drop it; the next epoch's first is shorter.
 15. The posts of a step are of like length (sorted within four steps). Theirs are drawn freely.
 16. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
-    states (in float16) and its output matrix. Theirs runs beside the student at each step, with
-    its LoRA dropout of 0.2 left on.
-17. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL); output rows
-    beyond are unused padding. Theirs resize the student's output layer up to the assistant's
-    152,064 rows, for both losses.
-18. LoRA adapts the language model only. Theirs, by suffix, also the MLPs of the vision tower:
-    `--scope all`.
+    states (in float16) and its output matrix. Theirs runs at each step, its LoRA dropout left on.
+17. For the KL both vocabularies are cut to the tokenizer's ids (151,665 in Qwen2.5-VL; rows beyond
+    are padding). Theirs resize the student's output layer to the assistant's 152,064 rows.
+18. LoRA adapts the language model only. Theirs also the vision tower's MLPs: `--scope all`.
 19. LoRA's factors are held in fp32 and multiplied in the base's dtype. Theirs multiply in fp32.
 20. Gradients are clipped at norm 1. Theirs are not: `--clip 0`.
 21. Macro F1 breaks ties in dev accuracy; on MVSA theirs take weighted F1. The rate falls where dev
@@ -74,8 +66,7 @@ way back to theirs where there is one
 22. Labels are decided by scoring the three answers, on dev too. Theirs generate them, in at most
     512 tokens; `--decode greedy` of generate.py predict does that for test posts, in at most 32.
 23. Generation is plain: the largest logit, or all tokens at a temperature, control tokens never.
-    Theirs use the model's own defaults (Qwen2.5-VL: a repetition penalty of 1.05; top-k when
-    sampling).
+    Theirs use the model's own defaults (Qwen2.5-VL: repetition penalty 1.05, top-k in sampling).
 24. A generated answer is read behind its last `Prediction`; two different labels there are none.
     Theirs take the first label word behind the first "Prediction", else the last label word.
 25. METEOR looks up synonyms only with `--wordnet`, theirs always. Distinct is of the predictions,
@@ -85,8 +76,7 @@ Departures of the readout (§10) from arXiv 2606.05713
 R1. A clip's frames are separate pictures. Theirs go through Omni's video path: pairs of frames,
     positions aligned in time, audio between them.
 R2. NF4 is of the linears that LoRA adapts in the language model, its block scales in float32 and
-    not quantised again. bitsandbytes within the library takes every linear but the output head, the
-    towers' too.
+    not quantised again. bitsandbytes takes every linear but the output head, the towers' too.
 R3. `--nf4` and `--scope all` are the paper's and no defaults. Prompt, epochs, batch, schedule,
     clipping and selection are ours, as is `--target label`.
 
@@ -146,8 +136,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def explaining(what):
-    """Within the block, whatever a damaged or missing file raises becomes an InputError that
-    begins with `what`."""
+    """In the block, what a damaged or missing file raises becomes an InputError that begins so."""
     try:
         yield
     except InputError:
@@ -265,13 +254,12 @@ class Post:
 
 
 def read_posts(path, images=None, rejects=None, allow_empty=False):
-    """Posts from a `.jsonl` of rows, the authors' `.json` list, a TomBERT `.tsv` or MMSA's
-    `label.csv`.
+    """Posts from a `.jsonl`, the authors' `.json`, a TomBERT `.tsv` or MMSA's `label.csv`.
 
     images: the folder of images, frames and audio (default: of a .csv its own folder, else
     `images/` beside the file or the file's own folder). Bad rows are appended to `rejects` as
-    (where, reason); with rejects=None the first raises InputError. Without any good row InputError,
-    unless `allow_empty`."""
+    (where, reason); with rejects=None the first raises InputError, as does a file without a good
+    row, unless `allow_empty`."""
     rows, parse, images = _open_rows(Path(path), images)
     posts = {}  # by id
     checked = set()
@@ -329,8 +317,7 @@ def read_dev_posts(path, images, target):
 
 
 def safe_path(name, folder):
-    """A manifest's file name as a path inside `folder` (None of none); what leads outside is
-    refused."""
+    """A manifest's file name as a path inside `folder`, or None; no path leads outside."""
     if not name:
         return None
     root = os.path.realpath(folder)
@@ -372,8 +359,7 @@ def data_url(path, max_side=1120, quality=92):
 
 
 def load_audio(path):
-    """A 16-bit PCM WAV of 16 kHz as floats (samples,) in [-1, 1), channels averaged. Raises
-    InputError with the reason."""
+    """A 16-bit PCM WAV of 16 kHz as floats (samples,) in [-1, 1), channels averaged."""
     fix = "`ffmpeg -i IN -ac 1 -ar 16000 -sample_fmt s16 OUT.wav` writes what is read here"
     with explaining(f"audio {path} is no PCM WAV ({fix})"), wave.open(str(path)) as file:
         channels, width, rate, count = file.getparams()[:4]
@@ -447,8 +433,7 @@ def _open_rows(path, images):
 
 
 def _lines(path):
-    """[(where, line)] of the lines that hold something; bytes, so that one that is not UTF-8 costs
-    that line only."""
+    """[(where, line)] of lines that hold something; as bytes, so that bad UTF-8 costs one line."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
 
@@ -477,8 +462,7 @@ def _json_row(stem, row):
 
 
 def _tsv_row(stem, line):
-    """TomBERT: header, then index, label (0 negative, 1 neutral, 2 positive: their places in
-    LABELS), image, text with $T$, aspect."""
+    """TomBERT: header, then index, label (its place in LABELS), image, text with $T$, aspect."""
     cells = line.decode().strip("\r\n").split("\t")  # trap: csv would join lines at a stray quote
     if len(cells) != 5 or cells[1] not in map(str, range(len(LABELS))):
         raise InputError(f"expected index, label 0-{len(LABELS) - 1}, image, text, aspect; got "
@@ -523,8 +507,7 @@ def _by_number(name):
 
 def _csv_rows(path, folder):
     """MMSA's label.csv of MOSI or MOSEI: video_id, clip_id, text, label (a score), mode (train,
-    valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav in `folder` are used where
-    they exist."""
+    valid, test). frames/<video>/<clip>/ and audio/<video>/<clip>.wav are used where they exist."""
     lines = _lines(path) or [("", b"")]
     with explaining(f"{path} has no header"):
         header = next(csv.reader([lines[0][1].decode("utf-8", "replace")]), [])
@@ -590,8 +573,7 @@ FORMATS = dict(reason=REASON_FORMAT, label=LABEL_FORMAT, unaided=REASON_FORMAT +
 
 
 def post_prompt(post, task="reason", gold=None):
-    """The shared part of a prompt: task, definitions (teacher only), the post. Ends in a blank
-    line."""
+    """The shared part of a prompt: task, definitions (teacher only), post, and a blank line."""
     lines = [TASK_ASPECT if post.aspect else TASK]
     if task == "explained":
         lines = [TASK_EXPLAIN + (TOWARD_ASPECT if post.aspect else "")]
@@ -622,8 +604,7 @@ def build_messages(post, task, gold=None):
 @dataclass
 class Reasoning:
     """A parsed answer. `fields`: those found, cleaned. `prediction`: a label or None. `complete`:
-    all five fields hold text and the last one a label. `problem`: what is missing, in words, or
-    None."""
+    all five fields hold text and the last one a label. `problem`: what is missing, or None."""
 
     fields: dict
     prediction: str | None
@@ -631,7 +612,7 @@ class Reasoning:
     problem: str | None
 
 
-# choice: models write `Text_Analysis`, `text analysis` or `Text-analysis` as well
+# models write `Text_Analysis`, `text analysis` or `Text-analysis` as well
 _NAME = "(?i:" + "|".join(name.replace("_", "[_ -]") for name in FIELDS) + ")"
 _FIELD_OF = {name.lower(): name for name in FIELDS}
 # A field opens at the start of a line, in Markdown, list or JSON markup, or behind { or , when its
@@ -663,14 +644,14 @@ def parse_reasoning(text):
         answer = text.strip()  # a bare label word; one within prose would not count
     line = re.split(r'\n|",\s*"\w+"\s*:', answer, maxsplit=1)[0]  # or to the next key of JSON
     labels = set(LABEL_WORD.findall(line.lower()))
-    prediction = labels.pop() if len(labels) == 1 else None
+    prediction = min(labels) if len(labels) == 1 else None
     if prediction and "Prediction" in fields:
         fields["Prediction"] = prediction  # what a model adds behind it is not to be learned
     problem = None
     missing = [name for name in FIELDS if not fields.get(name)]
     if missing:
         problem = "missing " + ", ".join(missing)
-    elif labels:
+    elif len(labels) > 1:
         problem = "Prediction names several labels"
     elif prediction is None:
         problem = "Prediction names no label"
@@ -678,8 +659,7 @@ def parse_reasoning(text):
 
 
 def _clean(value, quoted):
-    """A field's text without quotes, commas, braces, fences, rules and the next heading's
-    hashes around it."""
+    """A field's text without the quotes, commas, braces, fences, rules and hashes around it."""
     value = re.sub(r"```\w{0,10}", "", value).strip().strip("*").strip()
     value = value.rstrip("#-*}],; \t\r\n")
     if value.startswith('"') and (quoted or value.find('"', 1) in (-1, len(value) - 1)):
@@ -690,12 +670,11 @@ def _clean(value, quoted):
         value = json.loads(f'"{value}"', strict=False)
     except ValueError:
         value = value.replace('\\"', '"').replace("\\n", "\n")
-    return value.encode("utf-8", "replace").decode().strip()  # half a pair fits into no file
+    return value.encode("utf-8", "replace").decode().strip()  # UTF-8 has no lone surrogates
 
 
 def check_answer(text, label, finish="stop"):
-    """(Reasoning of a model's answer, why it is unfit to train on or None): cut off, incomplete, or
-    contradicting its post's label."""
+    """(Reasoning of an answer, why it is unfit to train on or None): cut off, incomplete, wrong."""
     parsed = parse_reasoning(text)
     if finish == "length":  # trap: a cut answer may parse well and lack its end
         return parsed, "truncated"
@@ -751,17 +730,14 @@ class Answer:
     seconds: float = 0.0
 
 
-# stage 1 is the task "unaided"; stage 2 is the task "explained", which is label-conditioned
-
-
 def two_stage_cot(posts, ask, max_tries=3, max_tokens=512, stage2=True):
     """Asks a teacher for a chain of each labelled post. `ask` takes a list of Requests and returns
     their Answers in the same order (a local model answers a batch at once). Returns a row per post:
     `cot` (None if every try failed), `prediction`, `unaided_prediction` (what stage 1 said, right
     or wrong), `stage`, `tries`, `problem`, `attempts`, tokens, and the seconds of an endpoint.
 
-    paper: stage 1 asks without the label and is kept if right; stage 2 is given the label of the
-    posts that failed, and explains it."""
+    paper: stage 1 (task "unaided") asks without the label and is kept if right; stage 2
+    ("explained") is given the label and explains it."""
     attempts = {post.id: [] for post in posts}
     ask_until_valid(posts, "unaided", ask, attempts, max_tries, max_tokens)
     if stage2:
@@ -990,13 +966,13 @@ class Processor:
             cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
-        # trap: SmolVLM2 puts a space after "Assistant:"; other templates leave out empty thoughts
+        # trap: SmolVLM2 puts a space after "Assistant:", the lead. Others end the question in an
+        # empty <think></think>, which a finished turn lacks, so that it does not begin with it
         lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
         return Turn(before[:cut], before[cut:], tail, lead, end)
 
     def text_ids(self, text):
-        """Ids of plain text. trap: a tweet may hold <|im_end|>; user text never becomes a special
-        token."""
+        """Ids of plain text. trap: a tweet's <|im_end|> must not become the special token."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def template_ids(self, text):
@@ -1041,8 +1017,8 @@ def join_media(parts):
 def encode(post, branches, processor, shared=None):
     """One post and its branches [(question, answer or None), …] -> Example. `shared`: the text
     that stands before all questions (default `post_prompt(post)`). Ids equal those of the model's
-    chat template. trap: train on the end of the turn and mask by length; with pad == eos a model
-    never learns to stop."""
+    chat template. Targets are masked by length. trap: masked by the pad's id, where pad is eos, the
+    end of the turn would be masked too, and a model never learn to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
     family = processor.family
     head, *rest = turn.head.split(family.placeholder)
@@ -1110,8 +1086,7 @@ def rope_positions(ids, placeholder, grids, merge_size):
 class Batch:
     """Rows of [prefix | branch 1 | branch 2 … | padding], a row per example. `branch_ids`: 0 in the
     prefix, 1, 2 … in the branches, -1 on padding. `targets[b, t]` is the id to predict *at* t (the
-    shift is done), -100 where nothing is supervised. `media`: what the model is given beside ids,
-    of all images and sounds."""
+    shift is done), -100 where nothing is supervised. `media`: of all images and sounds."""
 
     input_ids: torch.Tensor  # (B, T)
     position_ids: torch.Tensor  # (3, B, T)
@@ -1173,8 +1148,7 @@ def collate(examples, pad_id):
 
 def branch_mask(branch_ids, dtype):
     """branch_ids (B, T) -> additive mask (B, 1, T, T): a token sees the prefix and its own branch
-    up to itself, never a sister. trap: a bool mask is right under sdpa, but eager attention adds it
-    as 0 / 1."""
+    up to itself, never a sister. trap: eager attention would add a bool mask as 0 / 1."""
     T = branch_ids.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=branch_ids.device).tril()
     key, query = branch_ids[:, None, :], branch_ids[:, :, None]  # (B, 1, T), (B, T, 1)
@@ -1188,7 +1162,7 @@ def branch_mask(branch_ids, dtype):
 def training_branches(post, processor, max_answer=512, need_chain=True):
     """The training tasks of a labelled post as branches: reasoning, then label; without
     `need_chain` the label task alone. The chain is brought into the one written form. Raises
-    InputError that says why a post is unfit; choice: a chain against its label is."""
+    InputError that says why a post is unfit; choice: so is a chain that contradicts its label."""
     if post.label is None:
         raise InputError("no label")
     label_task = (LABEL_FORMAT, render_label(post.label))
@@ -1207,8 +1181,7 @@ def training_branches(post, processor, max_answer=512, need_chain=True):
 
 def training_items(paths, images, branches_of):
     """([(post, branches)], [(where, why it was set aside)]) of rows. branches_of(post) -> branches;
-    it raises InputError with the reason to set a row aside, and returns [] to leave one out without
-    a word."""
+    it raises InputError to set a row aside with that reason, and returns [] to leave it out."""
     items, rejects = [], []
     for path in paths:
         for post in read_posts(path, images, rejects, allow_empty=len(paths) > 1):
@@ -1235,8 +1208,8 @@ TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower)\.")
 
 
 class Dropout(nn.Module):
-    """nn.Dropout from 16 random bits an element (p to 1 / 65,536). choice: on a CPU torch's own
-    draws cost a fifth of a training step, four elements of a 64-bit draw a quarter of that."""
+    """nn.Dropout; on a CPU p is rounded to 1 / 65,536. choice: there a 64-bit draw serves four
+    elements. That takes a quarter of the time of torch's draws, a fifth of a training step."""
 
     def __init__(self, p):
         super().__init__()
@@ -1347,16 +1320,15 @@ def save_adapter(model, folder):
 
 
 def adapter_nf4(folder):
-    """Whether an adapter was trained over an NF4 base; PEFT's own do not say, and were not."""
+    """Whether an adapter was trained over NF4; PEFT's own do not say, and are taken as not."""
     file = Path(folder, "mulcot.json")
     return file.exists() and read_json(file)["nf4"]
 
 
 def load_adapter(model, folder):
     """Wraps and fills the layers that the file names; returns their names. Every key must find its
-    layer, every layer both its halves, and just the layers must be there that the config names, by
-    whole names (ours) or endings (PEFT's). trap: keys that match nothing, and half a file, load in
-    silence elsewhere."""
+    layer, every layer both its halves, and the layers must be those that the config names, by whole
+    names (ours) or endings (PEFT's). trap: elsewhere half a file loads in silence."""
     config = read_json(Path(folder, "adapter_config.json"))
     tensors = read_tensors(Path(folder, "adapter_model.safetensors"))
     unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -1400,8 +1372,7 @@ def _targeted(targets, modules):
 
 
 def _current_key(key, modules):
-    """PEFT's key as ours; also of layers as older checkpoints spell them (`model.layers.*`,
-    `visual.*`)."""
+    """PEFT's key as ours; also as older checkpoints spell it (`model.layers.*`, `visual.*`)."""
     key = key.removeprefix("base_model.model.").removesuffix(".weight")
     name, _, part = key.rpartition(".")
     if name not in modules:
@@ -1434,8 +1405,7 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
 
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
     1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
-    (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); soft labels come cut to the tokenizer's
-    ids (departure 17)."""
+    (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); see departure 17."""
     assert reduction in ("mean", "sum", "none"), reduction
     assert student_logits.shape[:-1] == teacher_logits.shape[:-1], (
         student_logits.shape, teacher_logits.shape)
@@ -1479,8 +1449,7 @@ def in_chunks(sums_of, hidden, size):
 
 
 def confusion_table(gold, predicted, classes=LABELS):
-    """Counts (C, C + 1) of gold (rows) by predicted classes (columns); the last column counts
-    predictions that are none of `classes`."""
+    """Counts (C, C + 1) of gold (rows) by predicted classes (columns); the last is of others."""
     column = {name: k for k, name in enumerate(classes)}
     table = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
     for g, p in zip(gold, predicted, strict=True):
@@ -1489,9 +1458,8 @@ def confusion_table(gold, predicted, classes=LABELS):
 
 
 def confusion_scores(table):
-    """Accuracy, macro and weighted F1 of confusion tables (…, C, C + 1) -> {name: (…)}. A
-    prediction of no class is wrong. Equal to scikit-learn's with labels=classes and
-    zero_division=0."""
+    """Accuracy, macro and weighted F1 of confusion tables (…, C, C + 1) -> {name: (…)}. No class is
+    a wrong prediction. Equal to scikit-learn's with labels=classes, zero_division=0."""
     correct = np.diagonal(table, axis1=-2, axis2=-1)  # (…, C)
     support = table.sum(-1)
     predicted = table.sum(-2)[..., :-1]
@@ -1528,8 +1496,7 @@ class SoftLabels:
         return [digest(prefix, ids, n_answer) for ids, n_answer in example.branches]
 
     def write_part(self, entries):
-        """{name: hidden (n, D')} -> one more file, whole or not there; named by its content, so
-        that processes do not collide."""
+        """{name: hidden (n, D')} -> one more file, named by content: none collide."""
         tensors = {name: hidden.to(torch.float16) for name, hidden in entries.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise InputError("the assistant's hidden states do not fit 16 bits: train --no-soft")
@@ -1577,8 +1544,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     """(model in eval mode, Processor) from a hub name, a model folder or an adapter folder (whose
     base is read first). dtype: "float32", "bfloat16" or "auto" (the file's), default
     `default_dtype`; max_pixels: image cap; nf4: whether the language model's linears are in 4 bits
-    (default: as the adapter was trained). The scripts call `load_trained` of §10, which also puts a
-    readout's head on it."""
+    (default: as the adapter was trained). `load_trained` of §10 also loads a readout's head."""
     from transformers import AutoModelForImageTextToText, Qwen2_5OmniThinkerForConditionalGeneration
     from transformers.utils import logging
 
@@ -1652,9 +1618,8 @@ def new_cache(model):
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        """`keys` and `values` (B, H, T, D) are views of buffers with room for more. choice:
-        transformers' own `update` copies the whole cache for each token, which takes two thirds of
-        the time of decoding 64 chains on a CPU."""
+        """`keys` and `values` (B, H, T, D) are views of buffers with room for more. choice: to copy
+        the cache for each token would be two thirds of the time of 64 chains on a CPU."""
 
         def update(self, keys, values, *_, **__):
             """The cached keys and values with the new ones behind them."""
@@ -1686,12 +1651,11 @@ def new_cache(model):
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
-    our positions (3, B, T) and mask: additive (B, 1, T, all T so far), or (B, T) of 1 and 0 for
-    recurrent layers, which need none for one further token. The logits are left to the caller, who
-    needs them at few positions."""
+    our positions (3, B, T) and mask: additive (B, 1, T, all T so far). Models with recurrent layers
+    take (B, T) of 1 and 0, but for one further token, where those layers ignore the mask."""
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
-    # transformers 5.24 calls past_key_values `cache`, and takes the old name until 5.40
+    # transformers 5.24 calls past_key_values `cache`; the old name is taken until 5.40
     out = model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
                       past_key_values=cache, use_cache=cache is not None, **media)
     return out.last_hidden_state
@@ -1699,8 +1663,7 @@ def run_model(model, input_ids, position_ids, mask, cache=None, **media):
 
 def forward_branches(model, batch, cache=None):
     """Hidden states (B, T, D) of the last layer: one pass over image, sound and prefix for all
-    branches (of recurrent layers a pass for each). `cache` then holds what `decode_branch` goes on
-    from."""
+    branches (of recurrent layers a pass for each). `cache` is filled for `decode_branch`."""
     if "flash" in (model.config._attn_implementation or ""):
         raise InputError("flash attention cannot take the branch mask: load the model with sdpa "
                          "or eager")
@@ -1770,8 +1733,7 @@ def score_labels(model, batch, hidden=None):
 
 @torch.no_grad()
 def generate_text(model, processor, batch, max_new_tokens, temperature=0.0):
-    """Answers [(text, finish), …] to a batch whose last branch has no answer yet; finish is "stop"
-    or "length". Greedy at temperature 0."""
+    """Answers [(text, "stop" or "length"), …] to a batch whose last branch has no answer yet."""
     cache = new_cache(model)
     hidden = forward_branches(model, batch, cache)
     return decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temperature)
@@ -1835,12 +1797,10 @@ def decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temper
 def predict(model, processor, posts, chain=True, decode="score", max_new_tokens=512):
     """What the model says of a Post (-> dict) or of a list of Posts (-> list of dicts):
     `prediction` and `probs` (in the order of LABELS) by the label prompt; with `chain` also `raw`
-    (the chain as generated), its `fields` {name: text}, `chain_prediction`, `problem` (None if it
-    is whole) and `tokens`.
+    (the chain), its `fields` {name: text}, `chain_prediction`, `problem` (or None) and `tokens`.
 
     paper: the label comes from the label prompt, the chain from the reason prompt. choice: the
-    three answers are scored; decode="greedy" generates one (`raw_label` without `probs`; departure
-    22)."""
+    answers are scored; decode="greedy" generates one (`raw_label`, no `probs`; departure 22)."""
     if isinstance(posts, Post):
         return predict(model, processor, [posts], chain, decode, max_new_tokens)[0]
     answers = []
@@ -1908,8 +1868,7 @@ def nf4_pairs(device):
 def nf4_quantize(weight, block=64):
     """n weights, n a multiple of `block` -> codes (n / 2,) uint8, two a byte, the first in its high
     half, and absmax (n / block,) float32. Bit for bit what bitsandbytes 0.50 makes on CPU: float32
-    inside, a weight midway between two levels takes the lower one, a block of zeros has absmax
-    0."""
+    inside, a weight midway between levels takes the lower, a block of zeros has absmax 0."""
     assert weight.numel() % block == 0, (tuple(weight.shape), block)
     blocks = weight.detach().reshape(-1, block).float()
     absmax = blocks.abs().amax(1)
@@ -2034,8 +1993,7 @@ def last_hidden(hidden, attended):
 
 def readout_loss(out, gold, mean=0.0, deviation=1.0):
     """Sum over the posts. paper: L1 between a readout's z-scores (B, 1) and the gold scores (B,)
-    z-scored by mean and deviation of the training posts; for classes (B,), a long tensor, the
-    cross-entropy of logits (B, C)."""
+    z-scored by the training posts; of classes (B,), a long tensor, the cross-entropy."""
     if gold.is_floating_point():
         return F.l1_loss(out[:, 0], (gold - mean) / deviation, reduction="sum")
     return F.cross_entropy(out, gold, reduction="sum")
@@ -2097,8 +2055,7 @@ SCORE_BINS = tuple(range(-3, 4))  # choice: a score as seven classes, so that it
 
 
 def clean_tweet(text):
-    """A tweet for a small encoder: without links and RT prefix, `@name` as `@ user`, hashtags split
-    at capitals."""
+    """A tweet without links and RT prefix, `@name` as `@ user`, hashtags split at capitals."""
     text = re.sub(r"https?:\S*|www\.\S+", " ", text)
     text = re.sub(r"^\s*RT @ ?[^:]{1,30}: ", " ", text)
     text = re.sub(r"@ ?\w+", "@ user", text)
@@ -2125,8 +2082,7 @@ def mark_aspect(post):
 class UBM(nn.Module):
     """Small classifiers of posts into `classes` (LABELS or SCORE_BINS), alike but for their seeds,
     that answer together: the mean of their probabilities. Lakshminarayanan et al. 2017,
-    arXiv 1612.01474. `temperature` divides the logits where probabilities are wanted. Build it with
-    `new_ubm`."""
+    arXiv 1612.01474. `temperature` divides the logits of `probs`. `new_ubm` builds it."""
 
     def __init__(self, members, classes):
         super().__init__()
@@ -2153,8 +2109,7 @@ class UBM(nn.Module):
 
 class UBMMember(nn.Module):
     """One small classifier into C classes: any Hugging Face text encoder and, if given, an image
-    encoder; one linear layer reads the first token, the mean over the aspect's pieces and the mean
-    over the image."""
+    encoder; a linear layer reads the first token and the means over aspect and image."""
 
     def __init__(self, text, tokenizer, classes, image=None, image_processor=None):
         super().__init__()
@@ -2235,10 +2190,9 @@ POLARITY_EPSILON = 0.5  # choice: a score nearer to 0 than half a bin takes no s
 
 @dataclass
 class Verdict:
-    """What a pass says of a post: the label, of scores the polarity, as `prediction`; `uncertainty`
-    from 0 to 1, None where unknown; of labels `probs` in their order, of scores the expectation
-    `predicted_score` and the bins' `bin_probs`. `failed`: why it says nothing. What it cost:
-    `tokens`, `seconds`."""
+    """What a pass says of a post, and its cost: the label, of scores the polarity, as `prediction`;
+    `uncertainty` from 0 to 1, None where unknown; of labels `probs` in their order, of scores the
+    expectation `predicted_score` and the bins' `bin_probs`; `failed`: why it says nothing."""
 
     prediction: str | None = None
     uncertainty: float | None = None
@@ -2257,19 +2211,8 @@ class Verdict:
 
 
 def uncertainty(probs):
-    """u = H(p) / log C of distributions (B, C) -> (B,): 0 is certain, 1 knows nothing. paper:
-    entropy; choice: divided by its maximum."""
+    """u = H(p) / log C of (B, C) -> (B,), 0 to 1. paper: entropy; choice: over its maximum."""
     return torch.special.entr(probs).sum(-1) / math.log(probs.shape[-1])
-
-
-def verdict(probs, classes):
-    """The Verdict of a distribution (C,) over `classes` (LABELS or SCORE_BINS)."""
-    u = round(uncertainty(probs).item(), 6)
-    probs = [round(p, 6) for p in probs.tolist()]
-    if tuple(classes) == LABELS:
-        return Verdict(LABELS[probs.index(max(probs))], u, probs)
-    expectation = sum(p * c for p, c in zip(probs, classes))
-    return score_verdict(expectation, u, probs)
 
 
 def score_verdict(score, u, bin_probs=None):
@@ -2366,8 +2309,7 @@ def sibling(path, name):
 
 
 def tokenizer_hash(tokenizer):
-    """Names a vocabulary. trap: between different tokenizers equal-looking ids give silent
-    nonsense."""
+    """Names a vocabulary. trap: ids of two tokenizers look alike and mean other words."""
     return digest(sorted(tokenizer.get_vocab().items()))
 
 
@@ -2380,8 +2322,7 @@ def run_info(script, argv=None):
 
 
 def settings_file(out):
-    """Where a stage that fills a folder keeps what it was started with; rows have it beside them,
-    in NAME.settings.json."""
+    """Where a folder keeps what its stage was started with; rows: beside, NAME.settings.json."""
     return Path(out, "settings.json")
 
 
@@ -2423,8 +2364,7 @@ def get_world_size():
 
 
 def init_distributed(device):
-    """Under torchrun: meets the other processes and returns this one's device. All but the first
-    are silent."""
+    """Under torchrun: meets the others, returns this one's device; all but the first are silent."""
     if get_world_size() == 1:
         with explaining(f"--device {device} cannot be used"):
             torch.empty(0, device=device)
@@ -2473,8 +2413,7 @@ def row_text(row):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds a flag's default to its help text where there is one worth telling that is not the
-    paper's value, which stands there."""
+    """Adds a flag's default to its help text where it is not the paper's value named there."""
 
     def _get_help_string(self, action):
         papers = re.search(r"(?:MulCoT-RD|paper): ([\d.e-]+)", action.help)
@@ -2538,9 +2477,8 @@ def _interrupted(number, frame):
 
 
 def run_stage(stage, args):
-    """Runs stage(args), alone on its --out, and returns the exit code: a user's mistake, a full
-    disk or GPU or a path that cannot be written is one line and 2; Ctrl-C (130) and SIGTERM (143)
-    say how to go on."""
+    """Runs stage(args), alone on its --out, and returns the exit code: 2 and one line of a user's
+    mistake, a full disk or GPU; 130 (Ctrl-C) or 143 (SIGTERM) and how to go on."""
     try:
         signal.signal(signal.SIGINT, _interrupted)
         signal.signal(signal.SIGTERM, _interrupted)

@@ -41,7 +41,7 @@ from mulcot import (
     SoftLabels, add_lora, barrier, check_at_least, check_settings, chunks, collate,
     confusion_scores, confusion_table, count_parameters, default_dtype, digest, distill_kl,
     encode, explaining, flag_groups, forward_branches, gather, get_rank, get_world_size, in_chunks,
-    init_distributed, label_rows, load_processor, load_trained, lora_layers, multitask_loss,
+    init_distributed, label_rows, load_model, load_processor, lora_layers, multitask_loss,
     new_ubm, predict, progress, read_dev_posts, read_out, read_tensors, readout_branches,
     readout_loss, render_score, row_text, run_info, run_stage, save_adapter,
     say, settings_file, settings_of, student_loss, tokenizer_hash, training_branches,
@@ -245,7 +245,7 @@ class ChainStage(Stage):
         by_assistant = post.columns.get("source") == "assistant"
         if args.stage == "student" and not args.augment and by_assistant:
             return []
-        # rows without a chain have no soft labels: generate.py soft passes over them
+        # rows without a chain have no soft labels: generate.py soft skips them
         need_chain = args.reasoning or self.soft_labels is not None
         branches = training_branches(post, self.processor, args.max_answer, need_chain)
         return branches if args.reasoning else branches[-1:]  # the last is the label task
@@ -299,8 +299,9 @@ def label_scores(rows, posts):
 # ---- set-up ------------------------------------------------------------------------------------
 
 
-# flags that a rerun may change: they change no weight but by rounding and, of another device, its
-# dropout (the rows themselves are compared)
+# flags that a rerun may change: they do not change the result, but that another device rounds and
+# draws dropout differently. --data, --dev and --images are other paths to the same rows: those are
+# compared
 MAY_CHANGE = ("run", "out", "show", "device", "data", "dev", "images", "workers", "log_every",
               "save_every", "gradient_checkpointing")
 
@@ -330,8 +331,8 @@ def build_model(args, stage, items):
     """The model with what is to be trained on it, in train mode. The base is frozen, in --dtype
     (bfloat16 on a GPU that has it) or in 4 bits with --nf4; what is trained is in fp32."""
     torch.manual_seed(args.seed)
-    # the loader of §10 adds to a model a readout's head; the stage has its processor already
-    model, _ = load_trained(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
+    # the stage has its processor already
+    model, _ = load_model(args.model, args.device, args.dtype, args.max_pixels, args.nf4)
     if lora_layers(model):
         raise InputError(f"--model {args.model} is an adapter: generate.py export makes a model of "
                          "it")
@@ -629,7 +630,8 @@ def backward(args, stage, model, state, micro, parameters):
 
 
 def log_means(state, per_epoch, norm):
-    """The means since the last log line, over all processes, as a line of the log."""
+    """A line of the log: means since the last one, over all processes; the last step's gradient
+    norm and rate."""
     # each process counts every step and second, but holds only its part of tokens and losses
     sums = sum_over_processes(state.sums)
     speed = round(sums.pop("seen_tokens") * get_world_size() / sums.pop("seconds"))

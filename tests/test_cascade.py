@@ -78,7 +78,7 @@ def test_scores_of_one_polarity_are_averaged_by_certainty():
 
 def test_a_score_is_its_expectation():
     probs = torch.tensor([0, 0, 0, 0.2, 0.3, 0.5, 0])
-    got = mulcot.verdict(probs, mulcot.SCORE_BINS)
+    got = generate.verdict(probs, mulcot.SCORE_BINS)
     assert got.predicted_score == pytest.approx(1.3) and got.prediction == "positive"
     h = -sum(p * torch.log(torch.tensor(p)).item() for p in (0.2, 0.3, 0.5))
     assert got.uncertainty == pytest.approx(h / torch.log(torch.tensor(7.0)).item(), abs=1e-5)
