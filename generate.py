@@ -275,7 +275,7 @@ class Output:
             if model is not None:
                 settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
-            # --out is there and holds rows, or its rejects do: both are empty when opened
+            # --out exists, and it or its rejects hold a row: both are created empty
             begun = self.path in files and any(map(os.path.getsize, files))
             check_settings(sibling(args.out, "settings.json"), settings, begun, run=args.run)
             if not begun:  # --out was deleted: what an earlier run set aside is not done
@@ -331,7 +331,7 @@ def new_row(post, args, source, predicted):
     row.pop("cot", None)
     row.pop("score", None)
     row |= dict(source=source, model=str(args.model)) | predicted
-    if not row.get("cot"):
+    if not row.get("cot"):  # None of a post that is set aside
         row.pop("cot", None)
     return row
 
@@ -343,8 +343,8 @@ def teacher(args, own_ask=None):
     """paper: chain-of-thought enhancement. D_t = right stage-1 chains and stage-2 explanations.
 
     After a kill, a post whose row is in neither --out nor its rejects is asked about again. With an
-    endpoint the answers in the journal of paid calls are used again; only calls that were in flight
-    are sent once more."""
+    endpoint the answers in the journal of paid calls are used again; only calls that a hard kill
+    met in flight are sent once more."""
     posts, rejects = select_posts(args, labelled=True)
     if args.endpoint and not args.allow_test and any(post.split == "test" for post in posts):
         raise InputError("these are posts of split test, and stage 2 would send their labels: "
@@ -578,8 +578,8 @@ class PaidCalls:
         self.first_call = threading.Lock()
         self.lock = threading.Condition()  # guards the journal and the next line
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        # name of a call -> its answers in order, each used once, by its post's thread (several:
-        # from the fourth try on the temperature stays at 1.2)
+        # name of a call -> its answers in order, each used once, by its post's thread. Two have one
+        # name where nothing changes in a retry: from the fourth try on the temperature stays at 1.2
         self.known = {}
         for row in read_rows(self.journal.path):
             answer = Answer(**row["answer"])
@@ -683,7 +683,7 @@ def from_endpoint(args, posts, done, dialogue):
             if refused and not calls.journal.done:  # nothing was ever answered
                 raise InputError(f"no post was answered: {refused[0][1]}")
             yield from set_aside(refused)
-        finally:
+        finally:  # on Ctrl-C too: calls under way are waited for and kept, none is sent any more
             calls.endpoint.stop.set()
     if calls.endpoint.retries:
         print(f"asked again {row_text(calls.endpoint.retries)}")

@@ -642,7 +642,7 @@ def parse_reasoning(text):
     answer = fields.get("Prediction", "")
     if not fields and re.fullmatch(r"\W*\w+\W*", text.strip().split("\n", 1)[0][:40]):
         answer = text.strip()  # a bare label word; one within prose would not count
-    line = re.split(r'\n|",\s*"\w+"\s*:', answer, maxsplit=1)[0]  # or to the next key of JSON
+    line = re.split(r'\n|",\s*"\w+"\s*:', answer, maxsplit=1)[0]  # a line, or to JSON's next key
     labels = set(LABEL_WORD.findall(line.lower()))
     prediction = min(labels) if len(labels) == 1 else None
     if prediction and "Prediction" in fields:
@@ -829,9 +829,9 @@ class Refused(InputError):
 
 # ---- model families: how an image enters the prompt; all else is common code
 
-# placeholder: an image's token in the chat template, and the token of each of its features; grid:
-# are positions 3-D (M-RoPE); options: of its image processor's call; inputs(out), image_text(out):
-# what the model is given, and what stands in the prompt, of that call's result `out` for one image;
+# placeholder: stands once for an image in the chat template, once for each of its features in the
+# prompt; grid: are positions 3-D (M-RoPE); options: for the image processor, whose result for one
+# image is `out`; inputs(out): the model's tensors; image_text(out): what replaces the placeholder;
 # limit(image processor, max_pixels): caps an image's pixels.
 
 
@@ -966,8 +966,8 @@ class Processor:
             cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
-        # trap: SmolVLM2 puts a space after "Assistant:", the lead. Others end the question in an
-        # empty <think></think>, which a finished turn lacks, so that it does not begin with it
+        # the lead stands between question and answer's words: SmolVLM2's space after "Assistant:".
+        # trap: some end `asked` in an empty <think></think>, which `answered` lacks: no lead
         lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
         return Turn(before[:cut], before[cut:], tail, lead, end)
 
@@ -1208,8 +1208,8 @@ TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower)\.")
 
 
 class Dropout(nn.Module):
-    """nn.Dropout; on a CPU p is rounded to 1 / 65,536. choice: there a 64-bit draw serves four
-    elements. That takes a quarter of the time of torch's draws, a fifth of a training step."""
+    """nn.Dropout; on a CPU p is rounded to 1 / 65,536. choice: there torch's draws would take a
+    fifth of a training step, 64-bit draws for four elements each take a quarter of that."""
 
     def __init__(self, p):
         super().__init__()
@@ -1404,8 +1404,8 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
     reduction "none"; "mean" and "sum" are over all positions.
 
     paper: L^soft at τ = 2, without a factor τ²; `t_squared` is Hinton et al. 2015 (arXiv
-    1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax
-    (Qwen2.5-VL-7B has 152,064 output rows, 3B has 151,936); see departure 17."""
+    1503.02531, §2), who have it. The longer side is cut to the shorter before the softmax; in
+    training to the tokenizer's ids, to which SoftLabels.head is cut (departure 17)."""
     assert reduction in ("mean", "sum", "none"), reduction
     assert student_logits.shape[:-1] == teacher_logits.shape[:-1], (
         student_logits.shape, teacher_logits.shape)
@@ -1651,8 +1651,8 @@ def new_cache(model):
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
-    our positions (3, B, T) and mask: additive (B, 1, T, all T so far). Models with recurrent layers
-    take (B, T) of 1 and 0, but for one further token, where those layers ignore the mask."""
+    our positions (3, B, T) and mask: additive (B, 1, T, T with the cached). With recurrent layers:
+    (B, T) of 1 and 0 for whole rows; for a single new token the additive one, which they ignore."""
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
     # transformers 5.24 calls past_key_values `cache`; the old name is taken until 5.40
@@ -2322,7 +2322,7 @@ def run_info(script, argv=None):
 
 
 def settings_file(out):
-    """Where a folder keeps what its stage was started with; rows: beside, NAME.settings.json."""
+    """Where a folder keeps what its stage was started with."""
     return Path(out, "settings.json")
 
 
@@ -2339,7 +2339,7 @@ def check_settings(file, settings, begun, run=None):
     previous = {}
     with contextlib.suppress(InputError):  # missing or foreign
         previous = read_json(file)
-    if "stage" not in previous and (begun or os.path.exists(file)):
+    if "stage" not in previous and (begun or os.path.exists(file)):  # ours all have args.stage
         raise InputError(f"{file} is missing or not of this program (a model's?), so that nobody "
                          "knows what this --out was begun with: choose another --out")
     for key, value in settings.items():
