@@ -660,7 +660,8 @@ def from_endpoint(args, posts, done, dialogue):
                 if not running:
                     break
                 finished = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
-                bar.set_postfix_str("" if finished else calls.endpoint.waiting)
+                bar.set_postfix_str("" if finished else calls.endpoint.waiting,
+                                    refresh=sys.stderr.isatty())  # a log gets a line a minute
                 for future in finished:
                     post = running.pop(future)
                     bar.update()
