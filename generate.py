@@ -91,10 +91,10 @@ def parse_args(argv=None):
             p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
     if args.stage == "predict" and not (args.data and args.out):
         if not args.text or args.endpoint:
-            p.error("needs --data and --out, or one post of no --endpoint: --text, --image, …")
+            p.error("needs --data and --out; or, without --endpoint, one post: --text, --image, …")
     if args.stage != "teacher":
         args.budget_tokens, args.max_posts = 0, 0
-    if args.stage != "export":  # a setting: no run goes on in another dtype
+    if args.stage != "export":  # settings.json shall hold it, or a rerun could go on in another
         args.dtype = args.dtype or default_dtype(args.device)
     args.run = run_info("generate.py", argv)
     return args
@@ -275,7 +275,7 @@ class Output:
             if model is not None:
                 settings["weights"] = fingerprint(model)
             files = [file for file in (self.path, self.rejected) if os.path.exists(file)]
-            # --out exists, and it or its rejects hold a row: both are created empty
+            # begun: --out exists, and it or its rejects hold a row (a run creates both empty)
             begun = self.path in files and any(map(os.path.getsize, files))
             check_settings(sibling(args.out, "settings.json"), settings, begun, run=args.run)
             if not begun:  # --out was deleted: what an earlier run set aside is not done
@@ -452,7 +452,8 @@ class Endpoint:
         self._paused_until = 0.0  # of all threads
         self.session = requests.Session()  # of all threads, which it keeps connections for
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=256))
-        self.session.trust_env = False  # trap: its proxies see the key, ~/.netrc takes its place
+        # trap: else the environment's proxies see the key, and ~/.netrc replaces it
+        self.session.trust_env = False
         self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         self.session.proxies = dict(http=proxy, https=proxy)
         if self._key:
@@ -471,6 +472,7 @@ class Endpoint:
                 self.pause(delay)
             answer, problem = self._post(body)
             if answer:
+                self.waiting = ""
                 self.mended |= kinds
                 return answer
             kind = problem.split(":")[0]
@@ -576,10 +578,10 @@ class PaidCalls:
         self.journal = RowWriter(sibling(args.out, "calls.jsonl"), "call")
         self.budget = args.budget_tokens
         self.first_call = threading.Lock()
-        self.lock = threading.Condition()  # guards the journal and the next line
+        self.lock = threading.Condition()  # guards the journal and the counts below
         self.spent = self.under_way = self.longest_prompt = 0  # in tokens
-        # name of a call -> its answers in order, each used once, by its post's thread. Two have one
-        # name where nothing changes in a retry: from the fourth try on the temperature stays at 1.2
+        # name of a call -> its answers in order, each used once by its post's thread: a list, since
+        # with --max-tries over 4 the last tries are the same call, at temperature 1.2
         self.known = {}
         for row in read_rows(self.journal.path):
             answer = Answer(**row["answer"])
@@ -698,8 +700,9 @@ def set_aside(refused):
     """(post, result) of posts that the server refused."""
     for post, error in refused:
         say(f"set aside  post {post.id}: {error}")
-        yield post, dict(cot=None, stage=0,  # what its stage 1 had paid is in the journal
-                         tries=0, problem=str(error), tokens_in=0, tokens_out=0)
+        # stage 0: refused. What its stage 1 had paid is in the journal
+        yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0,
+                         tokens_out=0)
 
 
 # ---- augment and soft --------------------------------------------------------------------------
@@ -788,7 +791,7 @@ def predict_posts(args):
         output, source = Output(args, rejects, model), "ubm" if isinstance(model, UBM) else "model"
         results = in_batches(args, posts, output.done, respond)
     for post, result in results:
-        refused = result.get("stage") == 0  # by set_aside
+        refused = result.get("stage") == 0  # set_aside says so
         output.write(new_row(post, args, source, result), keep=not refused)
     output.print_summary()
 

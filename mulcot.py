@@ -51,7 +51,7 @@ way back to theirs where there is one
     (the token "!"): prompt, image, and padding to the longest row of all, which are most of them.
 13. Each task's loss is a mean over its answer tokens in the whole optimiser step. Theirs add up,
     undivided, the means of its 20 micro-batches, so that a token of a short chain weighs more.
-14. An epoch's last, incomplete step is taken. Theirs drop it; the next epoch's first is shorter.
+14. Posts that fill no step make a smaller one. Theirs are dropped, but counted in the next step.
 15. The posts of a step are of like length (sorted within four steps). Theirs are drawn freely.
 16. Soft labels come from the assistant in eval mode, before the student trains: its last hidden
     states (in float16) and its output matrix. Theirs runs at each step, its LoRA dropout left on.
@@ -662,8 +662,9 @@ def _clean(value, quoted):
     """A field's text without the quotes, commas, braces, fences, rules and hashes around it."""
     value = re.sub(r"```\w{0,10}", "", value).strip().strip("*").strip()
     value = value.rstrip("#-*}],; \t\r\n")
+    # trap: behind a Markdown heading a first quote may open a quotation; then it stays
     if value.startswith('"') and (quoted or value.find('"', 1) in (-1, len(value) - 1)):
-        value = value[1:]  # trap: behind a Markdown heading a first quote may open a quotation
+        value = value[1:]
         if value.endswith('"') and not value.endswith('\\"'):
             value = value[:-1]
     try:
@@ -718,9 +719,8 @@ class Request:
 
 @dataclass
 class Answer:
-    """What came back. `finish`: "length" if it was cut off, else the teacher's word; tokens as it
-    counts them; `logprobs`, if asked for and offered: [(token, {likely token: its
-    log-probability}), …]; `seconds` of a paid call."""
+    """What came back. `finish`: "length" if it was cut off; tokens as the teacher counts them;
+    `logprobs`, if asked for: [(token, {likely token: its log-probability}), …]."""
 
     text: str
     finish: str = "stop"
@@ -926,8 +926,8 @@ def family_of(config):
 @dataclass(frozen=True)
 class Turn:
     """How a chat template writes a question and its answer: `head`, up to the last control token
-    before the user's words, `opening`, plain text that still comes before them, `tail` between
-    question and answer, `lead` before the answer's words, `end` after them."""
+    before the user's words, `opening`, plain text that still comes before them, `tail` from the
+    question to where a model goes on, `lead`, what it writes before its words, `end` after them."""
 
     head: str
     opening: str
@@ -966,8 +966,8 @@ class Processor:
             cut = max(before.rfind(token) + len(token) for token in tokens if token in before)
         if before.count(self.family.placeholder) != images:
             raise InputError(f"the tokenizer's chat template writes no {self.family.placeholder}")
-        # the lead stands between question and answer's words: SmolVLM2's space after "Assistant:".
-        # trap: some end `asked` in an empty <think></think>, which `answered` lacks: no lead
+        # the lead is SmolVLM2's space after "Assistant:". trap: some templates end `asked` in an
+        # empty <think></think>, which `answered` lacks: no lead
         lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
         return Turn(before[:cut], before[cut:], tail, lead, end)
 
@@ -1208,8 +1208,8 @@ TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower)\.")
 
 
 class Dropout(nn.Module):
-    """nn.Dropout; on a CPU p is rounded to 1 / 65,536. choice: there torch's draws would take a
-    fifth of a training step, 64-bit draws for four elements each take a quarter of that."""
+    """nn.Dropout; on a CPU p is a multiple of 1 / 65,536. choice: there torch's draws would take a
+    fifth of a training step; these, of 64 bits cut into four, take a quarter of that."""
 
     def __init__(self, p):
         super().__init__()
@@ -1352,8 +1352,9 @@ def load_adapter(model, folder):
         unfilled = [key for key in report.missing_keys if ".lora_" in key]
         if unfilled or report.unexpected_keys:
             raise ValueError(f"unfilled {unfilled[:1]}, unknown {report.unexpected_keys[:1]}")
-        chosen = config.get("exclude_modules") or config.get("layers_to_transform")
-        if not chosen and names != _targeted(config["target_modules"], modules):
+        # with these, PEFT adapts fewer layers than target_modules match
+        fewer = config.get("exclude_modules") or config.get("layers_to_transform")
+        if not fewer and names != _targeted(config["target_modules"], modules):
             raise ValueError("its layers are not those that target_modules names")
     return names
 
@@ -1477,9 +1478,9 @@ def confusion_scores(table):
 
 class SoftLabels:
     """The assistant's last hidden states at the supervised positions, in `folder`, and its output
-    matrix `head` (V', D'): their product are its logits. `settings` say what they are valid for;
-    part-*.safetensors hold an entry (n, D') in float16 for each branch of each example, named by a
-    hash of its token ids, prefix and pixels, so that a stale or foreign one is not found."""
+    matrix `head` (V', D'): their product are its logits. part-*.safetensors hold an entry (n, D')
+    in float16 for each branch of each example, named by a hash of its token ids, prefix and pixels:
+    that of another post, prompt or picture is not found. `settings` keep other assistants out."""
 
     def __init__(self, folder):
         self.folder, self.head = Path(folder), None
@@ -1562,7 +1563,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
     if missing:  # trap: saved with LoRA wrappers it reloads with random layers
         raise InputError(f"model {base!r} lacks {len(missing)} weights, first {min(missing)}: was "
                          "it saved before merge_lora?")
-    if adapter_nf4(name) if nf4 is None else nf4:
+    if nf4 or nf4 is None and adapter_nf4(name):
         quantize_linears(model, linear_names(model))
     if base != str(name):
         load_adapter(model, name)
@@ -1638,7 +1639,7 @@ def new_cache(model):
             return self.keys, self.values
 
         def reorder_cache(self, kept):
-            """Keeps these rows (indices); the old buffers go with the others."""
+            """Keeps these rows (indices); `update` makes room for them anew."""
             super().reorder_cache(kept)
             self.buffers = self.keys, self.values
 
@@ -1651,8 +1652,8 @@ def new_cache(model):
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
-    our positions (3, B, T) and mask: additive (B, 1, T, T with the cached). With recurrent layers:
-    (B, T) of 1 and 0 for whole rows; for a single new token the additive one, which they ignore."""
+    our positions (3, B, T) and mask: additive (B, 1, T, T and the cached); of models with recurrent
+    layers of 1 and 0 (B, T), but additive for a single new token, for their attention layers."""
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
     # transformers 5.24 calls past_key_values `cache`; the old name is taken until 5.40
@@ -2006,9 +2007,8 @@ def readout_branches(target):
 
 @torch.no_grad()
 def read_out(model, processor, posts):
-    """What a model with a readout says of posts, one dict each, from one pass: `score`, within
-    [-3, 3], or `prediction` and `probs`. A generated score is as it was written, with its `raw`
-    text; None, with a `problem`, where that holds no number."""
+    """What a model with a readout says of posts, one dict each: `score`, within [-3, 3], or
+    `prediction` and `probs`. A generated score is as written, or None, with `raw`, `problem`."""
     config = model.readout.config
     posts = [without_inputs(post, config["without"]) for post in posts]
     batch = encode_batch(posts, readout_branches(config["target"]), model, processor)

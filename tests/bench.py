@@ -13,6 +13,7 @@ ones, on the same device, in turns.
 shapes: on a GPU, training steps and answers at the real shapes of Qwen2.5-VL-3B and 7B (random
 weights) against PEFT under autocast and generate, one way after another in one process: seconds,
 and the most memory held, weights and all.
+recipe: no measurement; the paper's recipe on one card, estimated from the GPU table of BENCHMARKS.md.
 trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
 without images, token ids, LoRA, dtype and optimiser steps; seconds a post and each process's peak.
 """
@@ -395,6 +396,27 @@ def nf4(_):
             "ours / bitsandbytes"), rows
 
 
+def recipe(_):
+    """Twitter-2015: 3,179 training posts, 1,122 dev posts scored at each of 20 epochs, eight posts at
+    once; the assistant writes one chain of 250 tokens a post, 70 % are kept; a forward pass takes a
+    third of a step; the 7B writes as much slower than the 3B as its weights are more."""
+    table = {}
+    for line in Path(ROOT, "tests/BENCHMARKS.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in ("3B", "7B") and len(cells) == 8:
+            table[cells[0], cells[1]] = float(cells[2]), float(cells[4])
+    large, small = table["7B", "step of 8"], table["3B", "step of 8"]
+    answers = table["3B", "answers of 64"][0] / 64 * 250 / 64 * 16.6 / 7.5  # seconds a chain
+    posts, rows, dev, epochs = 3179, 3179 * 1.7, 1122, 20
+    training = lambda step, n: epochs * (n + dev / 3) / 8 * step[0]
+    parts = {"assistant, 7B": (training(large, posts), large[1]),
+             "its chains and soft labels": (posts * answers + rows / 8 * large[0] / 3, large[1]),
+             "student, 3B": (training(small, rows), small[1])}
+    parts["all"] = sum(s for s, _ in parts.values()), max(peak for _, peak in parts.values())
+    return ("part", "hours", "GiB"), [(name, f"{s / 3600:.1f}", f"{peak:.0f}")
+                                      for name, (s, peak) in parts.items()]
+
+
 # ---- real shapes, on a GPU -----------------------------------------------------------------------
 
 def real_shape(shape, device):
@@ -635,7 +657,8 @@ def trl(args):
 
 def main(argv=None):
     """Prints one table per subject."""
-    subjects = dict(train=train, student=student, shapes=shapes, nf4=nf4, teacher=teacher, trl=trl)
+    subjects = dict(train=train, student=student, shapes=shapes, recipe=recipe, nf4=nf4,
+                    teacher=teacher, trl=trl)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=tuple(subjects), help="what to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
