@@ -367,6 +367,8 @@ def teacher(args, own_ask=None):
     counts = Counter()
     for post, result in results:
         row = new_row(post, args, "teacher", result)
+        for name in {"temperature", "max_tokens"} & args.extra_body.keys():
+            row[name] = args.extra_body[name]  # what was sent
         kept = result["cot"] is not None
         if kept:
             del row["attempts"]

@@ -210,14 +210,17 @@ def test_budget_posts_and_dry_run(serve, world, tmp_path, capsys):
 
 
 def test_answers_to_other_requests_are_not_taken(serve, world, tmp_path):
-    """Another --extra-body, the rows deleted as the refusal says: all is asked anew."""
+    """Another --extra-body, the rows deleted as the refusal says: all is asked anew, and the rows
+    hold the temperature that was sent."""
     server, out = serve(teacher(world)), tmp_path / "a.jsonl"
-    first, other = (command(world, server, out, "--extra-body", f'{{"tag": "{x}"}}') for x in "AB")
+    first, other = (command(world, server, out, "--extra-body", f'{{"temperature": 0.{x}}}')
+                    for x in "35")
     assert generate.main(first) == 0
     asked = len(server.asked)
     assert generate.main(other) == 2
     out.unlink()
-    assert generate.main(other) == 0 and len(server.asked) == 2 * asked
+    assert generate.main(other) == 0 and len(server.asked) > asked
+    assert {row["temperature"] for row in read_rows(out)} == {0.5}
 
 
 def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsys):
