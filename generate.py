@@ -325,7 +325,7 @@ def in_batches(args, posts, done, respond):
 
 def new_row(post, args, source, predicted):
     """The post's row with what a model said about it. The post's own chain and gold score are
-    dropped, since a teacher's `cot` and a readout's `score` have these names (a predicted chain is
+    dropped, since a new `cot` and a readout's `score` have these names (a predicted chain is
     `raw`)."""
     row = post.row()
     row.pop("cot", None)

@@ -122,7 +122,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-LABELS = ("negative", "neutral", "positive")  # for others, in lower case, change this line alone
+LABELS = ("negative", "neutral", "positive")  # change them here, in lower case (README)
 DEFINITIONS = dict(positive="the author shows joy, praise, support or hope.",
                    neutral="the author states facts or shows no clear feeling.",
                    negative="the author shows anger, sadness, criticism or mockery.")
@@ -226,7 +226,7 @@ AUDIO_RATE, MAX_SECONDS = 16_000, 300  # what Qwen2.5-Omni's feature extractor t
 @dataclass
 class Post:
     """One social-media post. `image`, `frames` (of a clip) and `audio` are resolved paths inside
-    the images folder, or None and [] for text alone. `cot` is a teacher's chain; `columns` is the
+    the images folder, or None and [] for text alone. `cot` is a model's chain; `columns` is the
     row it was read from, with the columns we do not know and the files' own names."""
 
     id: str
@@ -1017,8 +1017,7 @@ def join_media(parts):
 def encode(post, branches, processor, shared=None):
     """One post and its branches [(question, answer or None), …] -> Example. `shared`: the text
     that stands before all questions (default `post_prompt(post)`). Ids equal those of the model's
-    chat template. Targets are masked by length. trap: masked by the pad's id, where pad is eos, the
-    end of the turn would be masked too, and a model never learn to stop."""
+    chat template. trap: masked by the pad's id, where pad is eos, no target teaches to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
     family = processor.family
     head, *rest = turn.head.split(family.placeholder)
@@ -1480,7 +1479,8 @@ class SoftLabels:
     """The assistant's last hidden states at the supervised positions, in `folder`, and its output
     matrix `head` (V', D'): their product are its logits. part-*.safetensors hold an entry (n, D')
     in float16 for each branch of each example, named by a hash of its token ids, prefix and pixels:
-    that of another post, prompt or picture is not found. `settings` keep other assistants out."""
+    none is found for another post, prompt or picture. generate.py soft writes `settings`, by which
+    it keeps a second assistant out of the folder, and train.py another tokenizer."""
 
     def __init__(self, folder):
         self.folder, self.head = Path(folder), None
@@ -1519,8 +1519,8 @@ class SoftLabels:
             name = self.names(example)[branch - 1]
             if name not in self.parts:
                 raise InputError(f"{self.folder} has no soft labels for this post, prompt and "
-                                 "image: rerun generate.py soft with the same --data and "
-                                 "--max-pixels, or train with --no-soft")
+                                 "image: take the assistant's --max-pixels, or rerun generate.py "
+                                 "soft with this --data, or train with --no-soft")
             entries.append(self.parts[name].get_tensor(name))
         return torch.cat(entries).to(self.head)
 
@@ -1835,7 +1835,7 @@ def chain_row(text, finish):
 
 
 def label_rows(probs):
-    """Probabilities (B, 3) as fields of rows: prediction and probs."""
+    """Probabilities (B, C) as fields of rows: prediction and probs."""
     return [dict(prediction=LABELS[p.index(max(p))], probs=p) for p in rounded(probs)]
 
 
@@ -2457,7 +2457,7 @@ def say(line):
 def lock_out(out):
     """Keeps a second run from --out while the file that it returns is open: a lock on .NAME.lock
     beside it, which the system takes back however the process ends. Raises InputError if another
-    process has it. trap: flock would also refuse a stage within this process (tests/demo.py)."""
+    process has it. trap: flock would refuse tests/demo.py's own stages, in one process."""
     out = Path(os.path.realpath(out))
     try:
         import fcntl  # not on every system
