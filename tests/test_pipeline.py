@@ -346,6 +346,10 @@ def test_steps_of_epoch():
     assert steps == batches(lengths, 8, 3, 42) != batches(lengths, 8, 4, 42)
     spread = lambda each: sum(max(lengths[i] for i in s) - min(lengths[i] for i in s) for s in each)
     assert spread(steps) < 0.5 * spread(batches(lengths, 8, 3, 42, window=1))
+    by_hand = torch.Generator().manual_seed(3 * 1000 + 2)  # posts, then steps, in the seed's order
+    order = torch.randperm(5, generator=by_hand)
+    order = order[torch.randperm(5, generator=by_hand)]
+    assert train.steps_of_epoch([1] * 5, 1, epoch=2, seed=3, window=1) == order[:, None].tolist()
 
 
 def test_bfloat16_trains_and_predicts_like_float32(road, tmp_path):
