@@ -90,6 +90,12 @@ def test_a_score_is_its_expectation():
 # ---- thresholds
 
 
+def test_an_mllm_without_uncertainty_is_never_sure():
+    """Its only threshold is -1."""
+    grid = generate.threshold_grid([(UBM["unsure"], MLLM["unknown other"], SECOND_PASS["neutral"])],
+                                   lambda answer, n: 0.0)
+    assert {tau2 for *_, tau2 in grid} == {-1.0} and {tau1 for _, _, tau1, _ in grid} > {-1.0}
+
 def test_thresholds_keep_the_budget():
     """The UBM is right where it is sure, the MLLM everywhere: more budget, fewer errors."""
     gold = ["positive"] * 10
