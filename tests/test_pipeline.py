@@ -124,7 +124,8 @@ def test_road_leaves_what_the_readme_names(road):
     """Files of every stage, the fields that metrics.json promises, and how each run was made: the
     command as typed and the versions."""
     for name in ("posts.jsonl", "images", "chains.jsonl", "assistant/best/adapter_config.json",
-                 "student/log.jsonl", "predictions.jsonl", "metrics.json", "report.html"):
+                 "student/log.jsonl", "student/lora_modules.json", "predictions.jsonl", "metrics.json",
+                 "report.html"):
         assert (road / name).exists(), name
     metrics = json.loads((road / "metrics.json").read_text())
     assert {"accuracy", "macro_f1", "parse_rate", "agreement"} <= metrics["student"].keys()
