@@ -80,20 +80,18 @@ def parse_args(argv=None):
         shared_flags(groups, stage)
         own_flags(groups, stage)
         if stage in ("teacher", "predict", "cascade"):
-            endpoint_flags(p.add_argument_group("endpoint").add_argument)
+            endpoint_flags(p.add_argument_group("endpoint").add_argument, stage)
     args = top.parse_args(argv)
     p = stages.choices[args.stage]
     check_at_least(p, args, 1, "batch", "workers", "max_tries")
     check_at_least(p, args, 0, "max_pixels", "max_posts", "budget_tokens", "temperature")
     if args.stage == "cascade":
-        args.model = args.mllm or args.model
+        args.model, args.budget_tokens, args.max_posts = args.mllm or args.model, 0, 0
         if bool(args.mllm) == bool(args.endpoint) or not args.model:
             p.error("cascade needs --mllm FOLDER, or --endpoint URL with --model NAME")
     if args.stage == "predict" and not (args.data and args.out):
         if not args.text or args.endpoint:
             p.error("needs --data and --out; or, without --endpoint, one post: --text, --image, …")
-    if args.stage != "teacher":
-        args.budget_tokens, args.max_posts = 0, 0
     if args.stage != "export":  # settings.json shall hold it, or a rerun could go on in another
         args.dtype = args.dtype or default_dtype(args.device)
     args.run = run_info("generate.py", argv)
@@ -132,7 +130,7 @@ def json_object(text):
     return {} | json.loads(text)
 
 
-def endpoint_flags(flag):
+def endpoint_flags(flag, stage):
     """How to reach an endpoint."""
     flag("--endpoint", help="OpenAI-compatible base URL ending in /v1; key from OPENAI_API_KEY")
     flag("--allow-http", action="store_true", help="plain http to another machine")
@@ -142,6 +140,10 @@ def endpoint_flags(flag):
     flag("--workers", type=int, default=8, help="calls at once")
     flag("--timeout", type=float, default=120.0, help="seconds without a byte")
     flag("--proxy", help="URL of a proxy (those of the environment are not used)")
+    if stage != "cascade":  # which needs an answer to every question
+        flag("--budget-tokens", type=int, default=0,
+             help="cap on the tokens of all runs onto this --out, 0: none")
+        flag("--max-posts", type=int, default=0, help="posts of this run, 0: all")
 
 
 def own_flags(groups, stage):
@@ -154,9 +156,6 @@ def own_flags(groups, stage):
         flag("--stage2", action=YES_NO, default=True, help="--no-stage2: unaided chains only")
         data("--allow-test", action="store_true",
              help="let --split send posts of split test, with labels")
-        run("--budget-tokens", type=int, default=0,
-            help="--endpoint: cap on the tokens of all runs onto this --out, 0: none")
-        run("--max-posts", type=int, default=0, help="--endpoint: posts of this run, 0: all")
         run("--dry-run", action="store_true", help="print the prompts and an estimate, send none")
     elif stage == "augment":
         flag("--temperature", type=float, default=0.7, help="of sampling")

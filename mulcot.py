@@ -12,7 +12,7 @@ runs the model of §8 first, then §7 and §6). Its two neighbours come after it
   §9 NF4        a frozen base in 4 bits            §11 UBM and cascade   arXiv 2509.04459
   §10 Readout   arXiv 2606.05713                   §12 Files             rows, processes
 
-Every section runs alone with the `[needs: …]` and imports of its heading (a test does that).
+Every section runs alone with the needs and imports of its heading, and what those need in turn.
 Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
 silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them: B rows, P prefix
 tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a loss, n a
@@ -136,7 +136,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def explaining(what):
-    """In the block, what a damaged or missing file raises becomes an InputError that begins so."""
+    """In the block, what a damaged file raises becomes an InputError that begins with `what`."""
     try:
         yield
     except InputError:
@@ -644,7 +644,7 @@ def parse_reasoning(text):
         answer = text.strip()  # a bare label word; one within prose would not count
     line = re.split(r'\n|",\s*"\w+"\s*:', answer, maxsplit=1)[0]  # a line, or to JSON's next key
     labels = set(LABEL_WORD.findall(line.lower()))
-    prediction = min(labels) if len(labels) == 1 else None
+    prediction = next(iter(labels)) if len(labels) == 1 else None
     if prediction and "Prediction" in fields:
         fields["Prediction"] = prediction  # what a model adds behind it is not to be learned
     problem = None
@@ -1017,7 +1017,7 @@ def join_media(parts):
 def encode(post, branches, processor, shared=None):
     """One post and its branches [(question, answer or None), …] -> Example. `shared`: the text
     that stands before all questions (default `post_prompt(post)`). Ids equal those of the model's
-    chat template. trap: masked by the pad's id, where pad is eos, no target teaches to stop."""
+    chat template. trap: where pad is eos, targets masked by its id would never teach to stop."""
     turn = processor.turn(len(post.images), sounds=int(bool(post.audio)))
     family = processor.family
     head, *rest = turn.head.split(family.placeholder)
@@ -1458,8 +1458,8 @@ def confusion_table(gold, predicted, classes=LABELS):
 
 
 def confusion_scores(table):
-    """Accuracy, macro and weighted F1 of confusion tables (…, C, C + 1) -> {name: (…)}. No class is
-    a wrong prediction. Equal to scikit-learn's with labels=classes, zero_division=0."""
+    """Accuracy, macro and weighted F1 of confusion tables (…, C, C + 1) -> {name: (…)}; others are
+    wrong predictions. Equal to scikit-learn's with labels=classes, zero_division=0."""
     correct = np.diagonal(table, axis1=-2, axis2=-1)  # (…, C)
     support = table.sum(-1)
     predicted = table.sum(-2)[..., :-1]
@@ -1652,8 +1652,8 @@ def new_cache(model):
 
 def run_model(model, input_ids, position_ids, mask, cache=None, **media):
     """Hidden states (B, T, D) of the last layer: the class's own forward pass, images and all, with
-    our positions (3, B, T) and mask: additive (B, 1, T, T and the cached); of models with recurrent
-    layers of 1 and 0 (B, T), but additive for a single new token, for their attention layers."""
+    our positions (3, B, T) and mask: additive (B, 1, T, T and the cached). Recurrent models take
+    1 and 0 (B, T), but for a single new token the additive one, for their attention layers."""
     if not FAMILIES[model.config.model_type].grid:
         position_ids = position_ids[0]
     # transformers 5.24 calls past_key_values `cache`; the old name is taken until 5.40
@@ -1734,7 +1734,7 @@ def score_labels(model, batch, hidden=None):
 
 @torch.no_grad()
 def generate_text(model, processor, batch, max_new_tokens, temperature=0.0):
-    """Answers [(text, "stop" or "length"), …] to a batch whose last branch has no answer yet."""
+    """[(text, "stop" or "length"), …] for a batch's last branch, without an answer; 0 is greedy."""
     cache = new_cache(model)
     hidden = forward_branches(model, batch, cache)
     return decode_branch(model, processor, batch, hidden, cache, max_new_tokens, temperature)

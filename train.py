@@ -43,9 +43,9 @@ from mulcot import (
     encode, explaining, flag_groups, forward_branches, gather, get_rank, get_world_size, in_chunks,
     init_distributed, label_rows, load_model, load_processor, lora_layers, multitask_loss,
     new_ubm, predict, progress, read_dev_posts, read_out, read_tensors, readout_branches,
-    readout_loss, render_score, row_text, run_info, run_stage, save_adapter,
-    say, settings_file, settings_of, student_loss, tokenizer_hash, training_branches,
-    training_items, without_inputs, write_atomic, write_json, write_rows, write_tensors)
+    readout_loss, render_score, row_text, run_info, run_stage, save_adapter, say, settings_file,
+    settings_of, student_loss, tokenizer_hash, training_branches, training_items, without_inputs,
+    write_atomic, write_json, write_rows, write_tensors)
 
 # How to read this file: `train` sets up and calls `train_loop`, which asks a stage for its `loss`
 # and, at each epoch's end, its `metrics`: ChainStage for assistant and student, ReadoutStage for
@@ -751,7 +751,7 @@ class ReadoutStage(Stage):
         # choice: an answer without a number is as far off as can be
         errors = (pairs[0] - pairs[1]).abs().nan_to_num(6.0)
         pairs = pairs[:, ~pairs[0].isnan()]
-        corr = 0.0  # of less than two different numbers
+        corr = 0.0  # where one side has fewer than two different numbers
         if pairs.shape[1] and (pairs.amax(1) > pairs.amin(1)).all():
             corr = torch.corrcoef(pairs)[0, 1].item()
         return dict(neg_mae=-errors.mean().item(), corr=corr)

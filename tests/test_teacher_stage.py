@@ -249,6 +249,8 @@ def test_a_zero_shot_baseline(serve, world, tmp_path):
     assert row["source"] == "endpoint" and not {"probs", "cot", "fields"} & row.keys()
     before = len(server.asked)
     assert generate.main(argv) == 0 and len(server.asked) == before
+    argv[argv.index(str(out))] = str(tmp_path / "none.jsonl")
+    assert generate.main([*argv, "--budget-tokens", "1"]) == 0 and len(server.asked) == before
 
 
 def test_retry_after_holds_back_every_worker(serve, world, tmp_path, monkeypatch):
