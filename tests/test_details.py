@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import noise_image
@@ -134,3 +135,17 @@ def test_adamws_constants(tmp_path):
     optimizer = train.TrainingState(args, nn.Linear(2, 2)).optimizer
     (group,) = optimizer.param_groups
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
+
+
+def test_a_readouts_dev_metrics(monkeypatch):
+    """The mean distance with 6 for an answer without a number, and Pearson's r of the others; 0
+    where one side is constant or nothing has a number."""
+    posts = [mulcot.Post(str(n), "t", score=score) for n, score in enumerate((1.0, 2.0, -1.0, 0.5))]
+    stage = train.ReadoutStage(SimpleNamespace(target="score", batch=4), None)
+    r_of_three = np.corrcoef([0, -2, 0.5], [1, -1, 0.5])[0, 1]
+    for said, distance, r in (
+            ((0.0, None, -2.0, 0.5), (1 + 6 + 1 + 0) / 4, r_of_three),
+            ((1.0, 1.0, 1.0, 1.0), (0 + 1 + 2 + 0.5) / 4, 0.0), ((None,) * 4, 6.0, 0.0)):
+        monkeypatch.setattr(train, "read_out", lambda *_: [dict(score=score) for score in said])
+        want = dict(neg_mae=pytest.approx(-distance), corr=pytest.approx(r))
+        assert stage.metrics(None, posts) == want
