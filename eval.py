@@ -1029,7 +1029,7 @@ def report(about, runs, columns, notes, lines, posts, rows_of, most):
     lead = ""
     for key in ("accuracy", "macro_f1", "weighted_f1", "mae", "corr"):
         if key in metrics:
-            lead += f"{COLUMNS[key]}&nbsp;<b>{cell(metrics, key)}</b> "
+            lead += f"{COLUMNS[key].replace(' ', '&nbsp;')}&nbsp;<b>{cell(metrics, key)}</b> "
     colors = ""
     for label, color in zip(LABELS, COLORS):
         colors += f".{css_class(label)}{{--c:{color}}}"
