@@ -11,9 +11,11 @@ has no limit, with 1, 8 and 32 workers; the ceiling is workers / 0.2 s.
 nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsandbytes' and dense
 ones, on the same device, in turns.
 shapes: on a GPU, training steps and answers at the real shapes of Qwen2.5-VL-3B and 7B (random
-weights) against PEFT under autocast and generate, one way after another in one process: seconds,
-and the most memory held, weights and all.
-recipe: no measurement; the paper's recipe on one card, estimated from the GPU table of BENCHMARKS.md.
+weights) against PEFT under autocast, TRL's SFTTrainer (pip install trl==1.16.0) and generate, one
+way after another in one process: seconds, the most memory held, weights and all; of the card's
+dense peak what each way computes, what it computes twice too; --rows "7B answers" "step of 8"
+measures those rows alone.
+recipe: no measurement; the paper's recipe on one card, estimated from BENCHMARKS.md's GPU table.
 trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
 without images, token ids, LoRA, dtype and optimiser steps; seconds a post and each process's peak.
 """
@@ -81,7 +83,7 @@ def ceiling(device):
 
 
 def operations(way):
-    """Floating-point operations of a function."""
+    """{aten operation: floating-point operations} of a function, and all of them as "sum"."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
@@ -89,7 +91,8 @@ def operations(way):
     counter.mod_tracker.parents = {"Global"}
     with counter:
         way()
-    return counter.get_total_flops()
+    by_name = {str(name): n for name, n in counter.get_flop_counts().get("Global", {}).items()}
+    return by_name | {"sum": counter.get_total_flops()}
 
 
 def peak(way, device):
@@ -122,7 +125,7 @@ def side_by_side(args, makers, oracle):
     head = ("way", "seconds", "times faster", "peak GiB above weights", "of its peak", "of ceiling")
     return head, [(name, f"{seconds[name]:.2f}", f"{seconds[oracle] / seconds[name]:.2f}",
                    f"{peaks[name]:.2f}", f"{peaks[name] / peaks[oracle]:.2f}",
-                   f"{done[name] / seconds[name] / top:.2f}") for name in ways]
+                   f"{done[name]['sum'] / seconds[name] / top:.2f}") for name in ways]
 
 
 # ---- a random Qwen2.5-VL and random samples of real size -----------------------------------------
@@ -197,10 +200,11 @@ def with_lora(model, seed=0):
 FLAGS = "--data x --dev x --out x --model x --no-soft --device cpu".split()
 
 
-def our_stage(soft=None):
+def our_stage(soft=None, weights=(0.8, 0.2)):
     """train.py's student."""
     stage = train_script.ChainStage(train_script.parse_args(["student", *FLAGS]), None)
     stage.soft_labels = soft
+    stage.args.reasoning_weight, stage.args.label_weight = weights
     return stage
 
 
@@ -212,11 +216,17 @@ def our_step(stage, model, batch, examples):
     return loss.detach()
 
 
-def hf_step(model, inputs):
+def token_weights(examples):
+    """Weights of the tasks' two means with which their sum is TRL's one mean over all tokens."""
+    tokens = [sum(e.branches[k][1] for e in examples) for k in (0, 1)]
+    return [n / sum(tokens) for n in tokens]
+
+
+def hf_step(model, inputs, weights=(0.8, 0.2)):
     """The usual step: a pass with `labels` for each branch, one after another; with a base in bf16
     under autocast, as Trainer."""
     total, half = 0, model.dtype == torch.bfloat16
-    for weight, one in zip((0.8, 0.2), inputs):
+    for weight, one in zip(weights, inputs):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             loss = weight * model(**one).loss
         loss.backward()
@@ -397,9 +407,9 @@ def nf4(_):
 
 
 def recipe(_):
-    """Twitter-2015: 3,179 training posts, 1,122 dev posts scored at each of 20 epochs, eight posts at
-    once; the assistant writes one chain of 250 tokens a post, 70 % are kept; a forward pass takes a
-    third of a step; the 7B writes as much slower than the 3B as its weights are more."""
+    """Twitter-2015: 3,179 training posts, 1,122 dev posts scored at each of 20 epochs, eight posts
+    at once; the assistant writes one chain of 250 tokens a post, 70 % are kept; a forward pass
+    takes a third of a step; the 7B writes as much slower than the 3B as its weights are more."""
     table = {}
     for line in Path(ROOT, "tests/BENCHMARKS.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -430,27 +440,33 @@ def real_shape(shape, device):
     return model.requires_grad_(False).eval()
 
 
-def shape_step(shape, device, side, posts, checkpointing, nf4):
-    """A whole optimiser step of `posts` posts at once, rank 16, dropout 0.05 -> its loss. Ours
-    counts its tokens on the device, theirs works out positions: train.py does neither there."""
+def shape_step(shape, device, side, posts, checkpointing=False, nf4=False, compiled=False):
+    """An optimiser step of `posts` posts at once, rank 16, dropout 0.05, each token weighed alike,
+    as `in_turn`. Ours counts its tokens on the device, theirs works out positions: train.py does
+    neither there."""
     from peft import LoraConfig, get_peft_model
 
     model, examples = real_shape(shape, device), samples(posts)
-    names = mulcot.linear_names(model)
+    names, weights = mulcot.linear_names(model), token_weights(examples)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names)
+    inputs = [hf_inputs(examples, k, 151936, device) for k in (0, 1)]
     if nf4:
         mulcot.quantize_linears(model, names)
+    if side == "TRL":
+        return trl_steps(model, lora, inputs, posts, checkpointing)
     if checkpointing:
         train_script.checkpoint_layers(model)
+    if compiled:
+        for layer in model.model.language_model.layers:
+            layer.compile()
     if side == "ours":
         mulcot.add_lora(model)
-        stage, batch = our_stage(), mulcot.collate(examples, PAD).to(device)
+        stage, batch = our_stage(weights=weights), mulcot.collate(examples, PAD).to(device)
         gradients = lambda: our_step(stage, model, batch, examples)
     else:
-        model = get_peft_model(model, LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names))
+        model = get_peft_model(model, lora)
         model.get_base_model().disable_input_require_grads()  # PEFT asks for them again
-        inputs = [hf_inputs(examples, k, 151936, device) for k in (0, 1)]
-        gradients = lambda: hf_step(model, inputs)
+        gradients = lambda: hf_step(model, inputs, weights)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2 * len(names)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -463,7 +479,67 @@ def shape_step(shape, device, side, posts, checkpointing, nf4):
         optimizer.zero_grad()
         return loss
 
-    return step
+    return in_turn(step)
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(way):
+    """A function that calls `way` so many times -> (what the first call gave, when each ended)."""
+    def run(count):
+        results, ends = [], []
+        for _ in range(count):
+            results.append(way())
+            synchronize()
+            ends.append(time.perf_counter())
+        return results[0], ends
+
+    return run
+
+
+def trl_steps(model, lora, inputs, posts, checkpointing):
+    """SFTTrainer's own loop over these inputs, task after task, as `in_turn`. Ids, images and masks
+    are at hand, as for the others; losses are in tiles, which is TRL's way since 1.16."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    model.accepts_loss_kwargs = True  # trap: else the mean of the micro-batches' own means
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **more):
+            synchronize()
+            ends.append(time.perf_counter())
+
+    config = SFTConfig(
+        tempfile.mkdtemp(), per_device_train_batch_size=posts, gradient_accumulation_steps=2,
+        max_length=None,
+        learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0,
+        bf16=model.dtype == torch.bfloat16, gradient_checkpointing=checkpointing, report_to="none",
+        train_sampling_strategy="sequential", logging_first_step=True, logging_steps=1000,
+        save_strategy="no", remove_unused_columns=False, use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=False, disable_tqdm=True,
+        dataset_kwargs=dict(skip_prepare_dataset=True))
+    task = [k for _ in range(8) for k in (0, 1) for _ in range(posts)]  # of each row, for 8 steps
+    trainer = SFTTrainer(
+        model, config, peft_config=lora, callbacks=[Clock()],
+        train_dataset=Dataset.from_dict(dict(input_ids=[[0]] * len(task), task=task)),
+        data_collator=lambda rows: dict(inputs[rows[0]["task"]]), processing_class=(
+            PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="pad")))
+
+    def run(count):
+        ends.clear()
+        trainer.args.max_steps = count
+        trainer.train()
+        assert len(ends) == count
+        return trainer.state.log_history[0]["loss"], list(ends)
+
+    return run
 
 
 def hf_generate(model, processor, examples, most, **options):
@@ -511,55 +587,75 @@ def shape_answers(shape, device, side, posts, tokens=64):
             hf_generate(model, processor, asked[0], 7, min_new_tokens=7)
             chains = hf_generate(model, processor, asked[1], tokens, min_new_tokens=tokens)
             assert all(len(ids) == tokens for ids in chains)
-    return answer
+    return in_turn(answer)
 
 
-def measured(args, make, *how):
-    """(seconds, GiB held at most, what the first call returned) of what `make(*how)` gives; seconds
-    are None where the memory does not suffice."""
-    first = seconds = None
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, FLOP/s
+
+
+def measured(args, make, *how, **options):
+    """(seconds, GiB held at most, the first call's result, its FLOP by operation) of what `make`
+    gives; seconds are None where the memory does not suffice."""
+    first = seconds = flop = None
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        way = make(*how)
-        first = way()
-        seconds = median_seconds({"": way}, args.device, args.repeats)[""]
+        run = make(*how, **options)
+        first, ends = run(args.repeats + 2)
+        seconds = statistics.median(b - a for a, b in zip(ends[1:], ends[2:]))  # warm from then on
+        flop = operations(lambda: run(1))  # trap: counted first, a model would never be compiled
     except torch.OutOfMemoryError:
         pass
-    return seconds, torch.cuda.max_memory_allocated() / 2**30, first
+    return seconds, torch.cuda.max_memory_allocated() / 2**30, first, flop
 
 
-STEPS = {"": (False, False), ", checkpointing": (True, False), ", nf4": (False, True)}
+def shape_works():
+    """(name, posts, their ways, maker, its options) of each row."""
+    peft, checkpointing = "PEFT, two HF passes", dict(checkpointing=True)
+    for posts, others in {2: [peft], 8: [peft, "TRL"], 16: []}.items():
+        yield f"step of {posts}", posts, others, shape_step, {}
+        yield f"step of {posts}, checkpointing", posts, others, shape_step, checkpointing
+        if posts < 16:
+            yield f"step of {posts}, nf4", posts, [], shape_step, dict(nf4=True)
+            yield f"step of {posts}, compiled", posts, [], shape_step, dict(compiled=True)
+    for posts in (1, 64):
+        yield f"answers of {posts}", posts, ["two HF generate calls"], shape_answers, {}
 
 
 def shapes(args):
-    """Ours and Hugging Face's ways one after another, each with a model of its own; medians."""
+    """Ours and the others' ways one after another, each with a model of its own; medians."""
     if args.device == "cpu":
         raise SystemExit("shapes: say --device cuda")
-    works = []  # (name, posts, their way, maker, its options)
-    for posts in (2, 8):
-        for name, how in STEPS.items():
-            works.append((f"step of {posts}{name}", posts, "PEFT, two HF passes", shape_step, how))
-    for posts in (1, 64):
-        works.append((f"answers of {posts}", posts, "two HF generate calls", shape_answers, ()))
+    card = torch.cuda.get_device_name()
+    top = next((peak for name, peak in PEAKS.items() if name in card), math.nan)
     rows = []
     for shape in families.SHAPES:
-        for name, posts, theirs, make, how in works:
+        for name, posts, theirs, make, options in shape_works():
+            if not any(part in f"{shape} {name}" for part in args.rows):
+                continue
             sides = {}
-            for side in ("ours",) if "nf4" in name else ("ours", theirs):
-                seconds, held, loss = measured(args, make, shape, args.device, side, posts, *how)
-                sides[side] = seconds, loss
-                numbers = ("out of memory", "", "")
+            for side in ("ours", *theirs):
+                sides[side] = seconds, held, first, flop = measured(
+                    args, make, shape, args.device, side, posts, **options)
+                numbers = ("out of memory", "", "", "", f"{held:.1f}", "")
                 if seconds:
-                    factor = seconds / (sides["ours"][0] or math.nan)
-                    numbers = f"{seconds:.3f}", f"{posts / seconds:.2f}", f"{factor:.2f}"
-                rows.append((shape, name, side, *numbers, f"{held:.1f}"))
+                    attention = [name[len("aten._scaled_dot_product_"):-len("_attention")]
+                                 for name in flop if name.endswith("_attention")]
+                    # trap: with a mask attention can fall back to many kernels of simple sums;
+                    # flash attention, which takes none, is the vision tower's
+                    assert side != "ours" or {"efficient", "cudnn"} & {*attention}, flop
+                    numbers = (f"{seconds:.3f}", f"{posts / seconds:.2f}",
+                               f"{seconds / (sides['ours'][0] or math.nan):.2f}",
+                               f"{flop['sum'] / seconds / top:.3f}", f"{held:.1f}",
+                               ", ".join(attention))
+                rows.append((shape, name, side, *numbers))
                 print(rows[-1], flush=True)
-            losses = [float(loss) for _, loss in sides.values() if loss is not None]
             # lora_B is zero in the first step, so that no dropout tells the sides apart
+            losses = [float(first) for *_, first, _ in sides.values() if first is not None]
             assert not losses or max(losses) < 1.01 * min(losses), (name, losses)
-    return ("shape", "work", "way", "seconds", "posts/s", "ours times faster", "peak GiB"), rows
+    return ("shape", "work", "way", "seconds", "posts/s", "ours times faster", "of peak",
+            "peak GiB", "attention"), rows
 
 
 # ---- beside TRL ----------------------------------------------------------------------------------
@@ -615,9 +711,7 @@ def trl_side(args, folder):
     items = items[: args.posts // size * size]
     steps = [[example for _, part in step for example in part]
              for step in train_script.step_loader(options, items, stage.processor, 0)]
-    tokens = [sum(e.branches[k][1] for step in steps for e in step) for k in (0, 1)]
-    # with these weights the tasks' two means are TRL's one mean over all tokens
-    options.reasoning_weight, options.label_weight = (n / sum(tokens) for n in tokens)
+    options.reasoning_weight, options.label_weight = token_weights(sum(steps, []))
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     if args.peak_of == "ours":
         model = train_script.build_model(options, stage, items)
@@ -667,6 +761,8 @@ def main(argv=None):
     parser.add_argument("--posts", type=int, default=16, help="of trl: how many")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="trl")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of shapes")
+    parser.add_argument("--rows", nargs="+", default=[""],
+                        help="of shapes: rows with one of these in their shape and work")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     head, rows = subjects[args.subject](args)
