@@ -509,6 +509,7 @@ def trl_steps(model, lora, inputs, posts, checkpointing):
     from trl import SFTConfig, SFTTrainer
 
     model.accepts_loss_kwargs = True  # trap: else the mean of the micro-batches' own means
+    model.enable_input_require_grads = lambda *_, **__: None  # as for the others: the tower is frozen
     ends = []
 
     class Clock(TrainerCallback):
@@ -598,16 +599,18 @@ def measured(args, make, *how, **options):
     gives; seconds are None where the memory does not suffice."""
     first = seconds = flop = None
     gc.collect()
+    torch._dynamo.reset()  # trap: what once ran while it was counted would never be compiled
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
         run = make(*how, **options)
         first, ends = run(args.repeats + 2)
         seconds = statistics.median(b - a for a, b in zip(ends[1:], ends[2:]))  # warm from then on
-        flop = operations(lambda: run(1))  # trap: counted first, a model would never be compiled
+        held = torch.cuda.max_memory_allocated()
+        flop = operations(lambda: run(1))  # runs uncompiled
     except torch.OutOfMemoryError:
-        pass
-    return seconds, torch.cuda.max_memory_allocated() / 2**30, first, flop
+        seconds, held = None, torch.cuda.max_memory_allocated()
+    return seconds, held / 2**30, first, flop
 
 
 def shape_works():
