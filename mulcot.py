@@ -13,10 +13,9 @@ runs the model of §8 first, then §7 and §6). Its two neighbours come after it
   §10 Readout   arXiv 2606.05713                   §12 Files             rows, processes
 
 Every section runs alone with the needs and imports of its heading, and what those need in turn.
-Remarks carry three tags: `# paper:` where it stands there, `# choice:` where the sources are
-silent, `# trap:` what breaks otherwise. Shapes trail the lines that change them: B rows, P prefix
-tokens, T tokens, V vocabulary, D width (V', D' the assistant's), R rank, N positions of a loss, n a
-chunk of them, C classes.
+Remarks have three tags: `# paper:` it stands there, `# choice:` the sources are silent, `# trap:`
+what breaks otherwise. Shapes trail the lines that change them: B rows, P prefix tokens, T tokens,
+V vocabulary, D width (V', D' the assistant's), R rank, N positions, n a chunk of them, C classes.
 
 Departures of MulCoT-RD from the paper and from the authors' released scripts ("theirs"), with the
 way back to theirs where there is one
@@ -43,8 +42,7 @@ way back to theirs where there is one
     `mogrify -resize '280x280!' images/*` beforehand does that.
   Training
 10. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
-    it. Equal to two passes (tested), but for LoRA's dropout, of which both tasks share the
-    prefix's draw. (Qwen3.5: a pass for each branch.)
+    it. Equal to two (tested), but that LoRA's dropout is drawn once for the prefix. Qwen3.5: two.
 11. Task weights 0.8 / 0.2 as the paper says. Theirs sum the tasks 1 : 1, 0.8 / 0.2 is a comment:
     `--reasoning-weight 1 --label-weight 1`.
 12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0
@@ -257,9 +255,8 @@ def read_posts(path, images=None, rejects=None, allow_empty=False):
     """Posts from a `.jsonl`, the authors' `.json`, a TomBERT `.tsv` or MMSA's `label.csv`.
 
     images: the folder of images, frames and audio (default: of a .csv its own folder, else
-    `images/` beside the file or the file's own folder). Bad rows are appended to `rejects` as
-    (where, reason); with rejects=None the first raises InputError, as does a file without a good
-    row, unless `allow_empty`."""
+    `images/` beside the file or the file's own folder). Bad rows go to `rejects` as (where,
+    reason), else the first raises InputError; no good row does too, unless `allow_empty`."""
     rows, parse, images = _open_rows(Path(path), images)
     posts = {}  # by id
     checked = set()
@@ -289,7 +286,7 @@ def select_split(posts, split):
     """The posts of a split ("all": every one), or all where the rows have none."""
     if split == "all" or not any(post.split for post in posts):
         return posts
-    return [post for post in posts if post.split == split]
+    return [post for post in posts if post.split == SPLITS.get(split, split)]
 
 
 def report_rejects(rejects, what):
@@ -428,7 +425,8 @@ def _open_rows(path, images):
     if path.suffix == ".json":
         return _json_rows(path), lambda row: _json_row(path.stem, row), images
     if path.suffix == ".tsv":
-        return _lines(path)[1:], lambda line: _tsv_row(path.stem, line), images
+        rows = [line for line in _lines(path) if not line[1].lower().startswith(b"index\t")]
+        return rows, lambda line: _tsv_row(path.stem, line), images
     raise InputError(f"{path}: unknown format {path.suffix!r}: use .jsonl, .json, .tsv or .csv")
 
 
@@ -590,9 +588,8 @@ def post_prompt(post, task="reason", gold=None):
 
 
 def build_messages(post, task, gold=None):
-    """Messages as OpenAI's, but with the files' paths. task: "reason" | "label" for the trained
-    models, "unaided" | "explained" for the teacher's two stages; only "explained" takes (and needs)
-    the gold label. paper: stage 1 / stage 2."""
+    """Messages as OpenAI's, but with the files' paths. task: "reason" | "label" of trained models,
+    "unaided" | "explained" of the teacher's stages; only "explained" takes the gold label."""
     assert task in FORMATS and (gold in LABELS) == (task == "explained"), (task, gold)
     content = [{"type": "image", "image": path} for path in post.images]
     if post.audio:
@@ -761,8 +758,7 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
     paper: the adaptive retry controller (ARC) asks again while the structure is incomplete.
     choice: each retry is at a higher temperature (0, 0.4, 0.8, 1.2), and after an answer that was
     cut off with twice as many tokens. Stage 1: an answer that is whole but wrong goes on to stage
-    2. Stage 2: an answer against the label is asked for again. A server's refusal of a stage's
-    first question is raised: it sets the post aside whole."""
+    2. Stage 2: an answer against the label is asked for again. A refused first question raises."""
     allowed = dict.fromkeys(attempts, max_tokens)
     pending = posts
     for retry in range(max_tries):
@@ -776,10 +772,12 @@ def ask_until_valid(posts, task, ask, attempts, max_tries, max_tokens):
                                     allowed[post.id]))
         try:
             answers = ask(requests)
-        except Refused:
-            if retry == 0:
+        except Refused as error:  # of the label's prompt, say, or of the doubled max_tokens
+            if not all(attempts[post.id] for post in pending):
                 raise
-            break  # a server may refuse the doubled max_tokens: this stage's earlier answers stand
+            for post in pending:  # earlier answers stand
+                attempts[post.id][-1]["problem"] += f"; then refused: {error}"
+            break
         pending = []
         for request, answer in zip(requests, answers, strict=True):
             post = request.post
@@ -1245,7 +1243,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         flat = x.flatten(0, -2)  # (N, in)
         low = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # (N, R)
-        # product, scale and sum in one kernel
+        # product, scale and sum in one call
         y = torch.addmm(self.base(flat), low, self.lora_B.to(x.dtype).T, alpha=self.scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -1423,8 +1421,7 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
 
 def in_chunks(sums_of, hidden, size):
     """The loss of an output layer without its (N, V) logits. `sums_of(hidden[a:b], slice(a, b))`
-    -> {"loss": scalar, …} is called on chunks of `size` positions of hidden (N, D); returned are
-    the sums over the chunks, {name: scalar}.
+    -> {"loss": scalar, …} is called on `size` positions of hidden (N, D) at a time, and summed.
 
     "loss" is differentiable, value and gradient are those of `sums_of(hidden, slice(0, N))`, but
     only one chunk's (size, V) logits exist at a time. The gradient of each chunk is computed
@@ -1564,7 +1561,7 @@ def load_model(name, device="cpu", dtype=None, max_pixels=None, nf4=None):
         raise InputError(f"model {base!r} lacks {len(missing)} weights, first {min(missing)}: was "
                          "it saved before merge_lora?")
     if nf4 or nf4 is None and adapter_nf4(name):
-        quantize_linears(model, linear_names(model))
+        quantize_linears(model, linear_names(model), device)
     if base != str(name):
         load_adapter(model, name)
     return model.to(device).eval(), processor
@@ -1720,8 +1717,9 @@ def score_labels(model, batch, hidden=None):
     targets = batch.targets[supervised]  # (N,)
     log_p = []
     size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
-    for h, ids in zip(hidden[supervised].split(size), targets.split(size)):
-        log_p.append(-F.cross_entropy(model.lm_head(h).float(), ids, reduction="none"))
+    head = model.lm_head.weight.float()  # trap: logits in bf16 move a probability by up to 0.03
+    for h, ids in zip(hidden[supervised].float().split(size), targets.split(size)):
+        log_p.append(-F.cross_entropy(h @ head.T, ids, reduction="none"))
     row = supervised.nonzero()[:, 0]  # (N,)
     branch = batch.branch_ids[supervised]  # (N,); a branch without an answer has no column
     sums = hidden.new_zeros(len(supervised), int(branch.max()), dtype=torch.float32)
@@ -1928,10 +1926,10 @@ class NF4Linear(nn.Module):
         return dense
 
 
-def quantize_linears(model, names):
-    """Turns the linear layers of these names into NF4, one by one, in place."""
+def quantize_linears(model, names, device=None):
+    """Turns the linear layers of these names into NF4, one by one, in place, on the device."""
     for name in names:
-        model.set_submodule(name, NF4Linear(model.get_submodule(name)))
+        model.set_submodule(name, NF4Linear(model.get_submodule(name).to(device)))
 
 
 def count_parameters(model):
@@ -2125,8 +2123,9 @@ class UBMMember(nn.Module):
         """What every member reads of B posts: token tensors, where the aspect's pieces are
         (B, T, 1), which posts have an image, and the pixels of those."""
         texts, aspects, spans = zip(*[mark_aspect(post) for post in posts])
+        longest = min(256, self.tokenizer.model_max_length)
         tokens = self.tokenizer(list(texts), list(aspects), padding=True, truncation=True,
-                                max_length=256, split_special_tokens=True, return_tensors="pt",
+                                max_length=longest, split_special_tokens=True, return_tensors="pt",
                                 return_offsets_mapping=True)
         start, end = tokens.pop("offset_mapping").unbind(-1)  # (B, T) each, in characters
         span_start, span_end = torch.tensor(spans)[..., None].unbind(1)  # (B, 1) each
@@ -2175,6 +2174,7 @@ def new_ubm(text, classes=LABELS, image=None, members=1, weights=True):
 
     with explaining(f"encoder {text!r} or {image!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(text)
+        assert tokenizer.is_fast, "a slow tokenizer does not tell where words stand"
         processor = AutoImageProcessor.from_pretrained(image, backend="pil") if image else None
         ensemble = []
         for _ in range(members):

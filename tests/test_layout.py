@@ -2,6 +2,7 @@
 in test_families.py, for every family; what is never generated in test_by_hand.py."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import chain, noise_image
 import train
 from mulcot import (
     LABEL_FORMAT, LABELS, REASON_FORMAT, InputError, Post, collate, encode, encode_batch,
-    forward_branches, label_branches, load_model, render_label)
+    forward_branches, label_branches, load_model, render_label, score_labels)
 from toy import IM_END
 
 COT = chain("neutral")
@@ -39,6 +40,19 @@ def test_eager_attention_equals_sdpa(toy, student, examples):
         a, b = (forward_branches(model, batch) for model in (eager, student[0]))
     real = batch.branch_ids >= 0
     assert (a[real] - b[real]).abs().max() < 1e-5
+
+
+def test_label_scores_are_summed_in_fp32(student, posts):
+    """Of a model in bf16 too, whose own logits, near 16 each 0.125, would move probabilities."""
+    model, processor = student
+    batch = encode_batch(posts[:2], label_branches(), model, processor)
+    head = torch.nn.Linear(48, len(processor.tokenizer), bias=False, dtype=torch.bfloat16)
+    hidden = 30 * torch.randn(*batch.targets.shape, 48, dtype=torch.bfloat16)
+    logits = hidden.double() @ head.weight.double().T
+    log_p = logits.log_softmax(-1).gather(2, batch.targets.clamp(min=0)[..., None])[..., 0]
+    sums = [(log_p * batch.supervised(branch)).sum(1) for branch in (1, 2, 3)]
+    got = score_labels(SimpleNamespace(lm_head=head), batch, hidden).double()
+    torch.testing.assert_close(got, torch.stack(sums, 1).log_softmax(-1), rtol=0, atol=1e-3)
 
 
 def test_flash_attention_is_refused(student, posts, monkeypatch):
