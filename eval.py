@@ -505,7 +505,7 @@ def load_embedder(name):
 SIGNATURES = {  # how a metric is computed: its name is not enough to compare papers by
     "n": "n: gold posts of split {split} ({trained} training posts); bold: beats the next, p < .05",
     "seeds": "seeds: mean ± deviation; p and interval by Welch's t, the posts' variance added",
-    "p_accuracy": "p: against {baseline}",
+    "p_accuracy": "p: against {baseline}; none of seeds beside one run, nor of scores",
     "accuracy_agree": "acc. =, ≠: accuracy where chain=label, and where not",
     "parse_rate": "chains: raw text against raw reference, names and quotes included; missing "
                   "chain = empty text",
@@ -531,12 +531,13 @@ def means(values):
 def exchanged_references(posts):
     """For each post with a chain (`cot`) the chain of the next such post, in their order and
     wrapping round, that is of another tweet (has another text); of the next one where all are of
-    one tweet. None for a post without a chain."""
+    one tweet. None for a post without a chain, and for the only one with a chain."""
     own = [post for post in posts if post.cot]
     chains = {}
     for i, post in enumerate(own):
-        others = own[i + 1 :] + own[:i] + [post]
-        chains[post.id] = next((x.cot for x in others if x.text != post.text), others[0].cot)
+        others = own[i + 1 :] + own[:i]
+        of_tweets = [x.cot for x in others if x.text != post.text]
+        chains[post.id] = next(iter(of_tweets or [x.cot for x in others]), None)
     return [chains.get(post.id) for post in posts]
 
 
@@ -630,7 +631,8 @@ def diagnose(runs, teacher):
         gap = 100 * (assistant.get("accuracy", 0) - m.get("accuracy", 1))
         if name.endswith("student") and gap > 5 and not name.startswith("base/"):
             found.append(f"{name}: {gap:.1f} points below its assistant: λ too high? Try 0.1")
-        ungrounded = meteor is not None and meteor < m["meteor_floor"] + 0.05
+        floor = m.get("meteor_floor")  # None where there is one reference
+        ungrounded = None not in (meteor, floor) and meteor < floor + 0.05
         if ungrounded and m["distinct_2"] >= m["distinct_2_references"]:
             found.append(f"{name}: METEOR is low, Distinct-2 high: fluent but ungrounded chains")
     if teacher.get("contradictions", 0) > 0.05:
@@ -709,7 +711,7 @@ def read_specs(specs):
     """[NAME=]FILE … -> {name: files}. Several files of one NAME are the seeds of one setting."""
     files = {}
     for spec in specs:
-        *given, path = spec.split("=", 1)
+        *given, path = [spec] if Path(spec).exists() else spec.split("=", 1)
         name = given[0] if given else Path(path).stem
         is_free = name not in RESERVED and (given or name not in files)
         require(is_free, f"run name {name!r} is taken: name the files apart, NAME=FILE")
@@ -762,7 +764,7 @@ def cell(metrics, key, is_best=False):
     if value is None:
         return ""
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    if key in metrics.get("deviation", {}):
+    if isinstance(value, float) and key in metrics.get("deviation", {}):
         text += f" ± {metrics['deviation'][key]:.3f}"
     if f"{key}_floor" in metrics:
         text += f" ({metrics[f'{key}_floor']:.3f})"

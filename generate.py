@@ -92,6 +92,10 @@ def parse_args(argv=None):
     if args.stage == "predict" and not (args.data and args.out):
         if not args.text or args.endpoint:
             p.error("needs --data and --out; or, without --endpoint, one post: --text, --image, …")
+    if not getattr(args, "endpoint", None):
+        for name in ("max_posts", "budget_tokens"):
+            if vars(args).get(name):
+                p.error(f"--{name.replace('_', '-')} is for --endpoint alone")
     if args.stage != "export":  # settings.json shall hold it, or a rerun could go on in another
         args.dtype = args.dtype or default_dtype(args.device)
     args.run = run_info("generate.py", argv)
@@ -204,7 +208,8 @@ def select_posts(args, labelled=False):
     if n > 1:
         raise InputError(f"id {commonest!r} occurs in two --data files: ids name posts later on")
     if len(posts) < len(everyone):
-        print(f"left out   {len(everyone) - len(posts)} posts of other splits than {args.split}")
+        print(f"left out   {len(everyone) - len(posts)} posts that are not of split {args.split}; "
+              "--split all takes them too")
     unlabelled = [post for post in posts if labelled and not post.label]
     if unlabelled:
         print(f"left out   {len(unlabelled)} posts without a label")
@@ -293,6 +298,8 @@ class Output:
 
     def print_summary(self):
         """The last line: rows written and set aside, counted in the files."""
+        if get_rank() > 0:  # trap: the first process may still be writing
+            return
         rows, aside = len(read_rows(self.path)), len(read_rows(self.rejected))
         print(f"wrote {rows} rows to {self.path} ({aside} set aside)")
 
@@ -701,7 +708,7 @@ def set_aside(refused):
     """(post, result) of posts that the server refused."""
     for post, error in refused:
         say(f"set aside  post {post.id}: {error}")
-        # stage 0: refused. What its stage 1 had paid is in the journal
+        # stage 0: refused before any answer
         yield post, dict(cot=None, stage=0, tries=0, problem=str(error), tokens_in=0,
                          tokens_out=0)
 
@@ -804,7 +811,10 @@ def zero_shot(args, post, ask):
     row = dict(prediction=parse_reasoning(answer.text).prediction, raw_label=answer.text)
     if args.chain:
         request = Request(post, build_messages(post, "reason"), 0.0, args.max_new_tokens)
-        (answer,) = ask([request])
+        try:
+            (answer,) = ask([request])
+        except Refused as e:  # the label stands
+            return row | dict(problem=str(e))
         row |= chain_row(answer.text, answer.finish) | dict(tokens=answer.tokens_out)
         del row["fields"]  # eval.py reads them from `raw`
     return row
@@ -1130,11 +1140,11 @@ def threshold_grid(verdicts, error):
 
 
 def _uncertainty_levels(answers):
-    """Nobody is sure (-1), and the 5 % quantiles of the answers' uncertainties."""
+    """Nobody is sure (-1), the 5 % quantiles of the answers' uncertainties, all are sure (1)."""
     u = sorted(each.uncertainty for each in answers if each and each.uncertainty is not None)
     if not u:
         return [-1.0]
-    return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(21)})
+    return [-1.0] + sorted({u[max(len(u) * k // 20 - 1, 0)] for k in range(20)} | {1.0})
 
 
 def best_thresholds(grid, budget):

@@ -151,7 +151,7 @@ def loop_flags(groups):
     flag("--clip", type=float, default=1.0, help="gradient norm cap, 0 for none (MulCoT-RD: none)")
     flag = groups["run"]
     flag("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
-         help="processes that decode images, 0: this one")
+         help="processes that decode images, 0: this one (in Docker they want --shm-size 8g)")
     flag("--save-every", type=int, default=0, help="resume point each N steps, not just epochs")
     flag("--log-every", type=int, default=10, help="steps per log line")
     flag("--gradient-checkpointing", action=YES_NO, default=False, help="less memory, slower")
@@ -409,6 +409,7 @@ def step_loader(args, items, processor, first):
     return torch.utils.data.DataLoader(
         items, batch_sampler=mine, collate_fn=partial(micro_batches, processor, args.batch),
         num_workers=args.workers, prefetch_factor=1 if args.workers else None,
+        timeout=600 if args.workers else 0,  # trap: with /dev/shm full they would wait for ever
         generator=torch.Generator())  # trap: else the loader would draw from the one of dropout
 
 

@@ -67,8 +67,8 @@ def test_labels_by_hand(cascade):
     summary, rows, asked = cascade(GivenUBM(mulcot.LABELS, said), rows["dev"], rows["test"], 0.4)
     assert asked == 10 + 4 + 4
     assert (summary["dev_passes"], summary["dev_error"]) == pytest.approx((0.4, 0.0))
-    u = mulcot.uncertainty(torch.tensor([said["a day 5"], MLLM])).tolist()
-    assert summary["taus"] == pytest.approx(u, abs=1e-5) and u[0] > 2 * u[1]
+    u = mulcot.uncertainty(torch.tensor(said["a day 5"])).item()
+    assert summary["taus"] == pytest.approx([u, 1.0], abs=1e-5)  # the MLLM is always sure enough
     assert summary["routes"] == dict(ubm=6, mllm=4)
     assert [row["prediction"] for row in rows] == ["positive"] * 10
     assert all(row["passes"]["ubm"]["tokens"] == 3 for row in rows)  # as GivenUBM's tokenizer has
@@ -82,10 +82,11 @@ def test_labels_by_hand(cascade):
      ("positive", "neutral", "negative", "negative"), 1 / 4),
     (mulcot.SCORE_BINS, [[1 / 7] * 7] * 3, (-2.0, 1.0, 3.0), (2 + 1 + 3) / 3)])
 def test_errors_on_dev(cascade, classes, said, golds, error):
-    """Without a budget the UBM answers alone: wrong labels are counted, scores are distances (one
-    that knows nothing says 0)."""
+    """Without a budget the UBM answers alone, also a post less sure than any of dev: wrong labels
+    are counted, scores are distances (one that knows nothing says 0)."""
     name = "label" if classes == mulcot.LABELS else "score"
     dev = [{"id": text, "text": text, name: gold} for text, gold in zip("abcd", golds)]
-    ubm = GivenUBM(classes, dict(zip("abcd", said)))
-    summary, _, _ = cascade(ubm, dev, [dict(id="t", text="a")], 0)
+    ubm = GivenUBM(classes, dict(zip("abcd", said)) | dict(e=[1 / len(classes)] * len(classes)))
+    summary, _, _ = cascade(ubm, dev, [dict(id="t", text="e")], 0)
+    assert summary["routes"] == dict(ubm=1)
     assert (summary["dev_passes"], summary["dev_error"]) == (0, pytest.approx(error))

@@ -102,6 +102,10 @@ def test_floor_is_of_the_next_tweet(gold, tmp_path):
     pairs[0] = ("a b c d f", "v w x y z")
     m = evaluate(gold, tmp_path / "s.jsonl")[1]["s"]
     assert m["bleu4_floor"] == pytest.approx(np.mean([bleu4(*pair) for pair in pairs]))
+    write(gold, posts[:1])  # a single reference has no floor
+    _, metrics, _ = evaluate(gold, tmp_path / "s.jsonl")
+    assert "bleu4" in metrics["s"] and "bleu4_floor" not in metrics["s"]
+    assert metrics["diagnosis"] == []
 
 
 @pytest.mark.parametrize("conclusion, alone", [
@@ -173,6 +177,8 @@ def test_baseline(gold, tmp_path, capsys):
     assert metrics["none"]["p_accuracy"] < 0.1 and metrics["none"]["p_macro_f1"] < 0.1
     assert evaluate(gold, *files, more=["--baseline", "x"])[0] == 2
     assert "--baseline 'x' is none of the runs" in capsys.readouterr().err
+    (tmp_path / "lr=1").mkdir()  # a file's path may hold a =
+    assert evaluate(gold, predictions(tmp_path / "lr=1" / "b.jsonl", ALL))[1]["b"]["n"] == 6
 
 
 def test_best_is_bold_only_if_significant(many, tmp_path, capsys):
@@ -193,6 +199,7 @@ def test_seeds_share_a_name(many, tmp_path, capsys):
     assert a["accuracy"] == pytest.approx(0.85) and len(a["seeds"]) == 2
     assert a["deviation"]["accuracy"] == pytest.approx(0.1 / 2**0.5)
     assert "0.850 ± 0.071" in markdown and "0.850 ± 0.071" in capsys.readouterr().out
+    assert table_of(markdown)["x/a"][1] == "60"  # a count that all share has no deviation
     assert "deviation" not in metrics["x/b"]
 
 

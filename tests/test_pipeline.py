@@ -433,7 +433,7 @@ def test_only_training_posts_are_trained_on(road, tmp_path, capsys):
     aside."""
     posts = ["--data", road / "posts.jsonl"]
     assert run(road, "augment", *posts, "--max-new-tokens", "4", "--out", tmp_path / "a.jsonl") == 0
-    assert "left out   18 posts of other splits than train" in capsys.readouterr().out
+    assert "left out   18 posts that are not of split train" in capsys.readouterr().out
     assert {row["split"] for row in rows(tmp_path / "a.rejects.jsonl")} == {"train"}
     more = "--no-soft --no-reasoning --epochs 1 --out".split()
     assert run(road, "student", *posts, *more, tmp_path / "t") == 0
@@ -554,7 +554,7 @@ def test_one_line_and_exit_code_2(road, tmp_path, capsys):
 def test_a_wrong_value_prints_the_stages_own_usage(road, capsys):
     """A wrong value: the stage's flags, not the list of stages; argparse's exit code 2."""
     for stage, wrong in (("student", "--batch 0"), ("student", "--rank -1"),
-                         ("predict", "--batch many")):
+                         ("predict", "--batch many"), ("predict", "--max-posts 2")):
         script, argv = command(road, stage, *wrong.split())
         with pytest.raises(SystemExit) as end:
             script.main(argv)

@@ -74,7 +74,8 @@ def test_splits(tmp_path):
     rows = [dict(id=i, text="t", split=split) for i, split in names.items()]
     posts = read_posts(jsonl(tmp_path / "p.jsonl", *rows))
     assert [post.split for post in posts] == ["dev", "dev", "test", "train", None]
-    assert select_split(posts, "dev") == posts[:2] and select_split(posts[4:], "dev") == posts[4:]
+    assert select_split(posts, "dev") == select_split(posts, "valid") == posts[:2]
+    assert select_split(posts[4:], "dev") == posts[4:]
 
 
 def test_authors_json(folder):
@@ -96,14 +97,14 @@ def test_tsv(folder):
     lines = ["index\t#1 ImageID\t#2 String\t#2 String", '1\t0\tgood.png\t"so $T$ !\tRex',
              "2\t1\tgood.png\tb $T$ $T$\tMia Ray", '3\t2\tgood.png\tc" $T$\tNova',
              "4\t5\tgood.png\tb\tR", "5\t1\tgood.png", ""]
-    for name, split in (("dev", "dev"), ("mine", None)):
-        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    for name, split, first in (("dev", "dev", 0), ("mine", None, 0), ("headless", None, 1)):
+        (folder / f"{name}.tsv").write_text("\n".join(lines[first:]))
         rejects = []
         posts = read_posts(folder / f"{name}.tsv", rejects=rejects)
         assert [p.text for p in posts] == ['"so Rex !', "b Mia Ray Mia Ray", 'c" Nova']
         assert [p.label for p in posts] == list(LABELS) and {p.split for p in posts} == {split}
         assert [p.id for p in posts] == [f"{name}-{n}" for n in (1, 2, 3)]
-        assert [where.rsplit(":", 1)[1] for where, _ in rejects] == ["5", "6"]
+        assert [int(where.rsplit(":", 1)[1]) + first for where, _ in rejects] == [5, 6]
 
 
 @pytest.mark.parametrize("name, rows, counts", [

@@ -86,8 +86,8 @@ def test_dialogue(answers, options, stages, temperatures, budgets, unaided):
 
 
 def test_a_refused_retry_loses_nothing():
-    """A server may not know twice the budget: stage 2 follows, and what was paid stays on record;
-    a refused first question is the post's own fault."""
+    """A server may not know twice the budget: stage 2 follows, and what was paid stays on record,
+    as where it refuses stage 2; a refused first question is the post's own fault."""
     def ask(requests):
         if requests[0].max_tokens > 100:
             raise Refused("HTTP 400: max_tokens is too large")
@@ -98,6 +98,16 @@ def test_a_refused_retry_loses_nothing():
     assert (row["cot"], row["stage"], row["tries"], row["tokens_in"]) == (RIGHT, 2, 2, 10)
     with pytest.raises(Refused):
         two_stage_cot([POST], ask, max_tokens=101)
+
+    def ask(requests):
+        if "Given sentiment" in requests[0].prompt:
+            raise Refused("HTTP 400: filtered")
+        return [Answer(WRONG, "stop", 1, 1)]
+
+    (row,) = two_stage_cot([POST], ask)
+    assert (row["cot"], row["stage"], row["tries"], row["tokens_in"]) == (None, 1, 1, 1)
+    assert row["unaided_prediction"] == "negative"
+    assert row["problem"].endswith("label is positive; then refused: HTTP 400: filtered")
 
 
 def test_kept_chain_has_the_one_written_form():

@@ -229,7 +229,7 @@ def test_labels_of_test_posts_are_not_sent_unasked(serve, world, tmp_path, capsy
     argv = command(world, server, tmp_path / "a.jsonl", "--split", "test")
     assert generate.main(argv) == 2
     printed, errors = capsys.readouterr()
-    assert "--allow-test" in errors and "left out   40 posts of other splits than test" in printed
+    assert "--allow-test" in errors and "left out   40 posts that are not of split test" in printed
     assert server.asked == []
     assert generate.main([*argv, "--allow-test"]) == 0 and len(server.asked) >= 2
 
@@ -251,6 +251,12 @@ def test_a_zero_shot_baseline(serve, world, tmp_path):
     assert generate.main(argv) == 0 and len(server.asked) == before
     argv[argv.index(str(out))] = str(tmp_path / "none.jsonl")
     assert generate.main([*argv, "--budget-tokens", "1"]) == 0 and len(server.asked) == before
+    server = serve(teacher(world, lambda r: 400 if r.prompt.endswith(REASON_FORMAT) else ""))
+    argv = ["predict", *command(world, server, tmp_path / "labels.jsonl")[1:]]
+    assert generate.main(argv) == 0  # a refused chain takes no label with it
+    rows = read_rows(tmp_path / "labels.jsonl")
+    assert [row["prediction"] in LABELS for row in rows] == [True, True]
+    assert not any("raw" in row for row in rows) and "HTTP 400" in rows[0]["problem"]
 
 
 def test_retry_after_holds_back_every_worker(serve, world, tmp_path, monkeypatch):

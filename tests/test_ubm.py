@@ -3,9 +3,11 @@ training by numbers stands in test_ubm_steps.py."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     AlbertConfig, AlbertModel, ModernBertConfig, ModernBertModel, ViTConfig, ViTModel)
@@ -142,12 +144,16 @@ def test_the_top_layer_is_drawn_anew(encoder):
     train.reinit_top_layer(bare)  # its linears have no biases
 
 
-def test_bad_folders(tmp_path):
-    """Each tells what to do."""
+def test_bad_folders(tmp_path, encoders, monkeypatch):
+    """Each tells what to do; so does an encoder whose tokenizer cannot say where words stand."""
     with pytest.raises(mulcot.InputError, match="ubm.json is missing or damaged"):
         generate.load_ubm(tmp_path)
     with pytest.raises(mulcot.InputError, match="cannot be loaded"):
         mulcot.new_ubm(str(tmp_path / "nothing"))
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: slow)
+    with pytest.raises(mulcot.InputError, match="slow tokenizer"):
+        mulcot.new_ubm(str(encoders / "text"))
 
 
 # ---- uncertainty and targets
