@@ -286,10 +286,11 @@ class Output:
                 Path(self.rejected).unlink(missing_ok=True)
             self.kept, self.aside = RowWriter(self.path), RowWriter(self.rejected)
             done = self.kept.done | self.aside.done
-            known = {row.get("where") for row in read_rows(self.rejected)}
-            for where, problem in rejects:
-                if where not in known:
-                    self.aside.write(dict(where=where, problem=problem))
+            # rows of --data that cannot be read: an earlier run's may be repaired by now
+            refused = [row for row in read_rows(self.rejected) if "where" not in row]
+            unread = [dict(where=where, problem=problem) for where, problem in rejects]
+            write_rows(self.rejected, unread + refused)
+            self.aside = RowWriter(self.rejected)
         self.done = gather(done)[0]
 
     def write(self, row, keep=True):

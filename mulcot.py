@@ -42,7 +42,7 @@ way back to theirs where there is one
     `mogrify -resize '280x280!' images/*` beforehand does that.
   Training
 10. One forward pass serves both tasks: image and post are one prefix, the prompts are branches of
-    it. Equal to two (tested), but that LoRA's dropout is drawn once for the prefix. Qwen3.5: two.
+    it. Equal to two (tested), but LoRA's dropout is drawn once for the prefix. Qwen3.5 takes two.
 11. Task weights 0.8 / 0.2 as the paper says. Theirs sum the tasks 1 : 1, 0.8 / 0.2 is a comment:
     `--reasoning-weight 1 --label-weight 1`.
 12. The KL term covers response tokens. Theirs averages it over every position whose label is not 0

@@ -497,19 +497,24 @@ def test_greedy_labels_and_one_post(road, tmp_path, capsys):
 
 def test_rows_carry_nothing_that_another_model_said(road, tmp_path):
     """Predicting over the teacher's rows leaves out their raw text, stage and tokens, and gold
-    scores, which would be judged against themselves (MAE 0). A broken row is set aside."""
+    scores, which would be judged against themselves (MAE 0). A broken row is set aside, until it
+    is repaired."""
     data = [row | dict(score=1.0) for row in mulcot.read_rows(road / "chains.jsonl")]
     mulcot.write_rows(tmp_path / "chains.jsonl", data)
     with open(tmp_path / "chains.jsonl", "a") as file:
         file.write("{not json\n")
-    assert run(road, "predict", "--data", tmp_path / "chains.jsonl", "--images", road / "images",
-               "--split", "all", "--no-chain", "--out", tmp_path / "new.jsonl") == 0
+    argv = ["--data", tmp_path / "chains.jsonl", "--images", road / "images", "--split", "all",
+            "--no-chain", "--out", tmp_path / "new.jsonl"]
+    assert run(road, "predict", *argv) == 0
     row = mulcot.read_rows(tmp_path / "new.jsonl")[0]
     assert not {"raw", "stage", "tries", "tokens_in", "cot", "problem", "temperature", "score",
                 "max_tokens", "unaided_prediction"} & row.keys()
     assert row["label"] and row["image"] and row["source"] == "model"
     (aside,) = rows(tmp_path / "new.rejects.jsonl")
     assert aside["where"].endswith(f"chains.jsonl:{len(data) + 1}")
+    mulcot.write_rows(tmp_path / "chains.jsonl", [*data, data[0] | dict(id="repaired")])
+    assert run(road, "predict", *argv) == 0 and rows(tmp_path / "new.rejects.jsonl") == []
+    assert rows(tmp_path / "new.jsonl")[-1]["id"] == "repaired"
 
 
 def test_progress_is_a_line_a_minute_where_nobody_watches(monkeypatch, capsys):
