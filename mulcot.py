@@ -256,7 +256,7 @@ def read_posts(path, images=None, rejects=None, allow_empty=False):
 
     images: the folder of images, frames and audio (default: of a .csv its own folder, else
     `images/` beside the file or the file's own folder). Bad rows go to `rejects` as (where,
-    reason), else the first raises InputError; no good row does too, unless `allow_empty`."""
+    reason), else the first raises InputError; so does a file of none, unless `allow_empty`."""
     rows, parse, images = _open_rows(Path(path), images)
     posts = {}  # by id
     checked = set()
