@@ -287,10 +287,12 @@ class Output:
             self.kept, self.aside = RowWriter(self.path), RowWriter(self.rejected)
             done = self.kept.done | self.aside.done
             # rows of --data that cannot be read: an earlier run's may be repaired by now
-            refused = [row for row in read_rows(self.rejected) if "where" not in row]
+            before = read_rows(self.rejected)
             unread = [dict(where=where, problem=problem) for where, problem in rejects]
-            write_rows(self.rejected, unread + refused)
-            self.aside = RowWriter(self.rejected)
+            now = unread + [row for row in before if "where" not in row]
+            if now != before:
+                write_rows(self.rejected, now)
+                self.aside = RowWriter(self.rejected)
         self.done = gather(done)[0]
 
     def write(self, row, keep=True):
