@@ -1717,7 +1717,7 @@ def score_labels(model, batch, hidden=None):
     targets = batch.targets[supervised]  # (N,)
     log_p = []
     size = max(1, CHUNK_LOGITS // model.lm_head.out_features)
-    head = model.lm_head.weight.float()  # trap: logits in bf16 move a probability by up to 0.03
+    head = model.lm_head.weight.float()  # trap: logits in bf16 move a probability by up to 0.04
     for h, ids in zip(hidden[supervised].float().split(size), targets.split(size)):
         log_p.append(-F.cross_entropy(h @ head.T, ids, reduction="none"))
     row = supervised.nonzero()[:, 0]  # (N,)
