@@ -536,8 +536,9 @@ def exchanged_references(posts):
     chains = {}
     for i, post in enumerate(own):
         others = own[i + 1 :] + own[:i]
-        of_tweets = [x.cot for x in others if x.text != post.text]
-        chains[post.id] = next(iter(of_tweets or [x.cot for x in others]), None)
+        of_tweets = (other for other in others if other.text != post.text)
+        exchanged = next(of_tweets, others[0] if others else None)
+        chains[post.id] = exchanged and exchanged.cot
     return [chains.get(post.id) for post in posts]
 
 

@@ -255,8 +255,8 @@ def read_posts(path, images=None, rejects=None, allow_empty=False):
     """Posts from a `.jsonl`, the authors' `.json`, a TomBERT `.tsv` or MMSA's `label.csv`.
 
     images: the folder of images, frames and audio (default: of a .csv its own folder, else
-    `images/` beside the file or the file's own folder). Bad rows go to `rejects` as (where,
-    reason), else the first raises InputError; so does a file of none, unless `allow_empty`."""
+    `images/` beside the file or its own folder). Bad rows go to `rejects` as (where, reason), else
+    the first raises InputError, as does a file without a good row, unless `allow_empty`."""
     rows, parse, images = _open_rows(Path(path), images)
     posts = {}  # by id
     checked = set()
@@ -1421,7 +1421,7 @@ def distill_kl(student_logits, teacher_logits, temperature=2.0, t_squared=False,
 
 def in_chunks(sums_of, hidden, size):
     """The loss of an output layer without its (N, V) logits. `sums_of(hidden[a:b], slice(a, b))`
-    -> {"loss": scalar, …} is called on `size` positions of hidden (N, D) at a time, and summed.
+    -> {"loss": scalar, …} is called on `size` positions of hidden (N, D) each; returns the sums.
 
     "loss" is differentiable, value and gradient are those of `sums_of(hidden, slice(0, N))`, but
     only one chunk's (size, V) logits exist at a time. The gradient of each chunk is computed

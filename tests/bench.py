@@ -12,8 +12,8 @@ nf4: forward and backward through 4 frozen linears of 2048 x 2048: ours, bitsand
 ones, on the same device, in turns.
 shapes: on a GPU, training steps and answers at the real shapes of Qwen2.5-VL-3B and 7B (random
 weights) against PEFT under autocast, TRL's SFTTrainer (pip install trl==1.16.0) and generate, one
-way after another in one process: seconds, the most memory held, weights and all; of the card's
-dense peak what each way computes, what it computes twice too; --rows "7B answers" "step of 8"
+way after another in one process: seconds, the most memory held, weights and all, and the part of
+the card's dense peak that is reached, recomputation counted. --rows "7B answers" "step of 8"
 measures those rows alone.
 recipe: no measurement; the paper's recipe on one card, estimated from BENCHMARKS.md's GPU table.
 trl: train.py's own loop against TRL's SFTTrainer (pip install trl==1.16.0): the same model, posts
@@ -500,6 +500,11 @@ def in_turn(way):
     return run
 
 
+# of SFTTrainer, wherever it stands beside ours
+SFT = dict(max_length=None, lr_scheduler_type="constant", weight_decay=0.01, report_to="none",
+           train_sampling_strategy="sequential", save_strategy="no")
+
+
 def trl_steps(model, lora, inputs, posts, checkpointing):
     """SFTTrainer's own loop over these inputs, task after task, as `in_turn`. Ids, images and masks
     are at hand, as for the others; losses are in tiles, which is TRL's way since 1.16."""
@@ -509,7 +514,7 @@ def trl_steps(model, lora, inputs, posts, checkpointing):
     from trl import SFTConfig, SFTTrainer
 
     model.accepts_loss_kwargs = True  # trap: else the mean of the micro-batches' own means
-    model.enable_input_require_grads = lambda *_, **__: None  # as for the others: the tower is frozen
+    model.enable_input_require_grads = lambda *_, **__: None  # the tower is frozen, as elsewhere
     ends = []
 
     class Clock(TrainerCallback):
@@ -519,13 +524,10 @@ def trl_steps(model, lora, inputs, posts, checkpointing):
 
     config = SFTConfig(
         tempfile.mkdtemp(), per_device_train_batch_size=posts, gradient_accumulation_steps=2,
-        max_length=None,
-        learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0,
-        bf16=model.dtype == torch.bfloat16, gradient_checkpointing=checkpointing, report_to="none",
-        train_sampling_strategy="sequential", logging_first_step=True, logging_steps=1000,
-        save_strategy="no", remove_unused_columns=False, use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=False, disable_tqdm=True,
-        dataset_kwargs=dict(skip_prepare_dataset=True))
+        learning_rate=1e-4, max_grad_norm=1.0, bf16=model.dtype == torch.bfloat16,
+        gradient_checkpointing=checkpointing, use_cpu=model.device.type == "cpu",
+        logging_first_step=True, logging_steps=1000, disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=False, dataset_kwargs=dict(skip_prepare_dataset=True), **SFT)
     task = [k for _ in range(8) for k in (0, 1) for _ in range(posts)]  # of each row, for 8 steps
     trainer = SFTTrainer(
         model, config, peft_config=lora, callbacks=[Clock()],
@@ -681,11 +683,10 @@ def trl_theirs(options, steps, size):
         asked += sorted(rows, key=lambda row: len(row[0] + row[1]))
     rows = [dict(zip(("prompt", "completion"), tokenizer.decode(row))) for row in asked]
     config = SFTConfig(
-        options.out, num_train_epochs=1, per_device_train_batch_size=size, max_length=None,
-        gradient_accumulation_steps=2 * MICRO * ACCUMULATE // size, learning_rate=options.lr,
-        lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=options.clip, use_cpu=True,
-        bf16=options.dtype == "bfloat16", gradient_checkpointing=False, report_to="none",
-        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no")
+        options.out, num_train_epochs=1, per_device_train_batch_size=size, learning_rate=options.lr,
+        gradient_accumulation_steps=2 * MICRO * ACCUMULATE // size, max_grad_norm=options.clip,
+        use_cpu=True, bf16=options.dtype == "bfloat16", gradient_checkpointing=False,
+        logging_steps=1, **SFT)
     lora = LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
                       target_modules=mulcot.linear_names(model), task_type="CAUSAL_LM")
     trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), peft_config=lora,
