@@ -67,6 +67,15 @@ def three(tmp_path):
                         image=str(tmp_path / "a.png"))]
 
 
+@pytest.mark.parametrize("most, pieces", [(int(1e30), 256), (300, 256), (100, 100)])
+def test_long_posts_are_cut(encoder, most, pieces):
+    """At 256 pieces, or at what the encoder has positions for."""
+    model = mulcot.new_ubm(encoder)
+    model.tokenizer.model_max_length = most
+    tokens, *_ = model.inputs([mulcot.Post("1", "dull " * 400)])
+    assert tokens["input_ids"].shape == (1, pieces)
+
+
 def test_the_head_reads_the_aspect(encoder, three):
     """Same words, other aspect: the head's second part is the mean over that aspect's pieces."""
     model = mulcot.new_ubm(encoder).eval()
